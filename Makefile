@@ -1,0 +1,62 @@
+# Everything runs in .venv, which is made on first use and brought up to date when
+# pyproject.toml or constraints.txt change. Another interpreter: make PYTHON=python3.12 ...
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format clean
+
+help:
+	@echo "make train   train on the handwritten digits with two ranks, write runs/digits-<time>/"
+	@echo "make test    lint, types and all tests: what must pass before a change goes in"
+	@echo "make lint    ruff and pyright only"
+	@echo "make format  let ruff rewrite the sources"
+	@echo "make setup   only make .venv (the others do it when needed)"
+	@echo "make clean   remove caches and build results; keeps .venv, runs/ and dist/ (dist/ is source)"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null \
+	  || { echo "gq_triton needs Python 3.10 or newer, and '$(PYTHON)' is not on the PATH: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "gq_triton needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name a newer one: make PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV): installs PyTorch and the tools, 1 to 10 minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "'$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt pip setuptools
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# OMP_NUM_THREADS=1 is what torchrun sets for several ranks on one machine, here without its warning.
+train: $(READY)
+	@out=runs/digits-$$(date +%Y%m%d-%H%M%S); \
+	echo "Training on the digits data with two ranks into $$out: about a minute"; \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=2 \
+	  launch/train.py --task digits --out $$out
+
+test: lint
+	@echo "pytest: all tests, a few minutes"
+	@$(BIN)/pytest
+
+# pyright is told not to look for newer releases of itself: the version is pinned.
+lint: $(READY)
+	@echo "ruff: lint and format, a second"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "pyright: types, up to a minute"
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+format: $(READY)
+	@echo "ruff: rewrites imports and layout, a second"
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+# dist/ holds sources: only what a build without --outdir leaves there goes.
+clean:
+	@echo "Removing caches and build results, a second"
+	@rm -rf build out gq_triton.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -f dist/*.whl dist/*.tar.gz
+	@find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Grad Queue under DistributedDataParallel, installed as `gq_triton.dist`."""

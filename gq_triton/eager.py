@@ -1,0 +1,279 @@
+"""The same operations as the kernels, in plain torch, for the CPU and for any device without Triton.
+
+Every function takes lists of flat tensors, one entry per parameter, and works block by block so that
+intermediates stay in cache. ``kernels`` and ``compiled`` offer the same functions with the same
+signatures; ``backend.engine`` chooses.
+
+Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["all_finite", "gqadamw_", "gqsgd_", "scarcity_weight", "weigh_"]
+
+# Elements worked on at a time: 256 KiB of float32, so that a block's intermediates stay in L2.
+BLOCK = 65536
+# Below any squared deviation that was scaled by its largest, above zero: a constant queue gives
+# z = 0 where the gradient equals it and z > rho where it does not, without a branch.
+VARIANCE_FLOOR = 1e-36
+
+
+def scarcity_weight(x: Tensor, rows: Sequence[Tensor], rho: float) -> Tensor:
+    """Return ``clip(|x - mu| / sigma, 1/rho, rho)`` from E rows of the shape and type of ``x``.
+
+    Deviations are taken from one row of the queue and scaled by the largest of them: a constant
+    queue is then exactly constant, and neither tiny nor huge gradients underflow when squared.
+    The variance is the two-pass one (method.md: never ``E[g^2] - E[g]^2``).
+    """
+    base, count = rows[0], len(rows)
+    error = x - base
+    tiny = torch.finfo(x.dtype).tiny
+    if count == 1:
+        spread = torch.zeros_like(error)
+        error.div_(tiny)
+    else:
+        deviations = torch.stack(list(rows[1:])).sub_(base)
+        largest = deviations.abs().amax(dim=0).clamp_(min=tiny)
+        inverse = largest.reciprocal_()
+        mean = deviations.sum(dim=0).div_(count)
+        error.sub_(mean).mul_(inverse)
+        spread = (mean * inverse).square_()
+        spread.add_(deviations.sub_(mean).mul_(inverse).square_().sum(dim=0))
+    sigma = spread.div_(count).clamp_(min=VARIANCE_FLOOR).sqrt_()
+    return error.abs_().div_(sigma).clamp_(1.0 / rho, rho)
+
+
+class Turn:
+    """What one step does with one parameter's ring: which rows are read, which slot is written.
+
+    Attributes:
+        rows: the rows the statistics use, newest first; empty where every weight is 1.
+        slot: the row the raw gradient goes to, or None where it is not queued.
+    """
+
+    def __init__(
+        self, queue: Tensor, queued: Tensor, finite: bool, rho: float, length: Tensor | None
+    ) -> None:
+        slots, count = queue.shape[0], int(queued)
+        oldest = count % slots
+        self.slot = oldest if finite else None
+        self.rows: list[int] = []
+        if finite and count >= slots and rho != 1.0:
+            used = slots if length is None else int(length)
+            self.rows = [(oldest - 1 - age) % slots for age in range(used)]
+
+    def block(self, grad: Tensor, queue: Tensor, rho: float, inverse_scale: float | None) -> Tensor:
+        """Return the weights of one block, or the number 1 as a 0-d tensor, and queue the block.
+
+        Args:
+            grad: raw gradients ``(n,)``, multiplied by the loss scale where there is one.
+            queue: the ring's columns ``(L, n)``.
+            rho: bound of the weight.
+            inverse_scale: what undoes the loss scale, or None.
+        """
+        raw = grad if inverse_scale is None else grad * inverse_scale
+        stored = raw.to(queue.dtype)
+        weights = grad.new_ones(())
+        if self.rows:
+            dtype = torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
+            rows = [queue[row].to(dtype) for row in self.rows]
+            weights = scarcity_weight(stored.to(dtype), rows, rho)
+        if self.slot is not None:
+            queue[self.slot].copy_(stored)
+        return weights
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors' blocks along their last dimension, which all of them share."""
+    return zip(*(tensor.split(BLOCK, dim=-1) for tensor in tensors), strict=True)
+
+
+def all_finite(grads: Sequence[Tensor]) -> Tensor:
+    """Return for each gradient whether all of its elements are finite: ``(N,)`` bool."""
+    device = grads[0].device if grads else None
+    # A sum is one read of the gradient; only where it overflows is a second look needed.
+    flags = [bool(torch.isfinite(grad.sum())) or bool(torch.isfinite(grad).all()) for grad in grads]
+    return torch.tensor(flags, dtype=torch.bool, device=device)
+
+
+def weigh_(
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    finite: Tensor,
+    *,
+    rho: float,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    """Weight gradients in place and queue the raw ones: equations 1 and 2 of Grad Queue.
+
+    Args:
+        grads: N gradients ``(P,)``; replaced by ``w * g``.
+        queues: N rings ``(L, P)``; the oldest row is replaced by the raw, unscaled gradient.
+        queued: N counters, 0-d int64: gradients queued so far.
+        finite: ``(N,)`` bool; where False the gradient passes untouched and is not queued.
+        rho: bound of the weight, at least 1.
+        length: effective length, 0-d int64, or None for L.
+        grad_scale: the loss scale the gradients carry, 0-d, or None.
+
+    Returns:
+        ``(N, 5)`` float32: sum of g^2, sum of (w g)^2, sum of w, elements at rho, elements at 1/rho.
+    """
+    inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
+    statistics = torch.zeros(len(grads), 5, dtype=torch.float64)
+    for index, (grad, queue) in enumerate(zip(grads, queues, strict=True)):
+        turn = Turn(queue, queued[index], bool(finite[index]), rho, length)
+        for g, ring in blocks(grad, queue):
+            raw_square = g.double().square().sum()
+            weights = turn.block(g, ring, rho, inverse_scale)
+            if turn.rows:
+                # The product is formed in the weights' type: one rounding, at the store.
+                g.copy_(g.to(weights.dtype) * weights)
+            square = g.double().square().sum() if turn.rows else raw_square
+            unscale = 1.0 if inverse_scale is None else inverse_scale**2
+            statistics[index, 0] += raw_square * unscale
+            statistics[index, 1] += square * unscale
+            statistics[index, 2] += weights.expand(g.shape).sum(dtype=torch.float64)
+            statistics[index, 3] += (weights == rho).sum() if turn.rows else 0
+            statistics[index, 4] += (weights == 1.0 / rho).sum() if turn.rows else 0
+        queued[index].add_(finite[index])
+    return statistics.float()
+
+
+def _unscaled(grad: Tensor, weights: Tensor, inverse_scale: float | None) -> Tensor:
+    """Return ``w * g`` without the loss scale, rounded once to the gradient's type."""
+    grad = grad if inverse_scale is None else grad * inverse_scale
+    return grad if weights.dim() == 0 else (grad.to(weights.dtype) * weights).to(grad.dtype)
+
+
+def gqsgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    finite: Tensor | None,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    rho: float,
+    first: bool,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Take one step of SGD on weighted gradients; bit for bit ``torch.optim.SGD`` where w is 1.
+
+    Args:
+        params: N parameters ``(P,)``, updated in place.
+        grads: N gradients ``(P,)``, read only.
+        queues: N rings ``(L, P)``.
+        queued: N counters, 0-d int64.
+        momentum_buffers: N buffers ``(P,)``, or None without momentum.
+        finite: ``(N,)`` bool, or None where ``found_inf`` vouches for every gradient.
+        lr: learning rate, a number or a 0-d tensor.
+        momentum: decay of the momentum buffer.
+        dampening: share of the gradient that does not enter the momentum.
+        weight_decay: L2 penalty, added after the law.
+        nesterov: look one momentum step ahead.
+        maximize: ascend.
+        rho: bound of the weight.
+        first: whether the momentum buffers are written for the first time.
+        length: effective length, 0-d int64, or None for L.
+        grad_scale: the loss scale the gradients carry, 0-d, or None.
+        found_inf: non-zero where the step must not happen at all, 0-d, or None.
+    """
+    if found_inf is not None and bool(found_inf):
+        return
+    inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
+    rate = float(lr)
+    for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
+        vouched = True if finite is None else bool(finite[index])
+        turn = Turn(queue, queued[index], vouched, rho, length)
+        buffer = param if momentum_buffers is None else momentum_buffers[index]
+        for p, g, ring, buf in blocks(param, grad, queue, buffer):
+            g = _unscaled(g, turn.block(g, ring, rho, inverse_scale), inverse_scale)
+            g = -g if maximize else g
+            if weight_decay != 0:
+                g = g.add(p, alpha=weight_decay)
+            if momentum != 0:
+                if first:
+                    buf.copy_(g)
+                else:
+                    buf.mul_(momentum).add_(g, alpha=1 - dampening)
+                g = g.add(buf, alpha=momentum) if nesterov else buf
+            p.add_(g, alpha=-rate)
+        queued[index].add_(vouched)
+
+
+def gqadamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    finite: Tensor | None,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    rho: float,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Take one step of AdamW on weighted gradients; bit for bit ``torch.optim.AdamW`` where w is 1.
+
+    Args:
+        params: N parameters ``(P,)``, updated in place.
+        grads: N gradients ``(P,)``, read only.
+        queues: N rings ``(L, P)``.
+        queued: N counters, 0-d int64.
+        exp_avgs: N first moments ``(P,)``.
+        exp_avg_sqs: N second moments ``(P,)``.
+        steps: N counters of updates, 0-d float32, increased by one.
+        finite: ``(N,)`` bool, or None where ``found_inf`` vouches for every gradient.
+        lr: learning rate, a number or a 0-d tensor.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled decay.
+        maximize: ascend.
+        rho: bound of the weight.
+        length: effective length, 0-d int64, or None for L.
+        grad_scale: the loss scale the gradients carry, 0-d, or None.
+        found_inf: non-zero where the step must not happen at all, 0-d, or None.
+    """
+    if found_inf is not None and bool(found_inf):
+        return
+    inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
+    rate = float(lr)
+    for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
+        vouched = True if finite is None else bool(finite[index])
+        turn = Turn(queue, queued[index], vouched, rho, length)
+        steps[index].add_(1)
+        step = float(steps[index])
+        step_size = rate / (1 - beta1**step)
+        correction = (1 - beta2**step) ** 0.5
+        moments = exp_avgs[index], exp_avg_sqs[index]
+        for p, g, ring, m, v in blocks(param, grad, queue, *moments):
+            g = _unscaled(g, turn.block(g, ring, rho, inverse_scale), inverse_scale)
+            g = -g if maximize else g
+            p.mul_(1 - rate * weight_decay)
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            p.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-step_size)
+        queued[index].add_(vouched)

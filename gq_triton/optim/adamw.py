@@ -1,0 +1,110 @@
+"""GQAdamW: AdamW on gradients weighted by their scarcity."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gq_triton.optim.base import Batch, GradQueueOptimizer, Law, State
+from gq_triton.ring import local
+
+__all__ = ["GQAdamW"]
+
+STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
+
+
+class GQAdamW(GradQueueOptimizer):
+    r"""AdamW whose gradient is first weighted by how unusual it is against the last L.
+
+    For every element, with mean ``mu`` and population standard deviation ``sigma`` of the last L
+    raw gradients (Grad Queue, arXiv 2404.16917, equations 1 and 2)::
+
+        w = clip(|g - mu| / sigma, 1/rho, rho)        1 until L gradients are queued
+        m = beta1 * m + (1 - beta1) * (w * g)
+        v = beta2 * v + (1 - beta2) * (w * g)^2
+        p = p * (1 - lr * weight_decay) - lr * m_hat / (sqrt(v_hat) + eps)
+
+    With ``rho=1``, and during the first L steps with any rho, it equals ``torch.optim.AdamW``, in
+    float32 on the CPU bit for bit. State beyond torch's: the queue, ``queue_length`` numbers per
+    element.
+
+    Every option may differ per parameter group.
+
+    Args:
+        params: parameters, named parameters, or groups of them, as for any torch optimizer.
+        lr: learning rate, a number or a 0-d tensor.
+        betas: decay of the first and the second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled decay.
+        maximize: ascend instead of descend.
+        queue_length: L, gradients kept per element.
+        min_queue_length: lower bound of the effective length.
+        rho: bound of the weight, at least 1; 1 switches the law off.
+        loss_window: None keeps the effective length at ``queue_length``; w turns on the paper's
+            rule with windows of w losses (section 3.1).
+        queue_dtype: type of the queue; None takes the parameter's.
+        match_norm: rescale each parameter's weighted gradient to the norm of the raw one.
+        backend: ``"auto"``, ``"triton"``, ``"numba"`` or ``"torch"``.
+
+    Raises:
+        ValueError: an option that cannot hold, a complex parameter, a sparse gradient.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = GQAdamW(model.parameters(), lr=1e-3)
+        >>> model(torch.ones(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        queue_length: int = 5,
+        min_queue_length: int = 3,
+        rho: float = 3.0,
+        loss_window: int | None = None,
+        queue_dtype: torch.dtype | None = None,
+        match_norm: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+        super().__init__(params, options)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if not group["eps"] >= 0:
+            raise ValueError(f"eps must be >= 0, got {group['eps']}")
+        for index, beta in enumerate(group["betas"]):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{index}] must be in [0, 1), got {beta}")
+
+    def _new_state(self, param: Tensor, group: dict[str, Any], state: State) -> None:
+        if STEP not in state:
+            state[STEP] = torch.zeros((), dtype=torch.float32, device=local(param).device)
+            for name in (EXP_AVG, EXP_AVG_SQ):
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def _batch_key(self, group: dict[str, Any], state: State) -> None:
+        return None
+
+    def _update(
+        self, ops: ModuleType, batch: Batch, finite: Tensor | None, group: dict[str, Any], law: Law
+    ) -> None:
+        steps = [local(state[STEP]) for state in batch.states]
+        names = "lr", "eps", "weight_decay", "maximize"
+        beta1, beta2 = group["betas"]
+        ops.gqadamw_(
+            batch.params, batch.grads, batch.queues, batch.queued,
+            batch.state(EXP_AVG), batch.state(EXP_AVG_SQ), steps, finite,
+            **{name: group[name] for name in names}, **law._asdict(), beta1=beta1, beta2=beta2,
+        )  # fmt: skip
+
+
+_NOT_OPTIONS = frozenset({"self", "params", "__class__"})

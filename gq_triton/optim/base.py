@@ -1,0 +1,347 @@
+"""What GQSGD and GQAdamW share: options, state, batches of tensors, loss scaling, checkpoints."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from gq_triton.backend import engine
+from gq_triton.ring import (
+    check_options,
+    effective_length,
+    flat,
+    local,
+    new_counter,
+    new_losses,
+    new_queue,
+    record_loss,
+    rescale_,
+)
+
+__all__ = ["QUEUE", "QUEUED", "Batch", "GradQueueOptimizer", "Law"]
+
+# Keys of the state of one parameter.
+QUEUE, QUEUED = "queue", "queued"
+# Key of a parameter group: the losses that the effective length follows.
+LOSSES = "losses"
+
+State = dict[str, Any]
+
+
+class Law(NamedTuple):
+    """The arguments of an engine's update that do not depend on the optimizer."""
+
+    rho: float
+    length: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+@dataclass
+class Batch:
+    """Parameters that one launch updates together, and flat views of what belongs to them."""
+
+    members: list[Tensor] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    queues: list[Tensor] = field(default_factory=list)
+    queued: list[Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+
+    def add(self, param: Tensor, state: State) -> None:
+        """Take in one parameter with its gradient and state."""
+        assert param.grad is not None
+        shard, grad, queue = local(param), local(param.grad), local(state[QUEUE])
+        self.members.append(param)
+        self.params.append(flat(shard))
+        self.grads.append(flat(grad, like=shard))
+        rows = queue.view(queue.shape[0], -1) if queue.is_contiguous() else _rows(queue)
+        self.queues.append(rows)
+        self.queued.append(local(state[QUEUED]))
+        self.states.append(state)
+
+    def state(self, key: str) -> list[Tensor]:
+        """Return one entry of every state, flat and in the order of the parameter's memory."""
+        likes = [local(member) for member in self.members]
+        pairs = zip(self.states, likes, strict=True)
+        return [flat(local(state[key]), like=like) for state, like in pairs]
+
+    def write_back(self) -> None:
+        """Copy updated parameters home whose memory has no flat view, such as strided slices."""
+        for member, updated in zip(self.members, self.params, strict=True):
+            shard = local(member)
+            if shard.numel() and shard.data_ptr() != updated.data_ptr():
+                order = torch.empty_like(shard, memory_format=torch.preserve_format)
+                flat(order, like=shard).copy_(updated)
+                shard.copy_(order)
+
+    def sharded_groups(self) -> list[dist.ProcessGroup]:
+        """Return the process groups over which the batch's DTensors are sharded."""
+        first = self.members[0]
+        if not isinstance(first, DTensor):
+            return []
+        placements = enumerate(first.placements)
+        return [first.device_mesh.get_group(d) for d, p in placements if isinstance(p, Shard)]
+
+
+def _rows(queue: Tensor) -> Tensor:
+    """Return a ring as ``(L, P)`` with the elements of a row in memory order."""
+    size = (queue.shape[0], queue[0].numel())
+    return queue.as_strided(size, (queue.stride(0), 1), queue.storage_offset())
+
+
+class GradQueueOptimizer(Optimizer):
+    """A torch optimizer whose gradients pass through the scarcity law first.
+
+    Subclasses provide ``_check_group``, ``_new_state``, ``_batch_key`` and ``_update``.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        # GradScaler then leaves unscaling and skipping to step(), which does both on the device.
+        self._step_supports_amp_scaling = True
+        self._warned_losses = False
+        self._check(defaults)
+        super().__init__(params, defaults)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        names = "queue_length", "min_queue_length", "rho", "loss_window", "queue_dtype", "backend"
+        check_options(**{name: group[name] for name in names})
+        lr, decay = group["lr"], group["weight_decay"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr must hold one element, got a tensor of shape {tuple(lr.shape)}")
+        if not lr >= 0:
+            raise ValueError(f"lr must be >= 0, got {lr}")
+        if not decay >= 0:
+            raise ValueError(f"weight_decay must be >= 0, got {decay}")
+        self._check_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; every option of the constructor may be given for it. See torch."""
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            self._check(group)
+            for param in group["params"]:
+                if not param.is_floating_point():
+                    raise ValueError(
+                        f"{self._name(param)} must have a real floating type, got {param.dtype}: "
+                        "give it to another optimizer (complex: as torch.view_as_real)"
+                    )
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def record_loss(self, loss: Tensor | float) -> None:
+        """Tell the effective length the loss of the step to come, unscaled.
+
+        Needed only with ``loss_window``, and only where ``step`` gets no closure. The loss stays on
+        its device; nothing waits for it.
+
+        Args:
+            loss: one number, 0-d or one element.
+        """
+        for group in self.param_groups:
+            window = group["loss_window"]
+            if window is None or not group["params"]:
+                continue
+            if LOSSES not in group:
+                device = local(group["params"][0]).device
+                group[LOSSES] = new_losses(window, group["queue_length"], device)
+            group[LOSSES] = record_loss(group[LOSSES], loss)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Weight the gradients, queue the raw ones, and update the parameters.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which feeds the effective length.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            if loss is not None:
+                self.record_loss(loss)
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        for group in self.param_groups:
+            batches = self._batches(group)
+            if self._is_probe(group, batches):
+                continue
+            length = self._length(group)
+            for batch in batches:
+                device = batch.params[0].device
+                scale, found = (_on(value, device) for value in (grad_scale, found_inf))
+                law = Law(group["rho"], length, scale, found)
+                self._step_batch(engine(device, group["backend"]), batch, group, law)
+                batch.write_back()
+        return loss
+
+    def _step_batch(self, ops: ModuleType, batch: Batch, group: dict[str, Any], law: Law) -> None:
+        groups = batch.sharded_groups()
+        finite = None
+        if law.found_inf is None or group["match_norm"] or groups:
+            finite = ops.all_finite(batch.grads)
+            for process_group in groups:
+                votes = finite.int()
+                dist.all_reduce(votes, dist.ReduceOp.MIN, group=process_group)
+                finite = votes.bool()
+        if group["match_norm"] and law.rho > 1:
+            assert finite is not None
+            queueing = finite if law.found_inf is None else finite & (law.found_inf == 0)
+            batch.grads = [grad.clone() for grad in batch.grads]
+            rings = batch.queues, batch.queued
+            statistics = ops.weigh_(
+                batch.grads, *rings, queueing, rho=law.rho, length=law.length,
+                grad_scale=law.grad_scale,
+            )  # fmt: skip
+            for process_group in groups:
+                dist.all_reduce(statistics, group=process_group)
+            rescale_(batch.grads, statistics)
+            # Weighted and queued already: the update passes these gradients through.
+            finite = torch.zeros_like(finite)
+        self._update(ops, batch, finite, group, law)
+
+    def _batches(self, group: dict[str, Any]) -> list[Batch]:
+        """Return the group's parameters that have a gradient, by what one launch can hold."""
+        batches: dict[Any, Batch] = {}
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise ValueError(
+                    f"{self._name(param)} has a gradient of layout {grad.layout}, which a queue "
+                    "cannot hold: build the layer with sparse=False, or give the parameter to "
+                    "torch.optim.SparseAdam"
+                )
+            state = self.state[param]
+            self._init(param, group, state)
+            mesh = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
+            types = param.dtype, grad.dtype, state[QUEUE].dtype
+            key = (param.device, mesh, *types, self._batch_key(group, state))
+            batches.setdefault(key, Batch()).add(param, state)
+        return list(batches.values())
+
+    def _init(self, param: Tensor, group: dict[str, Any], state: State) -> None:
+        """Allocate what is missing of a parameter's state."""
+        if QUEUE not in state:
+            state[QUEUE] = new_queue(param, group["queue_length"], group["queue_dtype"])
+            state[QUEUED] = new_counter(param)
+        self._new_state(param, group, state)
+
+    def init_state(self) -> None:
+        """Allocate the state of every parameter now instead of in its first step.
+
+        A checkpoint library that needs the state's shapes before the first step then finds them.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._init(param, group, self.state[param])
+
+    def _is_probe(self, group: dict[str, Any], batches: list[Batch]) -> bool:
+        """Return whether this step is a checkpoint library's, which only wants the state to exist.
+
+        ``torch.distributed.checkpoint.state_dict`` takes a step with zero gradients at a learning
+        rate of 0; a queue must not remember it.
+        """
+        if isinstance(group["lr"], Tensor) or group["lr"] != 0:
+            return False
+        untouched = all(not int(n) for batch in batches for n in batch.queued)
+        return untouched and not any(bool(g.any()) for batch in batches for g in batch.grads)
+
+    def _length(self, group: dict[str, Any]) -> Tensor | None:
+        window = group["loss_window"]
+        if window is None:
+            return None
+        if LOSSES not in group and not self._warned_losses:
+            self._warned_losses = True
+            warnings.warn(
+                "loss_window is set but no loss was recorded, so the effective length stays at "
+                "min_queue_length: call optimizer.record_loss(loss) before optimizer.step()",
+                stacklevel=4,
+            )
+        losses = group.get(LOSSES)
+        if losses is None:
+            losses = new_losses(window, group["queue_length"], local(group["params"][0]).device)
+        shortest = min(group["min_queue_length"], group["queue_length"])
+        return effective_length(losses, window, shortest, group["queue_length"])
+
+    def _name(self, param: Tensor) -> str:
+        """Return how to call a parameter in an error: its name where torch knows it."""
+        for number, group in enumerate(self.param_groups):
+            for index, (member, name) in enumerate(
+                zip(group["params"], _names(group), strict=True)
+            ):
+                if member is param:
+                    shape = tuple(param.shape)
+                    return name or f"parameter {index} of group {number}, of shape {shape},"
+        return f"a parameter of shape {tuple(param.shape)}"
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned; training continues bit for bit.
+
+        Unlike torch's, this keeps the types of the saved state (torch casts all of it to the type
+        of the parameter) and shares no memory with ``state_dict``.
+
+        Raises:
+            ValueError: the state belongs to another model.
+        """
+        saved, params = state_dict["state"], [p for g in self.param_groups for p in g["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        if len(keys) == len(params):
+            for key, param in zip(keys, params, strict=True):
+                self._check_saved(param, saved.get(key, {}))
+        super().load_state_dict(state_dict)
+        for key, param in zip(keys, params, strict=True):
+            for name, value in saved.get(key, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][name] = value.detach().to(param.device, copy=True)
+        for group in self.param_groups:
+            if LOSSES in group:
+                device = local(group["params"][0]).device
+                group[LOSSES] = group[LOSSES].to(device, copy=True)
+
+    def _check_saved(self, param: Tensor, saved: State) -> None:
+        queue = saved.get(QUEUE)
+        if queue is not None and queue.shape[1:] != param.shape:
+            raise ValueError(
+                f"{self._name(param)} has shape {tuple(param.shape)}, the saved queue is for "
+                f"{tuple(queue.shape[1:])}: the checkpoint belongs to another model"
+            )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _new_state(self, param: Tensor, group: dict[str, Any], state: State) -> None:
+        raise NotImplementedError
+
+    def _batch_key(self, group: dict[str, Any], state: State) -> Any:
+        raise NotImplementedError
+
+    def _update(
+        self, ops: ModuleType, batch: Batch, finite: Tensor | None, group: dict[str, Any], law: Law
+    ) -> None:
+        raise NotImplementedError
+
+
+def _names(group: dict[str, Any]) -> Iterable[str | None]:
+    return group.get("param_names") or [None] * len(group["params"])
+
+
+def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a loss scaler's number on ``device``."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return None if value is None else value.to(device, non_blocking=True)

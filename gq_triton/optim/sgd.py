@@ -1,0 +1,116 @@
+"""GQSGD: SGD with momentum on gradients weighted by their scarcity."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gq_triton.optim.base import Batch, GradQueueOptimizer, Law, State
+
+__all__ = ["GQSGD"]
+
+MOMENTUM_BUFFER = "momentum_buffer"
+
+
+class GQSGD(GradQueueOptimizer):
+    r"""SGD whose gradient is first weighted by how unusual it is against the last L.
+
+    For every element, with mean ``mu`` and population standard deviation ``sigma`` of the last L
+    raw gradients (Grad Queue, arXiv 2404.16917, equations 1 and 2)::
+
+        w = clip(|g - mu| / sigma, 1/rho, rho)        1 until L gradients are queued
+        b = momentum * b + (1 - dampening) * (w * g + weight_decay * p)
+        p = p - lr * b
+
+    With ``rho=1``, and during the first L steps with any rho, it equals ``torch.optim.SGD``, in
+    float32 on the CPU bit for bit. State beyond torch's: the queue, ``queue_length`` numbers per
+    element.
+
+    Every option may differ per parameter group.
+
+    Args:
+        params: parameters, named parameters, or groups of them, as for any torch optimizer.
+        lr: learning rate, a number or a 0-d tensor.
+        momentum: decay of the momentum buffer; 0 keeps none.
+        weight_decay: L2 penalty, added after the law.
+        nesterov: look one momentum step ahead.
+        dampening: share of the gradient that does not enter the momentum.
+        maximize: ascend instead of descend.
+        queue_length: L, gradients kept per element.
+        min_queue_length: lower bound of the effective length.
+        rho: bound of the weight, at least 1; 1 switches the law off.
+        loss_window: None keeps the effective length at ``queue_length``; w turns on the paper's
+            rule with windows of w losses (section 3.1).
+        queue_dtype: type of the queue; None takes the parameter's.
+        match_norm: rescale each parameter's weighted gradient to the norm of the raw one.
+        backend: ``"auto"``, ``"triton"``, ``"numba"`` or ``"torch"``.
+
+    Raises:
+        ValueError: an option that cannot hold, a complex parameter, a sparse gradient.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = GQSGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> model(torch.ones(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        dampening: float = 0.0,
+        maximize: bool = False,
+        queue_length: int = 5,
+        min_queue_length: int = 3,
+        rho: float = 3.0,
+        loss_window: int | None = None,
+        queue_dtype: torch.dtype | None = None,
+        match_norm: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+        super().__init__(params, options)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if not group["momentum"] >= 0:
+            raise ValueError(f"momentum must be >= 0, got {group['momentum']}")
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+            raise ValueError(
+                "nesterov needs momentum > 0 and dampening 0, got momentum "
+                f"{group['momentum']} and dampening {group['dampening']}"
+            )
+
+    def _new_state(self, param: Tensor, group: dict[str, Any], state: State) -> None:
+        """Leave the momentum to the first step, which writes it; see ``_update``."""
+
+    def _batch_key(self, group: dict[str, Any], state: State) -> bool:
+        return group["momentum"] != 0 and MOMENTUM_BUFFER not in state
+
+    def _update(
+        self, ops: ModuleType, batch: Batch, finite: Tensor | None, group: dict[str, Any], law: Law
+    ) -> None:
+        first = self._batch_key(group, batch.states[0])
+        if first:
+            # On the CPU a step that a loss scaler skips must not leave an empty buffer behind.
+            if law.found_inf is not None and not law.found_inf.is_cuda and bool(law.found_inf):
+                return
+            for member, state in zip(batch.members, batch.states, strict=True):
+                state[MOMENTUM_BUFFER] = torch.zeros_like(
+                    member, memory_format=torch.preserve_format
+                )
+        buffers = batch.state(MOMENTUM_BUFFER) if group["momentum"] != 0 else None
+        names = "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
+        ops.gqsgd_(
+            batch.params, batch.grads, batch.queues, batch.queued, buffers, finite,
+            **{name: group[name] for name in names}, **law._asdict(), first=first,
+        )  # fmt: skip
+
+
+_NOT_OPTIONS = frozenset({"self", "params", "__class__"})

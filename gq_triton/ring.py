@@ -1,0 +1,190 @@
+"""The ring buffer of past gradients, the options every door shares, and the effective length."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from gq_triton import eager
+from gq_triton.backend import check_backend
+
+__all__ = [
+    "check_options",
+    "effective_length",
+    "flat",
+    "local",
+    "new_counter",
+    "new_losses",
+    "new_queue",
+    "record_loss",
+    "rescale_",
+    "scarcity_weight",
+]
+
+# The default of min_queue_length, which gives way to a queue_length below it.
+MIN_QUEUE_LENGTH = 3
+
+
+def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
+    r"""Return how unusual a gradient is, element by element: ``clip(|g - mu| / sigma, 1/rho, rho)``.
+
+    Equations 1 and 2 of Grad Queue (arXiv 2404.16917). ``mu`` and ``sigma`` are
+    the mean and the population standard deviation of the queue, which must not hold ``grad``
+    itself. Where the queue is constant the weight is ``1/rho`` if ``grad`` equals it, else ``rho``.
+
+    Args:
+        grad: the new gradient, shape ``(*)``, any floating type. It is rounded to the queue's type
+            before the comparison.
+        queue: the last L gradients, shape ``(L, *)``; their order does not matter.
+        rho: bound of the weight, at least 1; with 1 every weight is exactly 1.
+
+    Returns:
+        Weights of the shape of ``grad``, float32; float64 where ``grad`` or ``queue`` is float64.
+        All 1 where ``grad`` holds a NaN or an infinity, and 1 where the queue does.
+
+    Raises:
+        ValueError: ``rho < 1``, ``L < 1``, or shapes, types or devices that do not fit.
+
+    Example:
+        >>> queue = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> scarcity_weight(torch.tensor([3.0]), queue)
+        tensor([1.2247])
+    """
+    check_rho(rho)
+    for name, tensor in (("grad", grad), ("queue", queue)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must have a real floating type, got {tensor.dtype}")
+    if queue.dim() == 0 or queue.shape[0] < 1 or queue.shape[1:] != grad.shape:
+        raise ValueError(
+            "queue must have shape (L, *grad.shape) with L >= 1, got queue "
+            f"{tuple(queue.shape)} for grad {tuple(grad.shape)}"
+        )
+    if queue.device != grad.device:
+        raise ValueError(f"grad is on {grad.device}, queue on {queue.device}: move one of them")
+    dtype = torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
+    with torch.no_grad():
+        x = grad.to(queue.dtype).to(dtype)
+        weights = eager.scarcity_weight(x, queue.to(dtype).unbind(0), rho).nan_to_num_(nan=1.0)
+        return torch.where(torch.isfinite(grad).all(), weights, torch.ones_like(weights))
+
+
+def check_rho(rho: float) -> None:
+    """Raise a ValueError unless ``rho`` is a finite number of at least 1."""
+    if not (math.isfinite(rho) and rho >= 1):
+        raise ValueError(f"rho must be a finite number >= 1 (1 switches the law off), got {rho}")
+
+
+def check_options(
+    *,
+    queue_length: int,
+    min_queue_length: int,
+    rho: float,
+    loss_window: int | None,
+    queue_dtype: torch.dtype | None,
+    backend: str,
+) -> None:
+    """Raise a ValueError that names the first option that cannot hold."""
+    check_rho(rho)
+    if int(queue_length) != queue_length or queue_length < 1:
+        raise ValueError(f"queue_length must be an integer >= 1, got {queue_length}")
+    if int(min_queue_length) != min_queue_length or min_queue_length < 1:
+        raise ValueError(f"min_queue_length must be an integer >= 1, got {min_queue_length}")
+    default = loss_window is None and min_queue_length == MIN_QUEUE_LENGTH
+    if min_queue_length > queue_length and not default:
+        raise ValueError(
+            f"min_queue_length must be at most queue_length, got {min_queue_length} > "
+            f"{queue_length}"
+        )
+    if loss_window is not None and (int(loss_window) != loss_window or loss_window < 1):
+        raise ValueError(f"loss_window must be None or an integer >= 1, got {loss_window}")
+    if queue_dtype is not None and not queue_dtype.is_floating_point:
+        raise ValueError(f"queue_dtype must be None or a floating type, got {queue_dtype}")
+    check_backend(backend)
+
+
+def new_queue(like: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an empty ring for one parameter: zeros ``(length, *like.shape)``.
+
+    The rows lie in the parameter's own memory order, so that one flat view of parameter, gradient
+    and queue walks all of them in step. A DTensor gets a DTensor, sharded along the same dimension
+    of the parameter. The zeros are never read: every weight is 1 until ``length`` gradients are
+    queued.
+    """
+    dtype = dtype or like.dtype
+    if isinstance(like, DTensor):
+        shard = new_queue(like.to_local(), length, dtype)
+        placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
+        shape = torch.Size((length, *like.shape))
+        stride = (like.numel(), *like.stride())
+        return DTensor.from_local(
+            shard, like.device_mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+    row = torch.empty_like(like, dtype=dtype, memory_format=torch.preserve_format)
+    size, stride = (length, *row.shape), (row.numel(), *row.stride())
+    return torch.empty_strided(size, stride, dtype=dtype, device=row.device).zero_()
+
+
+def new_counter(like: Tensor) -> Tensor:
+    """Return the number of gradients queued so far, 0-d int64 on the device of ``like``."""
+    return torch.zeros((), dtype=torch.int64, device=local(like).device)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the shard of a DTensor that this rank holds; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return ``tensor`` as one dimension in the memory order of ``like`` (default: itself).
+
+    It is a view where the memory allows it and a copy where not: a tensor with holes, or one whose
+    order differs from that of ``like``.
+    """
+    like = tensor if like is None else like
+    if tensor.is_contiguous() and like.is_contiguous():
+        return tensor.view(-1)
+    order = sorted(range(like.dim()), key=lambda d: (-like.stride(d), -like.shape[d]))
+    permuted = tensor.permute(order)
+    return permuted.view(-1) if permuted.is_contiguous() else permuted.reshape(-1)
+
+
+def rescale_(grads: Sequence[Tensor], statistics: Tensor) -> None:
+    """Give weighted gradients the norm of the raw ones (``match_norm``), parameter by parameter.
+
+    Args:
+        grads: N weighted gradients, changed in place.
+        statistics: what ``weigh_`` returned, ``(N, 5)``.
+    """
+    raw, weighted = statistics[:, 0], statistics[:, 1]
+    known = (weighted > 0) & torch.isfinite(weighted) & torch.isfinite(raw)
+    factors = torch.where(known, (raw / weighted).sqrt(), torch.ones_like(raw))
+    for grad, factor in zip(grads, factors.unbind(0), strict=True):
+        grad.mul_(factor.to(grad.dtype))
+
+
+def new_losses(window: int, longest: int, device: torch.device) -> Tensor:
+    """Return an empty history of losses: ``(longest + window - 1,)`` NaN, newest first."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.full((longest + window - 1,), math.nan, dtype=dtype, device=device)
+
+
+def record_loss(losses: Tensor, loss: Tensor | float) -> Tensor:
+    """Return the history with ``loss`` as its newest entry, without waiting for the device."""
+    value = torch.as_tensor(loss).detach().to(losses).reshape(1)
+    return torch.cat([value, losses[:-1]])
+
+
+def effective_length(losses: Tensor, window: int, shortest: int, longest: int) -> Tensor:
+    """Return how many of the newest gradients the statistics use, 0-d int64 on the device.
+
+    Section 3.1 of the paper: a window slides back over the losses as far as its sum grows, that is,
+    as long as the loss has been falling; ``docs/method.md`` has the exact reading. A loss that is
+    not finite, or was never recorded, ends the scan.
+    """
+    sums = losses.unfold(0, window, 1).sum(dim=1)
+    known = torch.isfinite(sums)
+    falling = (sums[:-1] < sums[1:]) & known[:-1] & known[1:]
+    steps = falling.long().cumprod(0).sum()
+    return (steps + 1).clamp(shortest, longest)

@@ -1,0 +1,31 @@
+"""Set-up shared by all tests."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is decorated, so it must be set before kernels are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# `python -m pytest` puts the repository root on the path, where kernels/ and dist/ would be found a
+# second time under those names. Without an installed gq_triton the root is all there is: keep it.
+ROOT = Path(__file__).resolve().parents[1]
+_path = list(sys.path)
+sys.path[:] = [entry for entry in _path if Path(entry).resolve() != ROOT]
+if importlib.util.find_spec("gq_triton") is None:
+    sys.path[:] = _path
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs more devices than this machine has."""
+    devices = torch.cuda.device_count()
+    for item in items:
+        if devices < 1 and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="Needs a CUDA device."))
+        if devices < 2 and item.get_closest_marker("multi_gpu"):
+            item.add_marker(pytest.mark.skip(reason="Needs two CUDA devices."))
