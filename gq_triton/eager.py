@@ -1,8 +1,8 @@
-"""The same operations as the kernels, in plain torch, for the CPU and for any device without Triton.
+"""The same operations as the kernels, in plain torch: for the CPU and devices without Triton.
 
-Every function takes lists of flat tensors, one entry per parameter, and works block by block so that
-intermediates stay in cache. ``kernels`` and ``compiled`` offer the same functions with the same
-signatures; ``backend.engine`` chooses.
+Every function takes lists of flat tensors, one entry per parameter, and works block by block so
+that intermediates stay in cache. ``kernels`` and ``compiled`` offer the same functions with the
+same signatures; ``backend.engine`` chooses.
 
 Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
 """
@@ -121,7 +121,7 @@ def weigh_(
         grad_scale: the loss scale the gradients carry, 0-d, or None.
 
     Returns:
-        ``(N, 5)`` float32: sum of g^2, sum of (w g)^2, sum of w, elements at rho, elements at 1/rho.
+        ``(N, 5)`` float32: sums of g^2, (w g)^2 and w, and how many weights are rho and 1/rho.
     """
     inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
     statistics = torch.zeros(len(grads), 5, dtype=torch.float64)

@@ -111,8 +111,8 @@ def cluster_gradient(
 def effective_length(losses: Sequence[float], window: int, shortest: int, longest: int) -> int:
     """Return how many of the newest gradients the statistics use (section 3.1, "variable queue").
 
-    ``S_j`` is the sum of ``window`` losses that ends ``j`` steps ago. ``J`` is the largest ``j`` for
-    which ``S_0 < S_1 < ... < S_j``: the loss has been falling for ``J`` steps. The length is
+    ``S_j`` is the sum of ``window`` losses that ends ``j`` steps ago. ``J`` is the largest ``j``
+    for which ``S_0 < S_1 < ... < S_j``: the loss has been falling for ``J`` steps. The length is
     ``J + 1`` within ``[shortest, longest]``. A loss that is not finite ends the scan.
 
     Args:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -20,7 +21,9 @@ __all__ = [
     "new_queue",
     "record_loss",
     "rescale_",
+    "rows",
     "scarcity_weight",
+    "shard_groups",
 ]
 
 # The default of min_queue_length, which gives way to a queue_length below it.
@@ -28,7 +31,7 @@ MIN_QUEUE_LENGTH = 3
 
 
 def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
-    r"""Return how unusual a gradient is, element by element: ``clip(|g - mu| / sigma, 1/rho, rho)``.
+    r"""Return how unusual each gradient element is: ``clip(|g - mu| / sigma, 1/rho, rho)``.
 
     Equations 1 and 2 of Grad Queue (arXiv 2404.16917). ``mu`` and ``sigma`` are
     the mean and the population standard deviation of the queue, which must not hold ``grad``
@@ -134,6 +137,22 @@ def new_counter(like: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of a DTensor that this rank holds; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows(queue: Tensor) -> Tensor:
+    """Return a ring ``(L, *shape)`` as a view ``(L, P)``, each row in memory order."""
+    if queue.is_contiguous():
+        return queue.view(queue.shape[0], -1) if queue.numel() else queue.reshape(len(queue), 0)
+    size = (queue.shape[0], queue[0].numel())
+    return queue.as_strided(size, (queue.stride(0), 1), queue.storage_offset())
+
+
+def shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
+    """Return the process groups over which a tensor is sharded; none for an ordinary one."""
+    if not isinstance(tensor, DTensor):
+        return []
+    sharded = [d for d, p in enumerate(tensor.placements) if isinstance(p, Shard)]
+    return [tensor.device_mesh.get_group(dimension) for dimension in sharded]
 
 
 def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:

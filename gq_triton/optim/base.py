@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -24,6 +24,8 @@ from gq_triton.ring import (
     new_queue,
     record_loss,
     rescale_,
+    rows,
+    shard_groups,
 )
 
 __all__ = ["QUEUE", "QUEUED", "Batch", "GradQueueOptimizer", "Law"]
@@ -63,8 +65,7 @@ class Batch:
         self.members.append(param)
         self.params.append(flat(shard))
         self.grads.append(flat(grad, like=shard))
-        rows = queue.view(queue.shape[0], -1) if queue.is_contiguous() else _rows(queue)
-        self.queues.append(rows)
+        self.queues.append(rows(queue))
         self.queued.append(local(state[QUEUED]))
         self.states.append(state)
 
@@ -82,20 +83,6 @@ class Batch:
                 order = torch.empty_like(shard, memory_format=torch.preserve_format)
                 flat(order, like=shard).copy_(updated)
                 shard.copy_(order)
-
-    def sharded_groups(self) -> list[dist.ProcessGroup]:
-        """Return the process groups over which the batch's DTensors are sharded."""
-        first = self.members[0]
-        if not isinstance(first, DTensor):
-            return []
-        placements = enumerate(first.placements)
-        return [first.device_mesh.get_group(d) for d, p in placements if isinstance(p, Shard)]
-
-
-def _rows(queue: Tensor) -> Tensor:
-    """Return a ring as ``(L, P)`` with the elements of a row in memory order."""
-    size = (queue.shape[0], queue[0].numel())
-    return queue.as_strided(size, (queue.stride(0), 1), queue.storage_offset())
 
 
 class GradQueueOptimizer(Optimizer):
@@ -188,7 +175,7 @@ class GradQueueOptimizer(Optimizer):
         return loss
 
     def _step_batch(self, ops: ModuleType, batch: Batch, group: dict[str, Any], law: Law) -> None:
-        groups = batch.sharded_groups()
+        groups = shard_groups(batch.members[0])
         finite = None
         if law.found_inf is None or group["match_norm"] or groups:
             finite = ops.all_finite(batch.grads)

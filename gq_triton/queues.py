@@ -1,0 +1,263 @@
+"""The rings of a whole model, keyed by parameter name: what the plug-in and the DDP hook share."""
+
+import ctypes
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gq_triton.backend import engine
+from gq_triton.ring import (
+    MIN_QUEUE_LENGTH,
+    check_options,
+    effective_length,
+    local,
+    new_counter,
+    new_losses,
+    new_queue,
+    record_loss,
+    rescale_,
+    rows,
+    shard_groups,
+)
+
+__all__ = ["Queues"]
+
+# What a saved state must share with the state it is loaded into.
+_SHAPE_OPTIONS = "queue_length", "loss_window"
+
+
+class Queues:
+    """The last L raw gradients of every parameter of a model, and the law that reads them.
+
+    A ring is allocated when its parameter first has a gradient, on the gradient's device and in the
+    parameter's memory order, so that nothing depends on when the model was moved or wrapped.
+
+    Args:
+        params: parameters by name.
+        queue_length: L, gradients kept per element.
+        min_queue_length: lower bound of the effective length.
+        rho: bound of the weight, at least 1; 1 switches the law off.
+        loss_window: None keeps the effective length at L; w turns on the paper's rule.
+        queue_dtype: type of the queue; None takes the parameter's.
+        match_norm: rescale each weighted gradient to the norm of the raw one.
+        backend: ``"auto"``, ``"triton"``, ``"numba"`` or ``"torch"``.
+
+    Raises:
+        ValueError: an option that cannot hold.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        *,
+        queue_length: int = 5,
+        min_queue_length: int = MIN_QUEUE_LENGTH,
+        rho: float = 3.0,
+        loss_window: int | None = None,
+        queue_dtype: torch.dtype | None = None,
+        match_norm: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        check_options(
+            queue_length=queue_length,
+            min_queue_length=min_queue_length,
+            rho=rho,
+            loss_window=loss_window,
+            queue_dtype=queue_dtype,
+            backend=backend,
+        )
+        self.params = dict(params)
+        self.queue_length = queue_length
+        self.min_queue_length = min(min_queue_length, queue_length)
+        self.rho = rho
+        self.loss_window = loss_window
+        self.queue_dtype = queue_dtype
+        self.match_norm = match_norm
+        self.backend = backend
+        self._queue: dict[str, Tensor] = {}
+        self._queued: dict[str, Tensor] = {}
+        self._layouts: dict[str, tuple[torch.device, tuple[int, ...]]] = {}
+        self._losses: Tensor | None = None
+        self._statistics: dict[tuple[str, ...], Tensor] = {}
+
+    def weigh_(
+        self,
+        names: Sequence[str],
+        grads: Sequence[Tensor],
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Weight gradients in place and queue the raw ones, all in one launch.
+
+        Args:
+            names: the parameters' names.
+            grads: their gradients, flat, in the memory order of the parameter, of one type and on
+                one device.
+            grad_scale: the loss scale the gradients carry, or None.
+            found_inf: non-zero where the optimizer's step will be skipped, or None.
+        """
+        if not names:
+            return
+        for name, grad in zip(names, grads, strict=True):
+            self._allocate(name, grad.device)
+        ops = engine(grads[0].device, self.backend)
+        queues = [rows(local(self._queue[name])) for name in names]
+        queued = [self._queued[name] for name in names]
+        groups = shard_groups(self.params[names[0]])
+        finite = ops.all_finite(grads)
+        for group in groups:
+            votes = finite.int()
+            dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
+            finite = votes.bool()
+        if found_inf is not None:
+            finite = finite & (found_inf == 0)
+        length = self.effective_length(grads[0].device)
+        statistics = ops.weigh_(
+            grads, queues, queued, finite, rho=self.rho, length=length, grad_scale=grad_scale
+        )
+        for group in groups:
+            dist.all_reduce(statistics, group=group)
+        if self.match_norm and self.rho > 1:
+            rescale_(grads, statistics)
+            statistics[:, 1] = statistics[:, 0]
+        self._statistics[tuple(names)] = statistics
+
+    def _allocate(self, name: str, device: torch.device) -> None:
+        """Give a parameter its ring, or bring a loaded one to the device and memory order."""
+        param, queue = self.params[name], self._queue.get(name)
+        layout = device, param.stride()
+        if self._layouts.get(name) == layout:
+            return
+        self._layouts[name] = layout
+        fresh = new_queue(param, self.queue_length, self.queue_dtype)
+        if queue is not None:
+            fresh.copy_(queue)
+        self._queue[name] = fresh
+        counter = self._queued.get(name, new_counter(param))
+        self._queued[name] = counter.to(local(fresh).device)
+
+    def record_loss(self, loss: Tensor | float) -> None:
+        """Tell the effective length the loss of this step, unscaled; nothing waits for it.
+
+        Args:
+            loss: one number, 0-d or one element.
+        """
+        if self.loss_window is None:
+            return
+        if self._losses is None:
+            device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
+            self._losses = new_losses(self.loss_window, self.queue_length, device)
+        self._losses = record_loss(self._losses, loss)
+
+    def effective_length(self, device: torch.device | None = None) -> Tensor | None:
+        """Return how many of the newest gradients the statistics use, 0-d int64; None for L."""
+        if self.loss_window is None:
+            return None
+        losses = self._losses
+        if losses is None:
+            losses = new_losses(self.loss_window, self.queue_length, device or torch.device("cpu"))
+        bounds = self.min_queue_length, self.queue_length
+        length = effective_length(losses, self.loss_window, *bounds)
+        return length if device is None else length.to(device, non_blocking=True)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the law did in the last step; one transfer to the host, here and only here.
+
+        Returns:
+            ``mean_weight``; ``norm_ratio``, ``|g*| / |g|`` over all parameters; ``saturated_high``
+            and ``saturated_low``, shares of elements at rho and at 1/rho; ``effective_length``.
+            Empty before the first step.
+        """
+        if not self._statistics:
+            return {}
+        tables = [table.double().sum(dim=0) for table in self._statistics.values()]
+        elements = sum(local(self.params[n]).numel() for names in self._statistics for n in names)
+        length = self.effective_length(tables[0].device)
+        if length is None:
+            length = torch.tensor(self.queue_length, device=tables[0].device)
+        total = torch.stack(tables).sum(dim=0)
+        raw, weighted, weight, high, low, used = torch.cat([total, length.reshape(1)]).tolist()
+        return {
+            "mean_weight": weight / elements,
+            "norm_ratio": (weighted / raw) ** 0.5 if raw > 0 else 1.0,
+            "saturated_high": high / elements,
+            "saturated_low": low / elements,
+            "effective_length": used,
+        }
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all rings, counters and losses: equal exactly where those are.
+
+        Waits for the device and reads everything: meant for checks, not for every step.
+        """
+        state = self.state_dict()
+        sha = hashlib.sha256()
+        for name in sorted(state["queue"]):
+            sha.update(name.encode())
+            sha.update(_bytes(state["queue"][name]))
+            sha.update(_bytes(state["queued"][name]))
+        if state["losses"] is not None:
+            sha.update(_bytes(state["losses"]))
+        return sha.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values only, so ``torch.load(weights_only=True)`` reads it.
+
+        Returns:
+            ``queue``: rings ``(L, *param.shape)`` by name; ``queued``: how many gradients each has
+            taken; ``losses``; ``options``.
+        """
+        return {
+            "options": {name: getattr(self, name) for name in _SHAPE_OPTIONS},
+            "losses": self._losses,
+            "queue": dict(self._queue),
+            "queued": dict(self._queued),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state; training continues bit for bit.
+
+        Raises:
+            ValueError: the state belongs to another model or to other options. Nothing is changed.
+        """
+        self._check_saved(state)
+        for name, queue in state["queue"].items():
+            self._queue[name] = queue.detach().clone()
+            self._queued[name] = state["queued"][name].detach().clone()
+        for name in [name for name in self._queue if name not in state["queue"]]:
+            del self._queue[name], self._queued[name]
+        losses = state["losses"]
+        self._losses = None if losses is None else losses.detach().clone()
+        self._layouts.clear()
+        self._statistics.clear()
+
+    def _check_saved(self, state: Mapping[str, Any]) -> None:
+        for name in _SHAPE_OPTIONS:
+            saved = state["options"][name]
+            if saved != getattr(self, name):
+                raise ValueError(
+                    f"the saved queue has {name}={saved}, this one {name}={getattr(self, name)}: "
+                    "build it with the saved value, or start without the saved queue"
+                )
+        for name, queue in state["queue"].items():
+            if name not in self.params:
+                raise ValueError(
+                    f"the saved queue has a parameter {name!r} that this model lacks: "
+                    "it belongs to another model"
+                )
+            if queue.shape[1:] != self.params[name].shape:
+                raise ValueError(
+                    f"the saved queue of {name!r} is for shape {tuple(queue.shape[1:])}, the "
+                    f"parameter has {tuple(self.params[name].shape)}: it belongs to another model"
+                )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Return the content of a tensor in row-major order."""
+    dense = local(tensor).detach().cpu().contiguous()
+    return ctypes.string_at(dense.data_ptr(), dense.numel() * dense.element_size())
