@@ -1,6 +1,10 @@
 """Grad Queue: weight every gradient element by how unusual it is against its own recent past."""
 
+from importlib.metadata import version
+
+from gq_triton.grad_queue import GradQueue
 from gq_triton.optim import GQSGD, GQAdamW
 from gq_triton.ring import scarcity_weight
 
-__all__ = ["GQSGD", "GQAdamW", "scarcity_weight"]
+__all__ = ["GQSGD", "GQAdamW", "GradQueue", "scarcity_weight"]
+__version__ = version("gq_triton")

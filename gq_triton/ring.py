@@ -24,6 +24,7 @@ __all__ = [
     "rows",
     "scarcity_weight",
     "shard_groups",
+    "write_back_",
 ]
 
 # The default of min_queue_length, which gives way to a queue_length below it.
@@ -164,9 +165,20 @@ def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     like = tensor if like is None else like
     if tensor.is_contiguous() and like.is_contiguous():
         return tensor.view(-1)
-    order = sorted(range(like.dim()), key=lambda d: (-like.stride(d), -like.shape[d]))
-    permuted = tensor.permute(order)
+    permuted = tensor.permute(_memory_order(like))
     return permuted.view(-1) if permuted.is_contiguous() else permuted.reshape(-1)
+
+
+def write_back_(tensor: Tensor, values: Tensor, like: Tensor | None = None) -> None:
+    """Copy what ``flat(tensor, like)`` returned back into ``tensor``, unless it was a view."""
+    if tensor.numel() and tensor.data_ptr() != values.data_ptr():
+        permuted = tensor.permute(_memory_order(tensor if like is None else like))
+        permuted.copy_(values.view(permuted.shape))
+
+
+def _memory_order(like: Tensor) -> list[int]:
+    """Return the dimensions of a tensor from the one that strides farthest to the nearest."""
+    return sorted(range(like.dim()), key=lambda d: (-like.stride(d), -like.shape[d]))
 
 
 def rescale_(grads: Sequence[Tensor], statistics: Tensor) -> None:

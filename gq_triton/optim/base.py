@@ -26,6 +26,7 @@ from gq_triton.ring import (
     rescale_,
     rows,
     shard_groups,
+    write_back_,
 )
 
 __all__ = ["QUEUE", "QUEUED", "Batch", "GradQueueOptimizer", "Law"]
@@ -78,11 +79,7 @@ class Batch:
     def write_back(self) -> None:
         """Copy updated parameters home whose memory has no flat view, such as strided slices."""
         for member, updated in zip(self.members, self.params, strict=True):
-            shard = local(member)
-            if shard.numel() and shard.data_ptr() != updated.data_ptr():
-                order = torch.empty_like(shard, memory_format=torch.preserve_format)
-                flat(order, like=shard).copy_(updated)
-                shard.copy_(order)
+            write_back_(local(member), updated)
 
 
 class GradQueueOptimizer(Optimizer):

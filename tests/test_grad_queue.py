@@ -1,0 +1,302 @@
+"""The plug-in without clusters: any optimizer, any loop, weighted once."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gq_triton import GQSGD, GQAdamW, GradQueue, reference
+
+
+def make_model(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def batch(step, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(16, 6, generator=generator, dtype=dtype)
+
+
+def backward(model, step, scale=1.0):
+    model.zero_grad()
+    loss = model(batch(step)).square().mean()
+    (loss * scale).backward()
+    return loss
+
+
+OPTIMIZERS = [
+    lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    lambda params: torch.optim.SGD(params, lr=0.1, fused=True),
+    lambda params: torch.optim.AdamW(params, lr=1e-2),
+    lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
+    lambda params: torch.optim.Adagrad(params, lr=1e-2),
+    lambda params: torch.optim.RMSprop(params, lr=1e-2),
+]
+
+
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_the_optimizer_steps_on_what_the_oracle_weights(make_optimizer, backend):
+    model, twin = make_model(), make_model()
+    optimizer, plain = make_optimizer(model.parameters()), make_optimizer(twin.parameters())
+    GradQueue(model, queue_length=4, backend=backend).attach(optimizer)
+    rings = [reference.Ring(4) for _ in twin.parameters()]
+    for step in range(9):
+        backward(model, step)
+        optimizer.step()
+        backward(twin, step)
+        for param, ring in zip(twin.parameters(), rings, strict=True):
+            raw = param.grad.clone()
+            param.grad.copy_(reference.weighted_gradient(raw, ring.newest()))
+            ring.push(raw)
+        plain.step()
+        for actual, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_it_equals_the_fused_optimizer():
+    model, twin = make_model(), make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    GradQueue(model).attach(optimizer)
+    fused = GQSGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for step in range(9):
+        backward(model, step)
+        optimizer.step()
+        backward(twin, step)
+        fused.step()
+    for actual, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_remove_leaves_a_plain_optimizer_and_keeps_the_queue():
+    model, twin = make_model(), make_model()
+    optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin))
+    queue = GradQueue(model, queue_length=2)
+    handle = queue.attach(optimizer)
+    for step in range(2):
+        for m, o in ((model, optimizer), (twin, plain)):
+            backward(m, step)
+            o.step()
+    handle.remove()
+    handle.remove()
+    digest = queue.digest()
+    for step in range(2, 6):
+        for m, o in ((model, optimizer), (twin, plain)):
+            backward(m, step)
+            o.step()
+    assert queue.digest() == digest
+    for actual, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+    queue.attach(optimizer)
+    backward(model, 6)
+    optimizer.step()
+    assert queue.metrics()["mean_weight"] != 1.0
+
+
+def test_weighting_twice_is_refused():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    queue = GradQueue(model)
+    for own in (GQSGD(model.parameters(), lr=0.1), GQAdamW(model.parameters())):
+        with pytest.raises(ValueError, match="weights its gradients itself"):
+            queue.attach(own)
+    queue.attach(optimizer)
+    with pytest.raises(ValueError, match="weight twice"):
+        queue.attach(optimizer)
+    with pytest.raises(ValueError, match="weight twice"):
+        queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="weight twice"):
+        GradQueue(model).attach(optimizer)
+    with pytest.raises(ValueError, match="belongs to the model"):
+        GradQueue(make_model()).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="Optimizer"):
+        GradQueue(model).attach(model)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_sparse_gradient_is_refused_by_name():
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GradQueue(model).attach(optimizer)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"0\.weight .*sparse=False"):
+        optimizer.step()
+
+
+def test_closures_are_weighed_inside_the_step():
+    model, twin = make_model(), make_model()
+    optimizer, plain = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin))
+    queue, other = GradQueue(model, loss_window=2), GradQueue(twin, loss_window=2)
+    queue.attach(optimizer)
+    other.attach(plain)
+    for step in range(9):
+
+        def closure(step=step):
+            return backward(model, step)
+
+        returned = optimizer.step(closure) if step % 2 else optimizer.step(closure=closure)
+        loss = backward(twin, step)
+        other.record_loss(loss)
+        plain.step()
+        assert torch.equal(torch.as_tensor(returned), loss)
+    assert queue.digest() == other.digest()
+    for actual, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_scale_that_changes_leaves_the_weights_alone(fused):
+    model, twin = make_model(), make_model()
+    optimizer, plain = (torch.optim.AdamW(m.parameters(), fused=fused) for m in (model, twin))
+    queue, other = GradQueue(model), GradQueue(twin)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    queue.attach(optimizer, scaler)
+    other.attach(plain)
+    for step in range(9):
+        model.zero_grad()
+        scaler.scale(model(batch(step)).square().mean()).backward()
+        if step == 7:
+            model[0].weight.grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 7:
+            backward(twin, step)
+            plain.step()
+    assert scaler.get_scale() != 2.0**10
+    assert queue.digest() == other.digest()
+    for actual, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_that_are_not_finite_or_missing_leave_the_queue_clean():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    queue = GradQueue(model, queue_length=2)
+    queue.attach(optimizer)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    before = copy.deepcopy(queue.state_dict())
+    backward(model, 3)
+    model[0].weight.grad[0, 0] = torch.nan
+    raw = model[0].weight.grad.clone()
+    model[0].bias.grad = None
+    optimizer.step()
+    after = queue.state_dict()
+    assert torch.equal(model[0].weight.grad, raw) or torch.equal(
+        model[0].weight.grad.nan_to_num(), raw.nan_to_num()
+    )
+    for name in ("0.weight", "0.bias"):
+        assert torch.equal(after["queue"][name], before["queue"][name])
+        assert int(after["queued"][name]) == 3
+    assert int(after["queued"]["2.weight"]) == 4
+
+
+def test_a_saved_queue_continues_bit_for_bit(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    queue = GradQueue(model, loss_window=2)
+    queue.attach(optimizer)
+    for step in range(7):
+        queue.record_loss(backward(model, step))
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "queue": queue.state_dict()}, tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    other = make_model(seed=1)
+    other.load_state_dict(saved["model"])
+    plain = torch.optim.SGD(other.parameters(), lr=0.1)
+    loaded = GradQueue(other, loss_window=2)
+    loaded.load_state_dict(saved["queue"])
+    loaded.attach(plain)
+    assert loaded.digest() == queue.digest()
+    for step in range(7, 12):
+        for m, o, q in ((model, optimizer, queue), (other, plain, loaded)):
+            q.record_loss(backward(m, step))
+            o.step()
+    assert loaded.digest() == queue.digest()
+    for actual, expected in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_queue_of_another_model_is_refused_and_nothing_changes():
+    model = make_model()
+    queue = GradQueue(model)
+    queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    digest = queue.digest()
+    saved = {"options": {"queue_length": 5, "loss_window": None}, "losses": None}
+    with pytest.raises(ValueError, match=r"'9\.weight'.*another model"):
+        queue.load_state_dict(saved | {"queue": {"9.weight": torch.zeros(5, 2)}})
+    with pytest.raises(ValueError, match=r"'0.weight' is for shape \(2,\)"):
+        queue.load_state_dict(saved | {"queue": {"0.weight": torch.zeros(5, 2)}})
+    with pytest.raises(ValueError, match="queue_length=4, this one queue_length=5"):
+        queue.load_state_dict(
+            saved | {"queue": {}, "options": {"queue_length": 4, "loss_window": None}}
+        )
+    assert queue.digest() == digest
+
+
+def test_metrics_say_what_the_law_did():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    queue = GradQueue(model, queue_length=3)
+    queue.attach(optimizer)
+    assert queue.metrics() == {}
+    history = []
+    for step in range(6):
+        backward(model, step)
+        raw = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        history.append(raw)
+    weights = torch.cat(
+        [
+            reference.scarcity_weight(g, torch.stack([h[i] for h in history[2:5]])).flatten()
+            for i, g in enumerate(history[5])
+        ]
+    )
+    flat = torch.cat([g.flatten() for g in history[5]])
+    metrics = queue.metrics()
+    assert metrics["mean_weight"] == pytest.approx(float(weights.mean()), rel=1e-6)
+    assert metrics["norm_ratio"] == pytest.approx(
+        float((weights * flat).norm() / flat.norm()), rel=1e-6
+    )
+    assert metrics["saturated_high"] == pytest.approx(float((weights == 3).double().mean()))
+    assert metrics["saturated_low"] == pytest.approx(float((weights == 1 / 3).double().mean()))
+    assert metrics["effective_length"] == 3
+    assert metrics["cluster_sizes"] is None
+
+
+def test_match_norm_keeps_every_parameters_norm():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    queue = GradQueue(model, queue_length=3, match_norm=True)
+    queue.attach(optimizer)
+    for step in range(6):
+        backward(model, step)
+        raw = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+    for param, grad in zip(model.parameters(), raw, strict=True):
+        assert not torch.equal(param.grad, grad)
+        torch.testing.assert_close(param.grad.norm(), grad.norm(), rtol=1e-6, atol=0.0)
+    assert queue.metrics()["norm_ratio"] == pytest.approx(1.0)
+
+
+def test_channels_last_and_strided_parameters_keep_their_layout():
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3).double().to(memory_format=torch.channels_last)
+    model.bias = nn.Parameter(torch.randn(4, 2, dtype=torch.float64)[:, 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    GradQueue(model, queue_length=3).attach(optimizer)
+    rings = [reference.Ring(3) for _ in model.parameters()]
+    for step in range(7):
+        model.zero_grad()
+        images = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step)).double()
+        model(images).square().mean().backward()
+        if step % 2:
+            model.weight.grad = model.weight.grad.contiguous()
+        raw = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        for param, grad, ring in zip(model.parameters(), raw, rings, strict=True):
+            expected = reference.weighted_gradient(grad, ring.newest())
+            torch.testing.assert_close(param.grad, expected, rtol=1e-11, atol=1e-14)
+            ring.push(grad)
