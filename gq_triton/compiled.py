@@ -21,11 +21,12 @@ from torch import Tensor
 from gq_triton import eager
 from gq_triton.eager import VARIANCE_FLOOR, Turn, all_finite
 
-__all__ = ["all_finite", "gqadamw_", "gqsgd_", "weigh_"]
+__all__ = ["all_finite", "combine", "gqadamw_", "gqsgd_", "weigh_"]
 
 # Elements of one piece of work: large against the cost of a call, small enough to balance threads.
 CHUNK = 1 << 18
-TILE = 1024
+# Elements that are updated before they are queued: their gradients are still in L1 then.
+TILE = 2048
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 # No reassociation: (q - b) - s must be computed as written for a constant queue to be constant.
@@ -36,12 +37,12 @@ Job = Callable[[], Any]
 
 
 @cache
-def _weight(used: int) -> Callable[..., Any]:
-    """Return the law of one element for an effective length that the compiler can unroll."""
+def _spread(used: int) -> Callable[..., Any]:
+    """Return ``eager.Spread.of`` for one element and an effective length the compiler unrolls."""
 
     @_exact()
-    def weight(ring, stride, slots, slot, j, x, law):
-        low, high, one, share, tiny, floor = law
+    def spread(ring, stride, slots, slot, j, law):
+        _, _, one, share, tiny, floor = law
         newest = slot - 1
         newest = newest + slots if newest < 0 else newest
         base = ring[np.uint64(newest * stride) + j]
@@ -56,14 +57,27 @@ def _weight(used: int) -> Callable[..., Any]:
         mean = total * share
         inverse = one / largest
         scaled = mean * inverse
-        spread = scaled * scaled
+        squares = scaled * scaled
         for age in range(1, used):
             row = slot - 1 - age
             row = row + slots if row < 0 else row
             scaled = ((ring[np.uint64(row * stride) + j] - base) - mean) * inverse
-            spread += scaled * scaled
-        error = abs((x - base) - mean) * inverse
-        z = error / np.sqrt(max(spread * share, floor))
+            squares += scaled * scaled
+        return base, mean, inverse, np.sqrt(max(squares * share, floor))
+
+    return spread
+
+
+@cache
+def _weight(used: int) -> Callable[..., Any]:
+    """Return the law of one element."""
+    spread = _spread(used)
+
+    @_exact()
+    def weight(ring, stride, slots, slot, j, x, law):
+        low, high = law[0], law[1]
+        base, mean, inverse, sigma = spread(ring, stride, slots, slot, j, law)
+        z = (abs((x - base) - mean) * inverse) / sigma
         return min(max(z, low), high)
 
     return weight
@@ -119,19 +133,21 @@ def _sgd_kernel(used: int, has_momentum: bool, nesterov: bool) -> Callable[..., 
     @_exact()
     def kernel(start, stop, ring, stride, slots, slot, grad, unscale, p, buf, law, update):
         sign, decay, momentum, damped, lr = update
-        for i in range(start, stop):
-            j = np.uint64(i)
-            x = grad[j] * unscale
-            g = x * weight(ring, stride, slots, slot, j, x, law)
-            g = sign * g + decay * p[j]
-            if has_momentum:
-                m = momentum * buf[j] + damped * g
-                buf[j] = m
-                g = g + momentum * m if nesterov else m
-            p[j] -= lr * g
-        for i in range(start, stop):
-            j = np.uint64(i)
-            ring[np.uint64(slot * stride) + j] = grad[j] * unscale
+        for tile in range(start, stop, TILE):
+            end = min(tile + TILE, stop)
+            for i in range(tile, end):
+                j = np.uint64(i)
+                x = grad[j] * unscale
+                g = x * weight(ring, stride, slots, slot, j, x, law)
+                g = sign * g + decay * p[j]
+                if has_momentum:
+                    m = momentum * buf[j] + damped * g
+                    buf[j] = m
+                    g = g + momentum * m if nesterov else m
+                p[j] -= lr * g
+            for i in range(tile, end):
+                j = np.uint64(i)
+                ring[np.uint64(slot * stride) + j] = grad[j] * unscale
 
     return kernel
 
@@ -143,20 +159,86 @@ def _adamw_kernel(used: int) -> Callable[..., Any]:
     @_exact()
     def kernel(start, stop, ring, stride, slots, slot, grad, unscale, p, m, v, law, update):
         sign, keep, new1, beta2, new2, inverse_correction, eps, step_size = update
-        for i in range(start, stop):
-            j = np.uint64(i)
-            x = grad[j] * unscale
-            g = sign * x * weight(ring, stride, slots, slot, j, x, law)
-            first = m[j] + new1 * (g - m[j])
-            second = beta2 * v[j] + new2 * g * g
-            m[j] = first
-            v[j] = second
-            p[j] = p[j] * keep - step_size * (first / (np.sqrt(second) * inverse_correction + eps))
-        for i in range(start, stop):
-            j = np.uint64(i)
-            ring[np.uint64(slot * stride) + j] = grad[j] * unscale
+        for tile in range(start, stop, TILE):
+            end = min(tile + TILE, stop)
+            for i in range(tile, end):
+                j = np.uint64(i)
+                x = grad[j] * unscale
+                g = sign * x * weight(ring, stride, slots, slot, j, x, law)
+                first = m[j] + new1 * (g - m[j])
+                second = beta2 * v[j] + new2 * g * g
+                m[j] = first
+                v[j] = second
+                p[j] = p[j] * keep - step_size * (
+                    first / (np.sqrt(second) * inverse_correction + eps)
+                )
+            for i in range(tile, end):
+                j = np.uint64(i)
+                ring[np.uint64(slot * stride) + j] = grad[j] * unscale
 
     return kernel
+
+
+@cache
+def _combine_kernel(used: int) -> Callable[..., Any]:
+    """Return the weighted sum of cluster means."""
+    spread = _spread(used)
+
+    @_exact()
+    def kernel(
+        start, stop, ring, stride, slots, slot, sums, unscale, clusters, raw, out, seen, law
+    ):
+        low, high = law[0], law[1]
+        inverse, portion, sigma_scale, population = clusters
+        buffers = np.empty((7, TILE), sums.dtype)
+        base, mean, shrink, sigma, mass, at_high, at_low = buffers
+        for tile in range(start, stop, TILE):
+            end = min(tile + TILE, stop)
+            count = end - tile
+            total, result = raw[tile:end], out[tile:end]
+            for i in range(count):
+                j = np.uint64(tile + i)
+                base[i], mean[i], shrink[i], sigma[i] = spread(ring, stride, slots, slot, j, law)
+            total[:] = 0
+            result[:] = 0
+            mass[:count] = 0
+            at_high[:count] = 0
+            at_low[:count] = 0
+            for k in range(sums.shape[0]):
+                if population[k] == 0:
+                    continue
+                part = sums[k, tile:end]
+                invert, weigh, widen, share = inverse[k], portion[k], sigma_scale[k], population[k]
+                for i in range(count):
+                    total[i] += part[i]
+                for i in range(count):
+                    c = part[i] * invert
+                    z = (abs((c * unscale - base[i]) - mean[i]) * shrink[i]) / (sigma[i] * widen)
+                    w = min(max(z, low), high)
+                    result[i] += weigh * (w * c)
+                    mass[i] += share * w
+                    at_high[i] += share if w >= high else share - share
+                    at_low[i] += share if w <= low else share - share
+            _combine_sums(total, result, mass, at_high, at_low, unscale, seen)
+
+    return kernel
+
+
+@_sums()
+def _combine_sums(raw, weighted, mass, at_high, at_low, unscale, out):
+    a = b = c = d = e = 0.0
+    for i in range(raw.size):
+        r, w = np.float64(raw[i]) * unscale, np.float64(weighted[i]) * unscale
+        a += r * r
+        b += w * w
+        c += mass[i]
+        d += at_high[i]
+        e += at_low[i]
+    out[0] += a
+    out[1] += b
+    out[2] += c
+    out[3] += d
+    out[4] += e
 
 
 @cache
@@ -352,3 +434,49 @@ def gqadamw_(
             )
         queued[index].add_(1)
     _run(jobs)
+
+
+def combine(
+    sums: Tensor,
+    queue: Tensor,
+    queued: Tensor,
+    *,
+    inverse_shares: Tensor,
+    mixture: Tensor,
+    sigma_scales: Tensor,
+    rho: float,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight the cluster means of one parameter and add them up; see ``eager.combine``."""
+    turn = Turn(queue, queued, True, rho, length)
+    known = sums.dtype in _DTYPES and sums.dtype == queue.dtype
+    dense = sums.is_contiguous() and queue.stride(1) == 1
+    if not (known and dense and turn.rows and sums.numel()) or not bool(torch.isfinite(sums.sum())):
+        settings: dict[str, Any] = {"rho": rho, "length": length, "grad_scale": grad_scale}
+        shares = {"inverse_shares": inverse_shares, "mixture": mixture}
+        return eager.combine(sums, queue, queued, sigma_scales=sigma_scales, **shares, **settings)
+    kind, used = _DTYPES[sums.dtype], len(turn.rows)
+    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    occupied = inverse_shares > 0
+    population = torch.where(occupied, 1.0 / inverse_shares, 0.0)
+    population = population / population.sum()
+    clusters = tuple(
+        values.to(sums.dtype).numpy()
+        for values in (inverse_shares, mixture, sigma_scales, population)
+    )
+    weighted, raw = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+    # A part of a ring: rows keep the distance they have in the whole.
+    stride, slots = queue.stride(0), queue.shape[0]
+    ring = queue.as_strided(((slots - 1) * stride + queue.shape[1],), (1,)).numpy()
+    kernel, law = _combine_kernel(used), _law(kind, rho, used)
+    views = sums.numpy(), kind(unscale), clusters, raw.numpy(), weighted.numpy()
+    pieces = _chunks(sums.shape[1])
+    seen = [np.zeros(5) for _ in pieces]
+    _run(
+        [
+            partial(kernel, start, stop, ring, stride, slots, turn.slot, *views, out, law)
+            for (start, stop), out in zip(pieces, seen, strict=True)
+        ]
+    )
+    return weighted, raw, torch.from_numpy(np.sum(seen, axis=0))

@@ -8,11 +8,12 @@ Shape legend: L = queue slots, E = effective length, P = elements of one paramet
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "gqadamw_", "gqsgd_", "scarcity_weight", "weigh_"]
+__all__ = ["all_finite", "combine", "gqadamw_", "gqsgd_", "scarcity_weight", "weigh_"]
 
 # Elements worked on at a time: 256 KiB of float32, so that a block's intermediates stay in L2.
 BLOCK = 65536
@@ -21,29 +22,43 @@ BLOCK = 65536
 VARIANCE_FLOOR = 1e-36
 
 
-def scarcity_weight(x: Tensor, rows: Sequence[Tensor], rho: float) -> Tensor:
-    """Return ``clip(|x - mu| / sigma, 1/rho, rho)`` from E rows of the shape and type of ``x``.
+class Spread(NamedTuple):
+    """Statistics of a queue, element by element: deviations are taken from one of its rows.
 
-    Deviations are taken from one row of the queue and scaled by the largest of them: a constant
-    queue is then exactly constant, and neither tiny nor huge gradients underflow when squared.
-    The variance is the two-pass one (method.md: never ``E[g^2] - E[g]^2``).
+    Scaled by the largest of them, a constant queue is exactly constant, and neither tiny nor huge
+    gradients underflow when squared. The variance is the two-pass one (never
+    ``E[g^2] - E[g]^2``).
     """
-    base, count = rows[0], len(rows)
-    error = x - base
-    tiny = torch.finfo(x.dtype).tiny
-    if count == 1:
-        spread = torch.zeros_like(error)
-        error.div_(tiny)
-    else:
+
+    base: Tensor  # the newest row
+    mean: Tensor  # of the deviations from it
+    inverse: Tensor  # of the largest deviation
+    sigma: Tensor  # of the scaled deviations
+
+    @staticmethod
+    def of(rows: Sequence[Tensor]) -> "Spread":
+        """Return the statistics of E rows of one shape and type, newest first."""
+        base, count = rows[0], len(rows)
+        tiny = torch.finfo(base.dtype).tiny
+        if count == 1:
+            zeros = torch.zeros_like(base)
+            return Spread(base, zeros, torch.full_like(base, 1 / tiny), zeros + VARIANCE_FLOOR**0.5)
         deviations = torch.stack(list(rows[1:])).sub_(base)
-        largest = deviations.abs().amax(dim=0).clamp_(min=tiny)
-        inverse = largest.reciprocal_()
+        inverse = deviations.abs().amax(dim=0).clamp_(min=tiny).reciprocal_()
         mean = deviations.sum(dim=0).div_(count)
-        error.sub_(mean).mul_(inverse)
-        spread = (mean * inverse).square_()
-        spread.add_(deviations.sub_(mean).mul_(inverse).square_().sum(dim=0))
-    sigma = spread.div_(count).clamp_(min=VARIANCE_FLOOR).sqrt_()
-    return error.abs_().div_(sigma).clamp_(1.0 / rho, rho)
+        squares = (mean * inverse).square_()
+        squares.add_(deviations.sub_(mean).mul_(inverse).square_().sum(dim=0))
+        return Spread(base, mean, inverse, squares.div_(count).clamp_(min=VARIANCE_FLOOR).sqrt_())
+
+    def weight(self, x: Tensor, rho: float, sigma_scale: float = 1.0) -> Tensor:
+        """Return ``clip(|x - mu| / (sigma * sigma_scale), 1/rho, rho)``."""
+        z = (x - self.base).sub_(self.mean).mul_(self.inverse).abs_().div_(self.sigma)
+        return z.div_(sigma_scale).clamp_(1.0 / rho, rho)
+
+
+def scarcity_weight(x: Tensor, rows: Sequence[Tensor], rho: float) -> Tensor:
+    """Return ``clip(|x - mu| / sigma, 1/rho, rho)`` from E rows of the shape and type of ``x``."""
+    return Spread.of(rows).weight(x, rho)
 
 
 class Turn:
@@ -65,6 +80,10 @@ class Turn:
             used = slots if length is None else int(length)
             self.rows = [(oldest - 1 - age) % slots for age in range(used)]
 
+    def spread(self, queue: Tensor, dtype: torch.dtype) -> Spread | None:
+        """Return the statistics of a block of the ring ``(L, n)``; None where every weight is 1."""
+        return Spread.of([queue[row].to(dtype) for row in self.rows]) if self.rows else None
+
     def block(self, grad: Tensor, queue: Tensor, rho: float, inverse_scale: float | None) -> Tensor:
         """Return the weights of one block, or the number 1 as a 0-d tensor, and queue the block.
 
@@ -76,14 +95,17 @@ class Turn:
         """
         raw = grad if inverse_scale is None else grad * inverse_scale
         stored = raw.to(queue.dtype)
-        weights = grad.new_ones(())
-        if self.rows:
-            dtype = torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
-            rows = [queue[row].to(dtype) for row in self.rows]
-            weights = scarcity_weight(stored.to(dtype), rows, rho)
+        dtype = compute_type(grad, queue)
+        spread = self.spread(queue, dtype)
+        weights = grad.new_ones(()) if spread is None else spread.weight(stored.to(dtype), rho)
         if self.slot is not None:
             queue[self.slot].copy_(stored)
         return weights
+
+
+def compute_type(grad: Tensor, queue: Tensor) -> torch.dtype:
+    """Return the type of the arithmetic: float64 where either is, else float32."""
+    return torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -277,3 +299,64 @@ def gqadamw_(
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             p.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-step_size)
         queued[index].add_(vouched)
+
+
+def combine(
+    sums: Tensor,
+    queue: Tensor,
+    queued: Tensor,
+    *,
+    inverse_shares: Tensor,
+    mixture: Tensor,
+    sigma_scales: Tensor,
+    rho: float,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight the cluster means of one parameter and add them up: ``sum_k P_k w(c_k) c_k``.
+
+    Args:
+        sums: ``(K, P)`` sums of the gradients of each cluster's samples, ``c_k = sums_k / share_k``.
+        queue: the ring ``(L, P)``, read only.
+        queued: gradients queued so far, 0-d int64; below L every weight is 1.
+        inverse_shares: ``(K,)`` float64, ``1 / share_k``; 0 for an empty cluster.
+        mixture: ``(K,)`` float64, ``P_k``.
+        sigma_scales: ``(K,)`` float64, what sigma is multiplied by for cluster k.
+        rho: bound of the weight.
+        length: effective length, 0-d int64, or None for L.
+        grad_scale: the loss scale the sums carry, 0-d, or None.
+
+    Returns:
+        The weighted gradient ``(P,)`` and the raw one ``(P,)``, both with the loss scale and in the
+        type of ``sums``; and ``(5,)`` float64 as in ``weigh_``, the last three mean over clusters
+        by population.
+    """
+    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    turn = Turn(queue, queued, bool(torch.isfinite(sums.sum())), rho, length)
+    dtype = compute_type(sums, queue)
+    inverse, portion, scale = inverse_shares.tolist(), mixture.tolist(), sigma_scales.tolist()
+    clusters = [k for k, value in enumerate(inverse) if value > 0]
+    whole = sum(1.0 / inverse[k] for k in clusters)
+    weighted, raw = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+    statistics = torch.zeros(5, dtype=torch.float64)
+    for g, total, ring, out in blocks(sums, raw, queue, weighted):
+        torch.sum(g, dim=0, out=total)
+        spread = turn.spread(ring, dtype)
+        result = torch.zeros_like(total, dtype=dtype)
+        for k in clusters:
+            centroid = g[k].to(dtype) * inverse[k]
+            population = 1.0 / (inverse[k] * whole)
+            if spread is None:
+                statistics[2] += population * total.numel()
+                result.add_(centroid, alpha=portion[k])
+                continue
+            stored = (centroid * unscale).to(ring.dtype).to(dtype)
+            weights = spread.weight(stored, rho, scale[k])
+            result.add_(centroid.mul_(weights), alpha=portion[k])
+            statistics[2] += population * weights.sum(dtype=torch.float64)
+            statistics[3] += population * (weights == rho).sum()
+            statistics[4] += population * (weights == 1.0 / rho).sum()
+        out.copy_(result)
+        statistics[0] += total.double().square().sum() * unscale**2
+        statistics[1] += result.double().square().sum() * unscale**2
+    return weighted, raw, statistics

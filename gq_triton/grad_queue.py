@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gq_triton.cluster_grad import Groups, Mixing
+from gq_triton.cluster_grad.clusters import Clusters
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.queues import Queues
 from gq_triton.ring import MIN_QUEUE_LENGTH, flat, local, write_back_
@@ -44,8 +46,27 @@ class GradQueue:
     element, by ``clip(|g - mu| / sigma, 1/rho, rho)`` (Grad Queue, arXiv 2404.16917, equations 1
     and 2). The user's loop does not change.
 
+    With ``n_clusters`` the samples of every batch are first grouped by their features; each group's
+    mean gradient ``c_k`` is weighted by itself, then they are added up by population (section 3.3,
+    Algorithm 1): ``g* = sum_k p_k w(c_k) c_k``. One ``loss.backward()`` does it.
+
     Args:
         model: the model whose parameters the optimizer updates; a DDP or compiled one may be given.
+        n_clusters: K, groups per batch; None does not group.
+        features: name of the submodule whose output is the feature vector of a sample, the mean
+            over positions where it has several; or ``"output_gradient"``, the gradient at the
+            model's output.
+        clusterer: ``features (B, F) -> labels (B,)`` in place of k-means.
+        population_power: ``a`` in ``p_k = n_k**a / sum_j n_j**a``; 1 is the paper's, 0 weights
+            clusters equally.
+        centroid_scale: ``"paper"`` compares a centroid with sigma, ``"standard_error"`` with
+            ``sigma * sqrt(B / n_k)``.
+        loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over samples.
+        accumulation_steps: A, backward passes whose losses, each divided by A, make one step.
+        mode: ``"one_backward"`` for the layers that ``report`` lists; ``"microbatch"`` for any
+            model, with ``GradQueue.backward(losses)`` and K backward passes.
+        strict: refuse trainable layers that one backward pass cannot cluster; False weights them
+            without clusters and says so once.
         queue_length: L, gradients kept per element.
         min_queue_length: lower bound of the effective length.
         rho: bound of the weight, at least 1; 1 switches the law off.
@@ -73,14 +94,24 @@ class GradQueue:
         self,
         model: nn.Module,
         *,
+        n_clusters: int | None = None,
+        features: str | None = None,
+        clusterer: Callable[[Tensor], Tensor] | None = None,
         queue_length: int = 5,
         min_queue_length: int = MIN_QUEUE_LENGTH,
         rho: float = 3.0,
         loss_window: int | None = None,
         queue_dtype: torch.dtype | None = None,
         match_norm: bool = False,
+        population_power: float = 1.0,
+        centroid_scale: str = "paper",
+        loss_reduction: str = "mean",
+        accumulation_steps: int = 1,
+        mode: str = "one_backward",
+        strict: bool = True,
         backend: str = "auto",
     ) -> None:
+        mixing = Mixing(population_power, centroid_scale, loss_reduction, accumulation_steps)
         self._names = {param: name for name, param in parameter_names(model).items()}
         self._queues = Queues(
             {name: param for param, name in self._names.items()},
@@ -93,6 +124,20 @@ class GradQueue:
             backend=backend,
         )
         self._handle: Handle | None = None
+        self._clusters: Clusters | None = None
+        if n_clusters is None:
+            return
+        self._clusters = Clusters(
+            model,
+            self._names,
+            self._queues,
+            n_clusters=n_clusters,
+            features=features,
+            clusterer=clusterer,
+            mixing=mixing,
+            mode=mode,
+            strict=strict,
+        )
 
     def attach(self, optimizer: Optimizer, grad_scaler: Any = None) -> Handle:
         """Weight the gradients in every ``optimizer.step()`` from now on.
@@ -136,9 +181,14 @@ class GradQueue:
             return (args[0], weighing, *args[2:]), rest
 
         hook = optimizer.register_step_pre_hook(before_step)
+        restore = self._clusters.install() if self._clusters else None
+        if self._clusters and grad_scaler is not None:
+            self._clusters.session.grad_scale = lambda: _scale_of(grad_scaler)
 
         def undo() -> None:
             hook.remove()
+            if restore is not None:
+                restore()
             _attached.discard(optimizer)
             self._handle = None
 
@@ -159,13 +209,14 @@ class GradQueue:
     @torch.no_grad()
     def _weigh(self, optimizer: Optimizer) -> None:
         """Weight what the optimizer is about to use, and queue the raw gradients."""
+        done = self._push_clustered()
         # Set by GradScaler during a step that unscales by itself (fused optimizers).
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         batches: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
         for group in optimizer.param_groups:
             for param in group["params"]:
-                if param.grad is None or param not in self._names:
+                if param.grad is None or self._names.get(param, "") in done | {""}:
                     continue
                 self._check_dense(param)
                 grad, like = local(param.grad), local(param)
@@ -178,6 +229,15 @@ class GradQueue:
             )
             for (_, grad, like), value in zip(batch, values, strict=True):
                 write_back_(grad, value, like)
+
+    def _push_clustered(self) -> set[str]:
+        """Queue the raw gradients that the backward pass kept; return the names it weighted."""
+        if self._clusters is None:
+            return set()
+        session = self._clusters.session
+        session.flush()
+        self._queues.push(session.take_raw(), session.statistics, grad_scale=session.grad_scale())
+        return self._clusters.covered()
 
     def _check_dense(self, param: Tensor) -> None:
         grad = param.grad
@@ -208,7 +268,53 @@ class GradQueue:
             ``cluster_sizes``, None without clusters. Empty before the first step.
         """
         values: dict[str, Any] = dict(self._queues.metrics())
-        return values | {"cluster_sizes": None} if values else values
+        return values | {"cluster_sizes": self.cluster_sizes_} if values else values
+
+    @property
+    def labels_(self) -> Tensor | None:
+        """The cluster of every sample of the last batch, ``(B,)`` int64."""
+        groups = self._last_groups()
+        return None if groups is None else groups.labels
+
+    @property
+    def cluster_sizes_(self) -> list[int] | None:
+        """Samples in each cluster of the last batch."""
+        groups = self._last_groups()
+        return None if groups is None else groups.sizes
+
+    def _last_groups(self) -> Groups | None:
+        last = None if self._clusters is None else self._clusters.last
+        return None if last is None else last.known_groups
+
+    def report(self) -> dict[str, str]:
+        """Return by parameter name how its gradient is handled."""
+        if self._clusters is None:
+            return {
+                name: "whole batch" if p.requires_grad else "frozen"
+                for p, name in self._names.items()
+            }
+        return self._clusters.report()
+
+    def set_sample_weights(self, weights: Tensor | None) -> None:
+        """Say how much each sample of the next batches counts in the loss.
+
+        Args:
+            weights: ``(B,)``, such as the number of tokens of each sequence under a mean per
+                token; None for equal.
+        """
+        if self._clusters is None:
+            raise ValueError("set_sample_weights needs n_clusters")
+        self._clusters.sample_weights = weights
+
+    def backward(self, losses: Tensor) -> None:
+        """Run the K backward passes of ``mode="microbatch"`` in place of ``loss.backward()``.
+
+        Args:
+            losses: per-sample losses ``(B,)``.
+        """
+        if self._clusters is None or self._clusters.mode != "microbatch":
+            raise ValueError('backward(losses) needs n_clusters and mode="microbatch"')
+        self._clusters.backward(losses)
 
     def digest(self) -> str:
         """Return the SHA-256 of the queue: equal exactly where every element of it is."""
@@ -225,3 +331,8 @@ class GradQueue:
             ValueError: the state belongs to another model or other options. Nothing is changed.
         """
         self._queues.load_state_dict(state)
+
+
+def _scale_of(grad_scaler: Any) -> Tensor | None:
+    """Return a GradScaler's scale on its device, None where it does not scale."""
+    return grad_scaler._get_scale_async() if grad_scaler.is_enabled() else None

@@ -14,6 +14,7 @@ from gq_triton.ring import (
     MIN_QUEUE_LENGTH,
     check_options,
     effective_length,
+    flat,
     local,
     new_counter,
     new_losses,
@@ -126,6 +127,74 @@ class Queues:
             rescale_(grads, statistics)
             statistics[:, 1] = statistics[:, 0]
         self._statistics[tuple(names)] = statistics
+
+    def combine(
+        self,
+        name: str,
+        part: tuple[int, int] | Tensor,
+        sums: Tensor,
+        *,
+        inverse_shares: Tensor,
+        mixture: Tensor,
+        sigma_scales: Tensor,
+        grad_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight cluster means of one parameter, or of a part of it, and add them up.
+
+        Args:
+            name: the parameter's name.
+            part: first element and end, in memory order; or the rows ``(U,)`` of a table.
+            sums: gradients summed by cluster, ``(K, elements of the part)``.
+            inverse_shares: ``(K,)``, what makes a cluster's sum its mean; 0 where it is empty.
+            mixture: ``(K,)``, weight of each mean in the result.
+            sigma_scales: ``(K,)``, what sigma is multiplied by.
+            grad_scale: the loss scale the sums carry, or None.
+
+        Returns:
+            The weighted and the raw gradient of the part, flat, and its statistics.
+        """
+        self._allocate(name, sums.device)
+        queue = rows(local(self._queue[name]))
+        if isinstance(part, Tensor):
+            table = queue.view(len(queue), self.params[name].shape[0], -1)
+            queue = table.index_select(1, part).flatten(1)
+        else:
+            queue = queue[:, part[0] : part[1]]
+        return engine(sums.device, self.backend).combine(
+            sums,
+            queue,
+            self._queued[name],
+            inverse_shares=inverse_shares,
+            mixture=mixture,
+            sigma_scales=sigma_scales,
+            rho=self.rho,
+            length=self.effective_length(sums.device),
+            grad_scale=grad_scale,
+        )
+
+    def push(
+        self,
+        raw: Mapping[str, Tensor],
+        statistics: Mapping[str, Tensor],
+        *,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Queue raw gradients that were weighted elsewhere.
+
+        Args:
+            raw: gradients by name, in the shape of their parameters.
+            statistics: what ``combine`` returned for them.
+            grad_scale: the loss scale the gradients carry, or None.
+        """
+        for name, grad in raw.items():
+            self._allocate(name, grad.device)
+            ops = engine(grad.device, self.backend)
+            values = [flat(grad, like=self.params[name])]
+            ops.weigh_(
+                values, [rows(local(self._queue[name]))], [self._queued[name]],
+                ops.all_finite(values), rho=1.0, grad_scale=grad_scale,
+            )  # fmt: skip
+            self._statistics[(name,)] = statistics[name].reshape(1, 5).float()
 
     def _allocate(self, name: str, device: torch.device) -> None:
         """Give a parameter its ring, or bring a loaded one to the device and memory order."""

@@ -1,0 +1,234 @@
+"""Clusters of a model's batches: features in, labels out, gradients weighted in the backward pass."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gq_triton.cluster_grad.convert import Layer, convert, survey
+from gq_triton.cluster_grad.session import Session, in_backward
+from gq_triton.cluster_grad.step import Groups, Mixing, Step
+from gq_triton.clustering import KMeans
+from gq_triton.queues import Queues
+
+__all__ = ["Clusters"]
+
+OUTPUT_GRADIENT = "output_gradient"
+MODES = "one_backward", "microbatch"
+
+
+class Clusters:
+    """Groups the samples of every batch and weights each group's mean gradient.
+
+    Args:
+        model: the model.
+        names: its parameters' names.
+        queues: the rings.
+        n_clusters: K.
+        features: name of the submodule whose output is the feature vector, or
+            ``"output_gradient"``.
+        clusterer: ``features (B, F) -> labels (B,)``; None is k-means.
+        mixing: how the clusters are weighted.
+        mode: ``"one_backward"`` or ``"microbatch"``.
+        strict: refuse trainable layers that one backward pass cannot cluster.
+
+    Raises:
+        ValueError: an option that cannot hold, or a layer that is refused.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: dict[Tensor, str],
+        queues: Queues,
+        *,
+        n_clusters: int,
+        features: str | None,
+        clusterer: Callable[[Tensor], Tensor] | None,
+        mixing: Mixing,
+        mode: str,
+        strict: bool,
+    ) -> None:
+        if features is None:
+            raise ValueError(
+                "n_clusters needs features: the name of the submodule whose output describes a "
+                f'sample, or "{OUTPUT_GRADIENT}"'
+            )
+        if features != OUTPUT_GRADIENT and features not in dict(model.named_modules()):
+            raise ValueError(f"features={features!r} is no submodule of the model")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.model, self.features, self.mixing, self.mode = model, features, mixing, mode
+        self.n_clusters = n_clusters
+        self.kmeans = KMeans(n_clusters) if clusterer is None else None
+        self._clusterer = clusterer or self.kmeans
+        self.session = Session(queues, names, self._assign)
+        self.layers = survey(model) if mode == "one_backward" else []
+        unknown = [layer for layer in self.layers if layer.forward is None]
+        if unknown and strict:
+            listed = ", ".join(f"{a.name or 'model'} ({type(a.module).__name__})" for a in unknown)
+            raise ValueError(
+                f"one backward pass cannot cluster these trainable layers: {listed}; freeze them, "
+                'use mode="microbatch", or strict=False to weight them without clusters'
+            )
+        self.sample_weights: Tensor | None = None
+        self.last: Step | None = None
+
+    def _assign(self, step: Step) -> Groups:
+        if step.features is None:
+            raise RuntimeError(
+                f"features={self.features!r} was not computed in the forward pass that this "
+                "backward pass belongs to"
+            )
+        with torch.no_grad():
+            assert self._clusterer is not None
+            labels = self._clusterer(step.features)
+        if labels.shape != step.features.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"the clusterer must return ({len(step.features)},) integers, got "
+                f"{tuple(labels.shape)} of {labels.dtype}"
+            )
+        clusters = self.n_clusters if self.kmeans else int(labels.max()) + 1
+        self.last = step
+        return Groups.of(labels, clusters, self.mixing, self.sample_weights)
+
+    def install(self) -> Callable[[], None]:
+        """Make the model's backward passes leave weighted gradients; return what undoes it."""
+        session = self.session
+        handles = [
+            self.model.register_forward_pre_hook(self._enter),
+            self.model.register_forward_hook(self._leave, always_call=True),
+        ]
+        if self.features != OUTPUT_GRADIENT:
+            layer = self.model.get_submodule(self.features)
+            handles.append(layer.register_forward_hook(self._capture))
+        handles += session.hooks()
+        restore = convert(self.layers, session) if self.mode == "one_backward" else None
+
+        def undo() -> None:
+            for handle in handles:
+                handle.remove()
+            if restore is not None:
+                restore()
+            session.step = None
+
+        return undo
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if self.session.inside == 0:
+            self.session.begin()
+        self.session.inside += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.session.inside -= 1
+        step = self.session.step
+        if self.features != OUTPUT_GRADIENT or step is None or in_backward():
+            return
+        tensor = _first_tensor(output)
+        if tensor is None or not tensor.requires_grad:
+            return
+        reference = weakref.ref(step)
+
+        def capture(grad: Tensor) -> None:
+            alive = reference()
+            if alive is not None and alive.known_groups is None:
+                alive.features = pooled(grad.detach(), channels_first=grad.dim() > 3)
+
+        tensor.register_hook(capture)
+
+    def _capture(self, module: nn.Module, args: Any, output: Any) -> None:
+        step = self.session.step
+        tensor = _first_tensor(output)
+        if step is None or tensor is None or in_backward() or step.known_groups is not None:
+            return
+        step.features = pooled(tensor.detach(), channels_first=_is_spatial(module))
+
+    def report(self) -> dict[str, str]:
+        """Return by parameter name how it is handled."""
+        how: dict[str, str] = {}
+        names = self.session.names
+        for layer in self.layers:
+            for param in layer.module.parameters(recurse=False):
+                if param in names and param.requires_grad:
+                    kind = type(layer.module).__name__
+                    known = layer.forward is not None
+                    how[names[param]] = f"clusters ({kind})" if known else f"plain ({kind})"
+        if self.mode == "microbatch":
+            how = {name: "clusters (microbatch)" for p, name in names.items() if p.requires_grad}
+        frozen = {name: "frozen" for p, name in names.items() if not p.requires_grad}
+        return how | frozen
+
+    def covered(self) -> set[str]:
+        """Return the names of the parameters whose gradients come out weighted."""
+        return {name for name, how in self.report().items() if how.startswith("clusters")}
+
+    def backward(self, losses: Tensor) -> None:
+        """Run K backward passes, one per cluster, and leave the weighted sum in ``p.grad``.
+
+        Args:
+            losses: ``(B,)`` per-sample losses; the mean of them is what is minimised, or their sum
+                with ``loss_reduction="sum"``.
+        """
+        session, step = self.session, self.session.step
+        if step is None or losses.dim() != 1:
+            raise ValueError(f"backward needs the losses (B,) of a forward pass of the model, got "
+                             f"{tuple(losses.shape)}")  # fmt: skip
+        params = [p for p in session.params.values() if p.requires_grad]
+        count = 1 if self.mixing.loss_reduction == "sum" else len(losses)
+        scale = self.mixing.accumulation_steps
+        whole = losses.sum() / (count * scale)
+        if step.features is None:
+            output = whole  # the hook on the model's output fires on the way to it
+            torch.autograd.grad(output, params, retain_graph=True, allow_unused=True)
+        groups = step.groups
+        if len(groups.labels) != len(losses):
+            raise ValueError(
+                f"backward got {len(losses)} losses for {len(groups.labels)} clustered samples"
+            )
+        sums: list[Tensor | None] = [None] * len(params)
+        clusters = [k for k, size in enumerate(groups.sizes) if size]
+        for number, k in enumerate(clusters):
+            part = (losses * groups.one_hot[k].to(losses)).sum() / (count * scale)
+            more = number + 1 < len(clusters)
+            grads = torch.autograd.grad(part, params, retain_graph=more, allow_unused=True)
+            for index, grad in enumerate(grads):
+                if grad is None:
+                    continue
+                total = sums[index]
+                if total is None:
+                    shape = (len(groups.sizes), *grad.shape)
+                    total = sums[index] = torch.zeros(shape, dtype=grad.dtype, device=grad.device)
+                total[k] = grad
+        for param, total in zip(params, sums, strict=True):
+            if total is not None:
+                grad = session.finish(step, param, total)
+                param.grad = grad if param.grad is None else param.grad + grad
+                session.note(param)
+
+
+def pooled(features: Tensor, channels_first: bool) -> Tensor:
+    """Return one vector per sample, ``(B, F)``: the mean over positions."""
+    if features.dim() <= 2:
+        return features.reshape(len(features), -1)
+    if channels_first:
+        return features.flatten(2).mean(dim=2)
+    return features.flatten(1, -2).mean(dim=1)
+
+
+def _is_spatial(module: nn.Module) -> bool:
+    spatial = "Conv", "BatchNorm", "GroupNorm", "InstanceNorm", "Pool"
+    return any(word in type(module).__name__ for word in spatial) and (
+        type(module).__name__ != "Conv1D"
+    )
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    """Return the first tensor of a model's or layer's output."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        return None
+    return next((value for value in values if isinstance(value, Tensor)), None)

@@ -1,0 +1,182 @@
+"""From the clusters' gradient sums to ``p.grad``: uses, weighting, and the raw mean beside it."""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gq_triton.cluster_grad.step import Groups, Step
+from gq_triton.queues import Queues
+from gq_triton.ring import flat
+
+__all__ = ["Session", "in_backward"]
+
+# Part of a parameter, in its memory order: first element, end, sums by cluster (K, end - first).
+Block = tuple[int, int, Tensor]
+
+
+def in_backward() -> bool:
+    """Return whether a backward pass runs, so that a forward call is a recomputation."""
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Session:
+    """The clustered gradients of one model while its plug-in is attached.
+
+    Args:
+        queues: the rings, read for the weights.
+        names: parameters' names.
+        assign: finds the clusters of a step.
+    """
+
+    def __init__(
+        self, queues: Queues, names: dict[Tensor, str], assign: Callable[[Step], Groups]
+    ) -> None:
+        self.queues = queues
+        self.params = {name: param for param, name in names.items()}
+        self.names = names
+        self.step: Step | None = None
+        # Depth of calls of the model itself; layers called from elsewhere have no clusters.
+        self.inside = 0
+        self.grad_scale: Callable[[], Tensor | None] = lambda: None
+        self.raw: dict[str, Tensor] = {}
+        self.statistics: dict[str, Tensor] = {}
+        self._assign = assign
+        # What p.grad looked like when the last backward pass had added to it: object and version.
+        self._left: dict[str, tuple[int, int]] = {}
+
+    def begin(self) -> None:
+        """Start the step of a forward pass, unless gradients are off or one is recomputed."""
+        if in_backward():
+            return
+        self.step = Step(self._assign) if torch.is_grad_enabled() else None
+
+    def use(self, params: Iterable[Tensor | None]) -> Step | None:
+        """Count one use of parameters in the forward pass; return its step, None without one."""
+        step = self.step
+        if step is not None and not in_backward():
+            for param in params:
+                if param is not None and param.requires_grad:
+                    name = self.names[param]
+                    step.uses[name] = step.uses.get(name, 0) + 1
+        return step
+
+    def give(
+        self, step: Step, param: Tensor, blocks: Iterator[Block], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Take one use's sums by cluster; return the weighted gradient at the last use.
+
+        Args:
+            step: the forward pass they belong to.
+            param: the parameter.
+            blocks: its parts, in memory order, which together cover it.
+            dtype: type of the sums.
+        """
+        name = self.names[param]
+        uses = step.uses.get(name, 1)
+        step.done[name] = step.done.get(name, 0) + 1
+        if uses == 1 and name not in step.pending:
+            step.done[name] = 0
+            return self._combine(step, name, param, blocks, dtype)
+        total = step.pending.get(name)
+        if total is None:
+            shape = len(step.groups.sizes), param.numel()
+            total = step.pending[name] = torch.zeros(shape, dtype=dtype, device=param.device)
+        for start, stop, sums in blocks:
+            total[:, start:stop] += sums
+        if step.done[name] < uses:
+            return None
+        step.done[name] = 0
+        del step.pending[name]
+        return self._combine(step, name, param, iter([(0, param.numel(), total)]), dtype)
+
+    def flush(self) -> None:
+        """Finish parameters of which a use took no part in the backward pass."""
+        step = self.step
+        if step is None:
+            return
+        for name, total in list(step.pending.items()):
+            param = self.params[name]
+            del step.pending[name]
+            blocks = iter([(0, param.numel(), total)])
+            grad = self._combine(step, name, param, blocks, total.dtype)
+            param.grad = grad if param.grad is None else param.grad + grad
+
+    def finish(self, step: Step, param: Tensor, sums: Tensor) -> Tensor:
+        """Return the weighted gradient from complete sums by cluster ``(K, *param.shape)``."""
+        total = torch.stack([flat(part, like=param) for part in sums])
+        blocks = iter([(0, param.numel(), total)])
+        return self._combine(step, self.names[param], param, blocks, sums.dtype)
+
+    def _combine(
+        self, step: Step, name: str, param: Tensor, blocks: Iterator[Block], dtype: torch.dtype
+    ) -> Tensor:
+        """Return the weighted gradient of a parameter and keep the raw one for the queue."""
+        weighted = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        raw = torch.empty_like(weighted)
+        out, mean = flat(weighted, like=param), flat(raw, like=param)
+        statistics = torch.zeros(5, dtype=torch.float64, device=param.device)
+        for start, stop, sums in blocks:
+            part = self._weigh(step, name, (start, stop), sums)
+            out[start:stop], mean[start:stop] = part[0], part[1]
+            statistics += part[2]
+        self.keep(name, raw, statistics)
+        return weighted.to(param.dtype)
+
+    def _weigh(
+        self, step: Step, name: str, part: tuple[int, int] | Tensor, sums: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups = step.groups
+        return self.queues.combine(
+            name, part, sums, inverse_shares=groups.inverse_shares, mixture=groups.mixture,
+            sigma_scales=groups.sigma_scales, grad_scale=self.grad_scale(),
+        )  # fmt: skip
+
+    def combine_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor:
+        """Return the weighted gradient of a table of which only some rows were touched.
+
+        A row that no sample touched has gradient 0 in every cluster, so 0 whatever its weight.
+
+        Args:
+            step: the forward pass.
+            param: the table ``(V, d)``, contiguous.
+            rows: the touched rows ``(U,)`` int64, without repetition.
+            sums: ``(K, U * d)``.
+        """
+        name = self.names[param]
+        part = self._weigh(step, name, rows, sums)
+        weighted, raw = (torch.zeros_like(param, dtype=sums.dtype) for _ in range(2))
+        weighted[rows], raw[rows] = (t.view(len(rows), -1) for t in part[:2])
+        self.keep(name, raw, part[2])
+        return weighted.to(param.dtype)
+
+    def keep(self, name: str, raw: Tensor, statistics: Tensor) -> None:
+        """Keep a raw gradient for the queue, added to those that ``p.grad`` still holds."""
+        grad = self.params[name].grad
+        going_on = grad is not None and self._left.get(name) == (id(grad), grad._version)
+        self.raw[name] = self.raw[name] + raw if going_on and name in self.raw else raw
+        self.statistics[name] = statistics
+
+    def note(self, param: Tensor) -> None:
+        """Remember ``p.grad`` as the backward pass leaves it, to see whether it was reset since."""
+        if param.grad is not None:
+            self._left[self.names[param]] = id(param.grad), param.grad._version
+
+    def take_raw(self) -> dict[str, Tensor]:
+        """Return the raw gradients of this step by name, and forget them."""
+        raw, self.raw, self._left = self.raw, {}, {}
+        return raw
+
+    def hooks(self) -> list[Any]:
+        """Watch the parameters' gradients; return the handles."""
+        session = weakref.ref(self)
+
+        def after(param: Tensor) -> None:
+            alive = session()
+            if alive is not None:
+                alive.note(param)
+
+        params = [param for param in self.params.values() if param.requires_grad]
+        return [param.register_post_accumulate_grad_hook(after) for param in params]

@@ -1,0 +1,121 @@
+"""What one forward pass leaves for its backward pass: features, then the samples' clusters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Groups", "Mixing", "Step"]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How the clusters of a batch are weighted: options of the plug-in.
+
+    Attributes:
+        population_power: ``a`` in ``n_k**a / sum_j n_j**a``; 1 is the paper's, 0 weights equally.
+        centroid_scale: ``"paper"`` compares a centroid with sigma, ``"standard_error"`` with
+            ``sigma * sqrt(B / n_k)``.
+        loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over samples.
+        accumulation_steps: backward passes whose gradients add up to one step.
+    """
+
+    population_power: float = 1.0
+    centroid_scale: str = "paper"
+    loss_reduction: str = "mean"
+    accumulation_steps: int = 1
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The samples of one batch by cluster. K = clusters, B = samples.
+
+    Attributes:
+        labels: cluster of every sample, ``(B,)`` int64.
+        order: samples sorted by cluster, ``(B,)`` int64.
+        sizes: samples in each cluster, K integers on the host.
+        one_hot: ``(K, B)`` in float32 or float64; times per-sample rows it sums them by cluster.
+        inverse_shares: ``(K,)``: a sum over a cluster times this is the cluster's mean gradient,
+            in the unit the queue holds; 0 for an empty cluster.
+        mixture: ``(K,)``: the weight of each mean in the result, in the unit of the loss.
+        sigma_scales: ``(K,)``: what sigma is multiplied by.
+    """
+
+    labels: Tensor
+    order: Tensor
+    sizes: list[int]
+    one_hot: Tensor
+    inverse_shares: Tensor
+    mixture: Tensor
+    sigma_scales: Tensor
+
+    @staticmethod
+    def of(
+        labels: Tensor, clusters: int, mixing: Mixing, sample_weights: Tensor | None
+    ) -> "Groups":
+        """Group samples by their labels ``(B,)`` in ``[0, clusters)``."""
+        labels = labels.to(torch.int64)
+        batch = labels.numel()
+        sizes = torch.bincount(labels, minlength=clusters)
+        one_hot = torch.nn.functional.one_hot(labels, clusters).t()
+        weights = torch.ones_like(labels, dtype=torch.float64)
+        if sample_weights is not None:
+            weights = sample_weights.to(weights)
+        population = one_hot.to(weights) @ weights
+        share = population / (weights.sum() * mixing.accumulation_steps)
+        occupied = sizes > 0
+        power = torch.where(occupied, population**mixing.population_power, 0.0)
+        # The queue holds means over samples; a summed loss has B times larger gradients.
+        unit = float(batch) if mixing.loss_reduction == "sum" else 1.0
+        scales = torch.ones_like(share)
+        if mixing.centroid_scale == "standard_error":
+            scales = (batch * mixing.accumulation_steps / sizes.clamp(min=1)).sqrt().to(share)
+        return Groups(
+            labels=labels,
+            order=torch.argsort(labels, stable=True),
+            sizes=sizes.tolist(),
+            one_hot=one_hot,
+            inverse_shares=torch.where(occupied & (share > 0), 1.0 / (share * unit), 0.0),
+            mixture=power / power.sum() / mixing.accumulation_steps * unit,
+            sigma_scales=scales,
+        )
+
+    def sorted(self, rows: Tensor) -> list[Tensor]:
+        """Split ``(B, ...)`` into the rows of each cluster: K views of one sorted copy."""
+        if len(self.sizes) == 1:
+            return [rows]
+        return list(rows.index_select(0, self.order).split(self.sizes))
+
+    def sums(self, per_sample: Tensor) -> Tensor:
+        """Sum ``(B, N)`` rows by cluster, ``(K, N)``, in a fixed order."""
+        return self.one_hot.to(per_sample.dtype) @ per_sample
+
+
+@dataclass(eq=False)
+class Step:
+    """One forward pass of the model and the clusters of its batch.
+
+    Attributes:
+        features: ``(B, F)``, known after the forward pass or at the start of the backward pass.
+        uses: how often each parameter, by name, was used in the forward pass.
+    """
+
+    assign: Callable[["Step"], Groups]
+    features: Tensor | None = None
+    uses: dict[str, int] = field(default_factory=dict)
+    done: dict[str, int] = field(default_factory=dict)
+    pending: dict[str, Tensor] = field(default_factory=dict)
+    _groups: Groups | None = None
+
+    @property
+    def groups(self) -> Groups:
+        """The clusters, found when the first gradient asks for them."""
+        if self._groups is None:
+            self._groups = self.assign(self)
+        return self._groups
+
+    @property
+    def known_groups(self) -> Groups | None:
+        """The clusters if they were asked for already."""
+        return self._groups

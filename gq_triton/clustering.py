@@ -1,0 +1,347 @@
+"""K-means on the features of one batch: the labels that Grad Queue's clusters come from.
+
+Made for the training loop: the host never waits for the device, centres start where the last
+step's ended, and the bits are the same every time. Results are those of
+``sklearn.cluster.KMeans(algorithm="lloyd", n_init=1)`` from the same start.
+
+Ties: a sample equally near to several centres gets the lowest label; of centres that coincide (to
+rounding) the lowest has all samples; of samples equally far the lowest index is relocated first.
+
+Shapes: B samples, F features, K clusters, T candidates per k-means++ draw, M = min(B, K), any N.
+"""
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, SupportsIndex
+
+import torch
+from torch import Tensor
+
+_CENTERS = "cluster_centers"
+_GENERATOR = "generator"
+_NOT_FINITE = "features must be finite; KMeans(nonfinite='zero') counts NaN and infinity as 0"
+
+
+class _Frame(NamedTuple):
+    """Coordinates of the arithmetic: scaled, so that squares are finite, then centred.
+
+    The scale is a power of two: it rounds nothing. Centred, the squared distances cancel less.
+    """
+
+    unit: Tensor  # () a power of two, at most the largest |feature|
+    mean: Tensor  # (F,) of the scaled features
+
+    def enter(self, centers: Tensor) -> Tensor:
+        """(K, F) in the caller's coordinates -> here, where samples lie within 4 of the origin."""
+        centers = centers.to(self.mean) / self.unit - self.mean
+        return centers.clamp_(-(2.0**40), 2.0**40)  # one left far behind is still far, and finite
+
+    def leave(self, centers: Tensor) -> Tensor:
+        """(K, F) here -> in the caller's coordinates."""
+        return (centers + self.mean) * self.unit
+
+
+def _host_may_read(tensor: Tensor) -> bool:
+    """Whether reading a value costs no wait: on the CPU, outside a traced graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_features(features: Tensor, centers: Tensor | None) -> None:
+    """Raise for what the metadata tells."""
+    if not features.dtype.is_floating_point:
+        raise TypeError(f"features must be floating point, got {features.dtype}; call .float()")
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(
+            f"features must have shape (B >= 1, F >= 1), got {tuple(features.shape)}; "
+            "average or flatten positions first"
+        )
+    if centers is not None and centers.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"features have {features.shape[1]} columns but the centres of this KMeans have "
+            f"{centers.shape[1]}; build a new KMeans for other features"
+        )
+
+
+def _standardise(features: Tensor, nonfinite: str) -> tuple[Tensor, _Frame]:
+    """(B, F) features -> (B, F) samples in their frame: float64 for float64, else float32."""
+    x = features.to(torch.float64 if features.dtype == torch.float64 else torch.float32)
+    if nonfinite == "zero":
+        x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = torch.aminmax(x)
+    peak = torch.maximum(-low, high)  # NaN if any feature is
+    if not _host_may_read(peak):
+        torch._assert_async(peak.isfinite(), _NOT_FINITE)  # pyright: ignore
+    elif not bool(peak.isfinite()):
+        raise ValueError(_NOT_FINITE)
+    mantissa, _ = torch.frexp(peak)  # in [1/2, 1): the quotient below is exact
+    unit = torch.where(peak > 0, peak / (2 * mantissa), 1.0)
+    x = x / unit
+    mean = x.mean(0)
+    return x.sub_(mean), _Frame(unit, mean)
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """(N, F) -> (N,) squared norms."""
+    return torch.linalg.vector_norm(x, dim=1).square()  # pyright: ignore  (torch has no stub)
+
+
+def _cost(x: Tensor, points: Tensor) -> Tensor:
+    """(B, F), (K, F) -> (B, K) squared distances less the squared norms of x, by one product."""
+    return torch.addmm(_row_norms(points), x, points.T, alpha=-2)
+
+
+def _assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, F), (K, F) -> labels (B,) int64 of the nearest centres, and their `_cost` (B,)."""
+    # Centres equal up to the rounding of a mean read the first one's column: they tie, and rounding
+    # cannot spread equal samples over several labels.
+    reach = 64 * torch.finfo(x.dtype).eps * centers.abs().amax(1, keepdim=True)
+    same = torch.cdist(centers, centers, p=math.inf) <= reach
+    cost = _cost(x, centers).index_select(1, same.int().argmax(1))
+    nearest, labels = cost.min(1)  # the first of equal minima
+    return labels, nearest
+
+
+def _relocate(
+    x: Tensor, norms: Tensor, centers: Tensor, labels: Tensor, nearest: Tensor, members: Tensor
+) -> Tensor:
+    """Memberships (K, B) after each empty cluster took the sample farthest from its centre.
+
+    scikit-learn's rule. A sample nearer to its centre than the distances resolve
+    (``eps * ||x||^2``) stays: with fewer distinct samples than clusters some remain empty.
+    """
+    empty = ~members.any(1)
+    if _host_may_read(empty) and not bool(empty.any()):
+        return members
+    # Candidates by the product's distances, exact ones for these M; stable: lowest index first.
+    far = (nearest + norms).sort(descending=True, stable=True).indices[: len(empty)]
+    gap = x.index_select(0, far) - centers.index_select(0, labels.index_select(0, far))
+    gap, order = _row_norms(gap).sort(descending=True, stable=True)
+    far = far.index_select(0, order)
+    far = torch.where(gap > torch.finfo(x.dtype).eps * norms.index_select(0, far), far, -1)
+    # The e-th empty cluster takes the e-th farthest sample, if there is one.
+    rank = empty.cumsum(0) - 1
+    sample = far.index_select(0, rank.clamp(0, len(far) - 1))
+    sample = torch.where(empty & (rank < len(far)), sample, -1)
+    moved = torch.arange(len(x), device=x.device) == sample[:, None]
+    return torch.where(moved.any(0), moved, members)
+
+
+def _update(x: Tensor, norms: Tensor, centers: Tensor, labels: Tensor, nearest: Tensor) -> Tensor:
+    """(K, F) means, by a product: no atomics. What stays empty goes to the largest cluster's."""
+    members = labels == torch.arange(len(centers), device=x.device)[:, None]  # (K, B)
+    members = _relocate(x, norms, centers, labels, nearest, members)
+    sizes = members.sum(1)
+    means = members.to(x.dtype) @ x / sizes.clamp(min=1)[:, None]
+    largest = means.index_select(0, sizes.argmax().view(1))
+    return torch.where((sizes > 0)[:, None], means, largest)
+
+
+def _lloyd(x: Tensor, centers: Tensor, max_iter: int, tol: float) -> tuple[Tensor, Tensor]:
+    """(B, F), (K, F) -> centres (K, F), and iterations until convergence () int64; one graph."""
+    norms = _row_norms(x)
+    limit = tol * norms.sum() / x.numel()
+    done = torch.zeros((), dtype=torch.bool, device=x.device)
+    n_iter = torch.zeros((), dtype=torch.int64, device=x.device)
+    previous = torch.full_like(norms, -1, dtype=torch.int64)
+    for _ in range(max_iter):
+        labels, nearest = _assign(x, centers)
+        moved = _update(x, norms, centers, labels, nearest)
+        n_iter = n_iter + ~done
+        shift = (moved - centers).square().sum()
+        centers = torch.where(done, centers, moved)
+        done = done | (labels == previous).all() | (shift <= limit)
+        previous = labels
+        if _host_may_read(done) and bool(done):
+            break
+    return centers, n_iter
+
+
+def _plus_plus(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+    """(B, F) -> (K, F) seeds, all samples, by greedy k-means++ (Arthur and Vassilvitskii 2007).
+
+    Each seed is the best of T candidates, drawn in proportion to the squared distance to the seeds
+    so far from cumulated integers: exact in any order of summation, so reproducible on a GPU.
+    """
+    shape = n_clusters, 2 + int(math.log(n_clusters))
+    draws = torch.rand(shape, generator=generator, dtype=torch.float64)
+    draws = draws.to(x.device, non_blocking=True)  # the host does not wait
+    norms = _row_norms(x)[:, None]
+    chosen = [(draws[0, :1] * len(x)).long()]
+    closest = (_cost(x, x[chosen[0]]) + norms).clamp_(min=0)  # (B, 1)
+    for draw in draws[1:]:
+        peak = closest.max()
+        share = closest[:, 0] / torch.where(peak > 0, peak, 1.0)
+        cumulated = (share.double() * 2**32).long().cumsum(0)
+        hits = torch.searchsorted(cumulated, (draw * cumulated[-1]).long(), right=True)
+        hits = hits.clamp_(max=len(x) - 1)  # (T,)
+        trial = (_cost(x, x[hits]) + norms).clamp_(min=0).minimum(closest)  # (B, T)
+        best = trial.sum(0).argmin().view(1)
+        closest = trial.index_select(1, best)
+        chosen.append(hits[best])
+    return x[torch.cat(chosen)]
+
+
+class KMeans:
+    """K-means with scikit-learn's names; ``kmeans(features)`` returns labels.
+
+    On a GPU nothing in `fit` waits for the device: all iterations are launched, and once converged
+    they leave the centres as they are. On the CPU the loop ends there, with the same result.
+    Autocast has no effect here; TF32, where it is switched on for float32 products, has.
+
+    k-means++ draws from this object's own generator (on the CPU for every device) and goes on
+    where it stopped: a second start differs from the first. Global generators are left alone.
+
+    Args:
+        n_clusters: K >= 1. If it exceeds the number of distinct samples, the surplus clusters are
+            empty: size 0, and a centre that repeats another.
+        init: "k-means++", or centres (K, F) to start from.
+        max_iter: Lloyd iterations, >= 1; few are enough with a warm start.
+        tol: converged once the squared shift of all centres is at most tol times the mean variance
+            of a feature (scikit-learn's definition), or no label changes.
+        random_state: seed of the generator.
+        warm_start: start from the last fit's (or the loaded) centres where there are some, which
+            saves the K - 1 sequential draws of k-means++ and most iterations, as features drift
+            slowly. False starts from ``init`` every time.
+        nonfinite: "raise" an error for NaN or infinite features, or count such values as "zero":
+            for features that a loss scaler makes overflow now and then.
+
+    Attributes:
+        labels_: (B,) int64, the nearest centre of each sample.
+        cluster_centers_: (K, F) float32, float64 for float64 features; never written in place.
+        cluster_sizes_: (K,) int64, sums to B.
+        inertia_: () sum of squared distances to the nearest centres, dtype of the centres.
+        n_iter_: () int64, iterations until convergence. All on the features' device, set by `fit`.
+
+    Raises:
+        TypeError: ``n_clusters``, ``max_iter`` or ``random_state`` is no integer.
+        ValueError: an argument out of its range, or ``init`` not finite and (K, F).
+
+    Example:
+        >>> import torch
+        >>> kmeans = KMeans(2)
+        >>> labels = kmeans(torch.tensor([[0.0, 1.0], [8.0, 8.0], [0.0, 2.0]]))
+        >>> bool(labels[0] == labels[2]), bool(labels[0] == labels[1])
+        (True, False)
+        >>> sorted(kmeans.cluster_centers_.tolist())
+        [[0.0, 1.5], [8.0, 8.0]]
+    """
+
+    labels_: Tensor
+    cluster_centers_: Tensor
+    cluster_sizes_: Tensor
+    inertia_: Tensor
+    n_iter_: Tensor
+
+    def __init__(
+        self,
+        n_clusters: SupportsIndex,
+        *,
+        init: Literal["k-means++"] | Tensor | Sequence[Sequence[float]] = "k-means++",
+        max_iter: SupportsIndex = 10,
+        tol: float = 1e-4,
+        random_state: SupportsIndex = 0,
+        warm_start: bool = True,
+        nonfinite: Literal["raise", "zero"] = "raise",
+    ) -> None:
+        self.n_clusters = operator.index(n_clusters)
+        self.max_iter = operator.index(max_iter)
+        self.tol = float(tol)
+        self.random_state = operator.index(random_state)
+        self.warm_start = bool(warm_start)
+        self.nonfinite = nonfinite
+        for name, value in (("n_clusters", self.n_clusters), ("max_iter", self.max_iter)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if not 0 <= self.tol < math.inf:
+            raise ValueError(f"tol must be finite and >= 0, got {tol}")
+        if nonfinite not in ("raise", "zero"):
+            raise ValueError(f"nonfinite must be 'raise' or 'zero', got {nonfinite!r}")
+        if isinstance(init, str) and init != "k-means++":
+            raise ValueError(f"init must be 'k-means++' or an array of centres, got {init!r}")
+        self.init = init if isinstance(init, str) else self._checked_centers(init, "init")
+        self._generator = torch.Generator().manual_seed(self.random_state)
+
+    def fit_predict(self, features: Tensor) -> Tensor:
+        """`fit`, then return ``labels_``: (B,) int64 on the features' device."""
+        return self.fit(features).labels_
+
+    __call__ = fit_predict
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> "KMeans":
+        """Cluster one batch.
+
+        Args:
+            features: (B, F), a row per sample, any floating dtype and device; used detached.
+                float16 and bfloat16 are computed in float32.
+
+        Returns:
+            This object, with its attributes set.
+
+        Raises:
+            TypeError: features are not floating point.
+            ValueError: features are not (B, F) with B, F >= 1, have another F than the centres to
+                start from, or hold a NaN or an infinity. On a CUDA device the last comes from
+                ``torch._assert_async``: a RuntimeError at the next synchronisation, after which,
+                as after every device-side assertion, the process cannot use the device.
+        """
+        start = None if isinstance(self.init, str) else self.init
+        if self.warm_start:
+            start = getattr(self, "cluster_centers_", start)
+        _check_features(features, start)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            x, frame = _standardise(features.detach(), self.nonfinite)
+            new = start is None
+            seeds = _plus_plus(x, self.n_clusters, self._generator) if new else frame.enter(start)
+            centers, self.n_iter_ = _lloyd(x, seeds, self.max_iter, self.tol)
+            self.cluster_centers_ = frame.leave(centers)
+            centers = frame.enter(self.cluster_centers_)  # as published: predict gives labels_
+            self.labels_ = _assign(x, centers)[0]
+            clusters = torch.arange(self.n_clusters, device=x.device)
+            self.cluster_sizes_ = (self.labels_ == clusters[:, None]).sum(1)
+            gaps = x.sub_(centers.index_select(0, self.labels_))
+            self.inertia_ = _row_norms(gaps).sum() * frame.unit * frame.unit
+        return self
+
+    @torch.no_grad()
+    def predict(self, features: Tensor) -> Tensor:
+        """Labels (B,) int64 by the centres there are (RuntimeError if none); otherwise as `fit`."""
+        centers: Tensor | None = getattr(self, "cluster_centers_", None)
+        if centers is None:
+            raise RuntimeError("KMeans has no centres yet; call fit or load_state_dict first")
+        _check_features(features, centers)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            x, frame = _standardise(features.detach(), self.nonfinite)
+            return _assign(x, frame.enter(centers))[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run continues from: centres (None before a fit), generator's state."""
+        centers = getattr(self, "cluster_centers_", None)
+        return {_CENTERS: centers, _GENERATOR: self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s, tensors on any device; ValueError if it is not one of this K."""
+        if missing := {_CENTERS, _GENERATOR} - state.keys():
+            raise ValueError(f"KMeans state lacks {sorted(missing)}, has {sorted(state)}")
+        centers = state[_CENTERS]
+        if centers is not None:
+            centers = self._checked_centers(centers, _CENTERS)
+        self._generator.set_state(state[_GENERATOR].cpu())
+        for name in [name for name in vars(self) if name.endswith("_")]:
+            delattr(self, name)  # what an earlier fit left
+        if centers is not None:
+            self.cluster_centers_ = centers
+
+    def _checked_centers(self, array: Tensor | Sequence[Sequence[float]], name: str) -> Tensor:
+        """A private copy of (K, F) centres that the user gave."""
+        centers = torch.as_tensor(array).detach().clone()
+        if not centers.dtype.is_floating_point:
+            centers = centers.double()
+        if centers.ndim != 2 or len(centers) != self.n_clusters or not centers.numel():
+            raise ValueError(
+                f"{name} must have shape ({self.n_clusters}, features), got {tuple(centers.shape)}"
+            )
+        if not bool(centers.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got a NaN or an infinity")
+        return centers
