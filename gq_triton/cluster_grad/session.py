@@ -122,7 +122,7 @@ class Session:
             part = self._weigh(step, name, (start, stop), sums)
             out[start:stop], mean[start:stop] = part[0], part[1]
             statistics += part[2]
-        self.keep(name, raw, statistics)
+        self.keep(step, name, raw, statistics)
         return weighted.to(param.dtype)
 
     def _weigh(
@@ -149,11 +149,12 @@ class Session:
         part = self._weigh(step, name, rows, sums)
         weighted, raw = (torch.zeros_like(param, dtype=sums.dtype) for _ in range(2))
         weighted[rows], raw[rows] = (t.view(len(rows), -1) for t in part[:2])
-        self.keep(name, raw, part[2])
+        self.keep(step, name, raw, part[2])
         return weighted.to(param.dtype)
 
-    def keep(self, name: str, raw: Tensor, statistics: Tensor) -> None:
-        """Keep a raw gradient for the queue, added to those that ``p.grad`` still holds."""
+    def keep(self, step: Step, name: str, raw: Tensor, statistics: Tensor) -> None:
+        """Keep a raw mean gradient for the queue, added to those that ``p.grad`` still holds."""
+        raw = raw if step.groups.unit == 1 else raw / step.groups.unit
         grad = self.params[name].grad
         going_on = grad is not None and self._left.get(name) == (id(grad), grad._version)
         self.raw[name] = self.raw[name] + raw if going_on and name in self.raw else raw

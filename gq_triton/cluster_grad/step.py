@@ -36,6 +36,7 @@ class Groups:
         order: samples sorted by cluster, ``(B,)`` int64.
         sizes: samples in each cluster, K integers on the host.
         one_hot: ``(K, B)`` in float32 or float64; times per-sample rows it sums them by cluster.
+        unit: what a gradient of the loss is divided by to be the mean over samples.
         inverse_shares: ``(K,)``: a sum over a cluster times this is the cluster's mean gradient,
             in the unit the queue holds; 0 for an empty cluster.
         mixture: ``(K,)``: the weight of each mean in the result, in the unit of the loss.
@@ -46,6 +47,7 @@ class Groups:
     order: Tensor
     sizes: list[int]
     one_hot: Tensor
+    unit: float
     inverse_shares: Tensor
     mixture: Tensor
     sigma_scales: Tensor
@@ -76,6 +78,7 @@ class Groups:
             order=torch.argsort(labels, stable=True),
             sizes=sizes.tolist(),
             one_hot=one_hot,
+            unit=unit,
             inverse_shares=torch.where(occupied & (share > 0), 1.0 / (share * unit), 0.0),
             mixture=power / power.sum() / mixing.accumulation_steps * unit,
             sigma_scales=scales,
