@@ -291,7 +291,7 @@ class KMeans:
             start = getattr(self, "cluster_centers_", start)
         _check_features(features, start)
         with torch.autocast(device_type=features.device.type, enabled=False):
-            x, frame = _standardise(features.detach(), self.nonfinite)
+            x, frame = _standardise(features, self.nonfinite)
             new = start is None
             seeds = _plus_plus(x, self.n_clusters, self._generator) if new else frame.enter(start)
             centers, self.n_iter_ = _lloyd(x, seeds, self.max_iter, self.tol)
@@ -312,7 +312,7 @@ class KMeans:
             raise RuntimeError("KMeans has no centres yet; call fit or load_state_dict first")
         _check_features(features, centers)
         with torch.autocast(device_type=features.device.type, enabled=False):
-            x, frame = _standardise(features.detach(), self.nonfinite)
+            x, frame = _standardise(features, self.nonfinite)
             return _assign(x, frame.enter(centers))[0]
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 
@@ -237,6 +237,8 @@ def test_extreme_float32_features_stay_finite(scale):
     assert model.cluster_centers_.isfinite().all()
     labels = model.labels_
     assert labels[0] == labels[1] != labels[2] == labels[3]
+    frame = clustering._Frame(torch.tensor(2.0**-10), torch.zeros(1))
+    assert clustering._assign(x / scale, frame.enter(model.cluster_centers_))[1].isfinite().all()
     model.fit(x / scale * 1e-3)  # from centres that may be far outside
     model.fit(x / scale * 1e-3)
     assert model.cluster_centers_.isfinite().all()
@@ -254,6 +256,7 @@ def test_inertia_never_rises(seed, n_clusters, far):
 
 @quick
 @given(seeds, st.integers(1, 12), st.integers(1, 5), st.integers(1, 40))
+@example(2032, 4, 5, 38)  # two centres equal but for the rounding of a mean
 def test_fewer_distinct_samples_than_clusters(seed, n_clusters, n_distinct, n_samples):
     distinct = normal(seed, n_distinct, 7, dtype=torch.float32)
     pick = torch.randint(n_distinct, (n_samples,), generator=torch.Generator().manual_seed(seed))
