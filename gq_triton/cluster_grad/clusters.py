@@ -62,7 +62,12 @@ class Clusters:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.model, self.features, self.mixing, self.mode = model, features, mixing, mode
         self.n_clusters = n_clusters
-        self.kmeans = KMeans(n_clusters) if clusterer is None else None
+        self.kmeans = None
+        if clusterer is None:
+            # A gradient that a loss scaler let overflow has no cluster to speak of; its step is
+            # skipped anyway.
+            overflow = "zero" if features == OUTPUT_GRADIENT else "raise"
+            self.kmeans = KMeans(n_clusters, nonfinite=overflow)
         self._clusterer = clusterer or self.kmeans
         self.session = Session(queues, names, self._assign)
         self.layers = survey(model) if mode == "one_backward" else []
