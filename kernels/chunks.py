@@ -1,0 +1,110 @@
+# pyright: basic, reportArgumentType=false
+"""Device side of every launch: how a program finds its chunk, and what counts the steps.
+
+Shape legend: N = tensors, L = queue slots, P = elements of one tensor, W = columns of a table.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gq_triton.kernels._launch import Table
+
+# Columns that every table has, in this order.
+NUMEL = tl.constexpr(0)
+INDEX = tl.constexpr(1)
+GRAD = tl.constexpr(2)
+# Columns of tables with a ring buffer; the operation's own follow.
+QUEUED = tl.constexpr(3)
+QUEUE = tl.constexpr(4)
+STRIDE = tl.constexpr(5)
+
+
+@triton.jit
+def find_tensor(starts, n_tensors, chunk):
+    """Return the last row whose first chunk is at most ``chunk``; empty tensors are never it.
+
+    Example: ``starts = [0, 2, 2, 5]`` (the second tensor is empty), chunk 2 gives row 2.
+    """
+    low = tl.full((), 0, tl.int32)
+    high = tl.full((), n_tensors, tl.int32)
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = tl.load(starts + middle) <= chunk
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def chunk_bounds(starts, row, tensor, chunk, CHUNK: tl.constexpr):
+    """Return the chunk's first element (int64) and its number of elements (int32)."""
+    first = (chunk - tl.load(starts + tensor)) * CHUNK
+    count = tl.minimum(tl.load(row + NUMEL) - first, CHUNK)
+    return first, count.to(tl.int32)
+
+
+@triton.jit
+def typed(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return an int64 address as a pointer; without the hint no load would be a vector load."""
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def ring_turn(row, finite_ptr, L: tl.constexpr):
+    """Return the slot to overwrite, whether the law acts, and whether the gradient is queued."""
+    queued = tl.load(typed(tl.load(row + QUEUED), tl.int64, False))
+    finite = tl.full((), True, tl.int1)
+    if finite_ptr is not None:
+        finite = tl.load(finite_ptr + tl.load(row + INDEX)) != 0
+    return queued % L, (queued >= L) & finite, finite
+
+
+@triton.jit
+def unless_found_inf(count, found_inf_ptr):
+    """Return ``count``, or 0 where the whole step must not happen."""
+    if found_inf_ptr is not None:
+        count = tl.where(tl.load(found_inf_ptr) != 0, 0, count)
+    return count
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def _count_kernel(
+    rows, finite_ptr, found_inf_ptr, n_tensors,
+    W: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add ``finite`` to each tensor's queue counter and 1 to its step; one program does all.
+
+    Example: ``finite = [1, 0]`` turns queue counters 5, 5 into 6, 5 and steps 5, 5 into 6, 6.
+    """
+    one = unless_found_inf(tl.full((), 1, tl.int32), found_inf_ptr)
+    for at in range(0, n_tensors, BLOCK):
+        tensor = at + tl.arange(0, BLOCK)
+        mask = tensor < n_tensors
+        row = rows + tensor.to(tl.int64) * W
+        amount = tl.zeros((BLOCK,), tl.int64) + one
+        if finite_ptr is not None:
+            index = tl.load(row + INDEX, mask=mask, other=0)
+            amount = amount * tl.load(finite_ptr + index, mask=mask, other=0)
+        queued = tl.load(row + QUEUED, mask=mask, other=0).to(tl.pointer_type(tl.int64))
+        tl.store(queued, tl.load(queued, mask=mask, other=0) + amount, mask=mask)
+        if STEP > 0:
+            step = tl.load(row + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+            tl.store(step, tl.load(step, mask=mask, other=0.0) + one, mask=mask)
+
+
+def count_(table: Table, finite: Tensor | None, found_inf: Tensor | None, *, step: int = 0) -> None:
+    """Advance the counters of one table's tensors, after everything that reads them.
+
+    Args:
+        table: the tensors.
+        finite: ``(N,)`` uint8 over all tensors of the call, or None: every gradient was queued.
+        found_inf: non-zero where nothing counts, 0-d, or None.
+        step: the column that holds the address of a float32 step, or 0.
+    """
+    _count_kernel[(1,)](
+        table.rows, finite, found_inf, table.n_tensors, W=table.rows.shape[1], STEP=step, BLOCK=256
+    )

@@ -1,0 +1,92 @@
+# pyright: basic, reportArgumentType=false, reportCallIssue=false
+"""Which of many gradients are finite, in one launch per alignment class.
+
+Shape legend: N = tensors, P = elements of one tensor.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gq_triton.kernels._launch import (
+    CHUNK,
+    VECTOR,
+    block_size,
+    check_flat,
+    device_guard,
+    num_warps,
+    tables,
+    triton_dtype,
+)
+from gq_triton.kernels.chunks import GRAD, INDEX, chunk_bounds, find_tensor, typed
+
+__all__ = ["all_finite"]
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def _all_finite_kernel(
+    rows, starts, n_tensors, flags,
+    DTYPE: tl.constexpr, W: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Clear the flag of a tensor whose chunk holds a NaN or an infinity.
+
+    Every program that clears a flag writes the same byte, so the order does not matter.
+
+    Example: tensors ``[1, 2]`` and ``[1, inf]`` turn flags ``[1, 1]`` into ``[1, 0]``.
+    """
+    chunk = tl.program_id(0)
+    tensor = find_tensor(starts, n_tensors, chunk)
+    row = rows + tensor.to(tl.int64) * W
+    first, count = chunk_bounds(starts, row, tensor, chunk, CHUNK)
+    g_ptr = typed(tl.load(row + GRAD), DTYPE, ALIGNED) + first
+    bad = tl.zeros((BLOCK,), tl.int32)
+    full = count // BLOCK * BLOCK
+    for at in range(0, full, BLOCK):
+        g = tl.load(g_ptr + at + tl.arange(0, BLOCK))
+        g = g if DTYPE == tl.float64 else g.to(tl.float32)
+        bad = tl.where(tl.abs(g) < float("inf"), bad, 1)
+    if full < count:
+        offsets = full + tl.arange(0, BLOCK)
+        g = tl.load(g_ptr + offsets, mask=offsets < count, other=0.0)
+        g = g if DTYPE == tl.float64 else g.to(tl.float32)
+        bad = tl.where(tl.abs(g) < float("inf"), bad, 1)
+    if tl.max(bad) > 0:
+        tl.store(flags + tl.load(row + INDEX), tl.full((), 0, tl.uint8))
+
+
+def all_finite(grads: Sequence[Tensor]) -> Tensor:
+    """Return for each gradient whether all of its elements are finite.
+
+    Args:
+        grads: N gradients ``(P,)`` of one dtype: float16, bfloat16, float32 or float64.
+
+    Returns:
+        ``(N,)`` bool on their device; an empty gradient is finite.
+
+    Raises:
+        ValueError: the gradients are not flat or differ in dtype.
+    """
+    if not grads:
+        return torch.ones(0, dtype=torch.bool)
+    device, dtype = grads[0].device, grads[0].dtype
+    rows = [(grad.numel(), index, grad.data_ptr()) for index, grad in enumerate(grads)]
+    with device_guard(device):
+        flags = torch.ones(len(grads), dtype=torch.uint8, device=device)
+        for table in tables(
+            device,
+            rows,
+            (dtype,),
+            check=lambda: check_flat("grads", grads, grads),
+            is_aligned=lambda row: row[2] % VECTOR == 0,
+        ):
+            if table.n_chunks:
+                _all_finite_kernel[(table.n_chunks,)](
+                    table.rows, table.starts, table.n_tensors, flags,
+                    DTYPE=triton_dtype(grads), W=3, ALIGNED=table.aligned,
+                    CHUNK=CHUNK, BLOCK=block_size(dtype, most=8), num_warps=num_warps(device),
+                )  # fmt: skip
+    return flags.view(torch.bool)

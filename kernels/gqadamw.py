@@ -1,0 +1,204 @@
+# pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false
+"""GQAdamW: the law and one step of AdamW for many tensors in one launch per alignment class.
+
+Shape legend: N = tensors, L = queue slots, P = elements of one tensor.
+"""
+
+import math
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gq_triton.kernels._launch import RingLaunch, device_guard, triton_dtype
+from gq_triton.kernels.chunks import (
+    GRAD,
+    QUEUE,
+    STRIDE,
+    chunk_bounds,
+    count_,
+    find_tensor,
+    ring_turn,
+    typed,
+    unless_found_inf,
+)
+from gq_triton.kernels.law import divide, inverse_scale, load, square_root, store, weigh_and_queue
+
+__all__ = ["gqadamw_"]
+
+_PARAM = tl.constexpr(6)
+_EXP_AVG = tl.constexpr(7)
+_EXP_AVG_SQ = tl.constexpr(8)
+_STEP = tl.constexpr(9)
+
+
+@triton.jit
+def _power(log2_base, exponent):
+    """Return ``base ** exponent`` in float64; ``log2_base`` is -inf for base 0."""
+    return tl.exp2(tl.full((), log2_base, tl.float64) * exponent.to(tl.float64))
+
+
+@triton.jit
+def _adamw_block(
+    p_ptr, g_ptr, m_ptr, v_ptr, ring, stride, slot, offsets, mask, active, queue_it, length, low,
+    high, unscale, keep, beta1, gain1, beta2, gain2, correction2, eps, step_size,
+    MAXIMIZE: tl.constexpr, L: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Update one block; the scalars are in the compute type."""
+    g = load(g_ptr + offsets, mask, keep.dtype) * unscale
+    p = load(p_ptr + offsets, mask, keep.dtype)
+    m = load(m_ptr + offsets, mask, keep.dtype)
+    v = load(v_ptr + offsets, mask, keep.dtype)
+    g = g * weigh_and_queue(
+        g, ring, stride, slot, offsets, mask, active, queue_it, length, low, high, L, ALIGNED
+    )
+    if MAXIMIZE:
+        g = -g
+    # Like torch.lerp: from the end that is nearer.
+    m = tl.where(gain1 < 0.5, m + gain1 * (g - m), g - (g - m) * beta1)
+    v = v * beta2 + gain2 * g * g
+    denominator = divide(square_root(v), correction2) + eps
+    p = p * keep - divide(step_size * m, denominator)
+    store(m_ptr + offsets, m, mask)
+    store(v_ptr + offsets, v, mask)
+    store(p_ptr + offsets, p, mask)
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def _gqadamw_kernel(
+    rows, starts, n_tensors, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr,
+    lr: tl.float64, beta1: tl.float64, log2_beta1: tl.float64, beta2: tl.float64,
+    log2_beta2: tl.float64, eps: tl.float64, weight_decay: tl.float64,
+    low: tl.float64, high: tl.float64,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr,
+    V_DTYPE: tl.constexpr, C_DTYPE: tl.constexpr, MAXIMIZE: tl.constexpr, L: tl.constexpr,
+    W: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update one chunk with step number ``t``, one more than the tensor's counter holds.
+
+    ``m = beta1 m + (1 - beta1) g*``, ``v = beta2 v + (1 - beta2) g*^2`` and
+    ``p = (1 - lr wd) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``. What
+    depends on the step alone is formed in float64 and rounded once to ``C_DTYPE``.
+
+    Example: t = 1, m = v = 0, p = 1, wd = 0, g* = 4: m and v are corrected to 4 and 16, so
+    p = 1 - lr * 4 / 4.
+    """
+    chunk = tl.program_id(0)
+    tensor = find_tensor(starts, n_tensors, chunk)
+    row = rows + tensor.to(tl.int64) * W
+    first, count = chunk_bounds(starts, row, tensor, chunk, CHUNK)
+    count = unless_found_inf(count, found_inf_ptr)
+    slot, active, queue_it = ring_turn(row, finite_ptr, L)
+    p_ptr = typed(tl.load(row + _PARAM), P_DTYPE, ALIGNED) + first
+    g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
+    m_ptr = typed(tl.load(row + _EXP_AVG), M_DTYPE, ALIGNED) + first
+    v_ptr = typed(tl.load(row + _EXP_AVG_SQ), V_DTYPE, ALIGNED) + first
+    ring = typed(tl.load(row + QUEUE), Q_DTYPE, ALIGNED) + first
+    stride = tl.load(row + STRIDE)
+    length = None if length_ptr is None else tl.load(length_ptr).to(tl.int32)
+    unscale = inverse_scale(grad_scale_ptr, C_DTYPE)
+    one = tl.full((), 1.0, tl.float64)
+    rate = tl.full((), lr, tl.float64) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
+    step = tl.load(typed(tl.load(row + _STEP), tl.float32, False)) + 1
+    step_size = (rate / (one - _power(log2_beta1, step))).to(C_DTYPE)
+    correction2 = tl.sqrt(one - _power(log2_beta2, step)).to(C_DTYPE)
+    keep = (one - rate * tl.full((), weight_decay, tl.float64)).to(C_DTYPE)
+    gain1 = (one - tl.full((), beta1, tl.float64)).to(C_DTYPE)
+    gain2 = (one - tl.full((), beta2, tl.float64)).to(C_DTYPE)
+    beta1_c = tl.full((), beta1, C_DTYPE)
+    beta2_c = tl.full((), beta2, C_DTYPE)
+    eps_c = tl.full((), eps, C_DTYPE)
+    low_c = tl.full((), low, C_DTYPE)
+    high_c = tl.full((), high, C_DTYPE)
+    full = count // BLOCK * BLOCK
+    for at in range(0, full, BLOCK):
+        _adamw_block(
+            p_ptr, g_ptr, m_ptr, v_ptr, ring, stride, slot, at + tl.arange(0, BLOCK), True,
+            active, queue_it, length, low_c, high_c, unscale,
+            keep, beta1_c, gain1, beta2_c, gain2, correction2, eps_c, step_size,
+            MAXIMIZE, L, ALIGNED,
+        )  # fmt: skip
+    if full < count:
+        offsets = full + tl.arange(0, BLOCK)
+        _adamw_block(
+            p_ptr, g_ptr, m_ptr, v_ptr, ring, stride, slot, offsets, offsets < count,
+            active, queue_it, length, low_c, high_c, unscale,
+            keep, beta1_c, gain1, beta2_c, gain2, correction2, eps_c, step_size,
+            MAXIMIZE, L, ALIGNED,
+        )  # fmt: skip
+
+
+def gqadamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    finite: Tensor | None,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    rho: float,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Take one step of AdamW on weighted gradients, in place, in the order of torch.optim.AdamW.
+
+    The law (Grad Queue, arXiv 2404.16917, equations 1 and 2) acts on the unscaled loss gradient,
+    the weighted gradient enters both moments. Float32 (float64 if a tensor is float64) with one
+    rounding at each store; types may differ from list to list. Bias corrections come from the step
+    on the device: the host waits for nothing.
+
+    Args:
+        params: N parameters ``(P,)``, updated.
+        grads: N gradients ``(P,)``, read only.
+        queues: N ring buffers ``(L, P)`` with contiguous rows; the oldest becomes the raw gradient.
+        queued: N counters, 0-d int64: gradients queued so far, increased.
+        exp_avgs: N first moments ``(P,)``.
+        exp_avg_sqs: N second moments ``(P,)``.
+        steps: N counters of updates, 0-d float32, increased by one.
+        finite: ``(N,)`` bool, or None where `found_inf` vouches for every gradient.
+        lr: learning rate, a number or a 0-d tensor on the device.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled decay.
+        maximize: ascend.
+        rho: bound of the weight, at least 1.
+        length: effective length, 0-d int64, or None for L.
+        grad_scale: the loss scale the gradients carry, 0-d float32, or None.
+        found_inf: non-zero where nothing must be written or counted, 0-d float32, or None.
+
+    Raises:
+        ValueError: the lists disagree in length, shape, dtype or layout.
+    """
+    if not grads:
+        return
+    vectors = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lr_tensor = lr if isinstance(lr, Tensor) else None
+    with device_guard(grads[0].device):
+        ring = RingLaunch(grads, queues, queued, finite, vectors, {"steps": steps})
+        for table in ring.tables:
+            if table.n_chunks:
+                _gqadamw_kernel[(table.n_chunks,)](
+                    table.rows, table.starts, table.n_tensors,
+                    ring.finite, length, grad_scale, found_inf, lr_tensor,
+                    0.0 if isinstance(lr, Tensor) else float(lr), float(beta1), _log2(beta1),
+                    float(beta2), _log2(beta2), float(eps), float(weight_decay), 1.0 / rho,
+                    float(rho), P_DTYPE=triton_dtype(params), M_DTYPE=triton_dtype(exp_avgs),
+                    V_DTYPE=triton_dtype(exp_avg_sqs), MAXIMIZE=maximize,
+                    ALIGNED=table.aligned, **ring.constants,
+                )  # fmt: skip
+            count_(table, ring.finite, found_inf, step=_STEP.value)
+
+
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta > 0 else -math.inf

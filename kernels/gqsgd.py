@@ -1,0 +1,183 @@
+# pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false
+"""GQSGD: the law and one step of SGD for many tensors in one launch per alignment class.
+
+Shape legend: N = tensors, L = queue slots, P = elements of one tensor.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gq_triton.kernels._launch import RingLaunch, device_guard, triton_dtype
+from gq_triton.kernels.chunks import (
+    GRAD,
+    QUEUE,
+    STRIDE,
+    chunk_bounds,
+    count_,
+    find_tensor,
+    ring_turn,
+    typed,
+    unless_found_inf,
+)
+from gq_triton.kernels.law import inverse_scale, load, store, weigh_and_queue
+
+__all__ = ["gqsgd_"]
+
+_PARAM = tl.constexpr(6)
+_BUFFER = tl.constexpr(7)
+
+
+@triton.jit
+def _sgd_block(
+    p_ptr, g_ptr, buffer_ptr, ring, stride, slot, offsets, mask, active, queue_it, length, low,
+    high, unscale, lr, momentum, undamped, weight_decay,
+    DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, FIRST: tl.constexpr,
+    L: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Update one block; the scalars are in the compute type."""
+    g = load(g_ptr + offsets, mask, lr.dtype) * unscale
+    p = load(p_ptr + offsets, mask, lr.dtype)
+    g = g * weigh_and_queue(
+        g, ring, stride, slot, offsets, mask, active, queue_it, length, low, high, L, ALIGNED
+    )
+    if MAXIMIZE:
+        g = -g
+    if DECAY:
+        g = g + weight_decay * p
+    if buffer_ptr is not None:
+        if FIRST:
+            buffer = g
+        else:
+            old = load(buffer_ptr + offsets, mask, lr.dtype)
+            buffer = old * momentum + undamped * g
+        store(buffer_ptr + offsets, buffer, mask)
+        g = g + momentum * buffer if NESTEROV else buffer
+    store(p_ptr + offsets, p - lr * g, mask)
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def _gqsgd_kernel(
+    rows, starts, n_tensors, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr,
+    lr: tl.float64, momentum: tl.float64, undamped: tl.float64, weight_decay: tl.float64,
+    low: tl.float64, high: tl.float64,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, B_DTYPE: tl.constexpr,
+    C_DTYPE: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
+    FIRST: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update one chunk: ``g* = w g``, ``m = momentum m + undamped g*``, ``p = p - lr m``.
+
+    Scalars come in float64 and are rounded once to the compute type ``C_DTYPE``. ``B_DTYPE`` is
+    None without momentum.
+
+    Example: L = 4, rows 1, 1, 1, 5, rho = 3, g = 5, lr = 0.1, p = 1, no momentum: w = 1.732,
+    p = 1 - 0.1 * 8.66 = 0.134; the oldest row becomes 5.
+    """
+    chunk = tl.program_id(0)
+    tensor = find_tensor(starts, n_tensors, chunk)
+    row = rows + tensor.to(tl.int64) * W
+    first, count = chunk_bounds(starts, row, tensor, chunk, CHUNK)
+    count = unless_found_inf(count, found_inf_ptr)
+    slot, active, queue_it = ring_turn(row, finite_ptr, L)
+    p_ptr = typed(tl.load(row + _PARAM), P_DTYPE, ALIGNED) + first
+    g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
+    ring = typed(tl.load(row + QUEUE), Q_DTYPE, ALIGNED) + first
+    stride = tl.load(row + STRIDE)
+    buffer_ptr = None
+    if B_DTYPE is not None:
+        buffer_ptr = typed(tl.load(row + _BUFFER), B_DTYPE, ALIGNED) + first
+    length = None if length_ptr is None else tl.load(length_ptr).to(tl.int32)
+    unscale = inverse_scale(grad_scale_ptr, C_DTYPE)
+    rate = tl.full((), lr, C_DTYPE) if lr_ptr is None else tl.load(lr_ptr).to(C_DTYPE)
+    momentum_c = tl.full((), momentum, C_DTYPE)
+    undamped_c = tl.full((), undamped, C_DTYPE)
+    decay_c = tl.full((), weight_decay, C_DTYPE)
+    low_c = tl.full((), low, C_DTYPE)
+    high_c = tl.full((), high, C_DTYPE)
+    full = count // BLOCK * BLOCK
+    for at in range(0, full, BLOCK):
+        _sgd_block(
+            p_ptr, g_ptr, buffer_ptr, ring, stride, slot, at + tl.arange(0, BLOCK), True,
+            active, queue_it, length, low_c, high_c, unscale, rate, momentum_c, undamped_c, decay_c,
+            DECAY, NESTEROV, MAXIMIZE, FIRST, L, ALIGNED,
+        )  # fmt: skip
+    if full < count:
+        offsets = full + tl.arange(0, BLOCK)
+        _sgd_block(
+            p_ptr, g_ptr, buffer_ptr, ring, stride, slot, offsets, offsets < count,
+            active, queue_it, length, low_c, high_c, unscale, rate, momentum_c, undamped_c, decay_c,
+            DECAY, NESTEROV, MAXIMIZE, FIRST, L, ALIGNED,
+        )  # fmt: skip
+
+
+def gqsgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    finite: Tensor | None,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    rho: float,
+    first: bool,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Take one step of SGD on weighted gradients, in place; the order is that of torch.optim.SGD.
+
+    The law (Grad Queue, arXiv 2404.16917, equations 1 and 2) acts on the unscaled loss gradient;
+    then come the sign of `maximize`, L2 decay, momentum and the update, in float32 (float64 if a
+    tensor is float64) with one rounding at each store. Types may differ from list to list.
+
+    Args:
+        params: N parameters ``(P,)``, updated.
+        grads: N gradients ``(P,)``, read only.
+        queues: N ring buffers ``(L, P)`` with contiguous rows; the oldest becomes the raw gradient.
+        queued: N counters, 0-d int64: gradients queued so far, increased.
+        momentum_buffers: N buffers ``(P,)``, or None without momentum.
+        finite: ``(N,)`` bool, or None where `found_inf` vouches for every gradient.
+        lr: learning rate, a number or a 0-d tensor on the device.
+        momentum: decay of the momentum buffer.
+        dampening: share of the gradient that does not enter the momentum.
+        weight_decay: L2 penalty.
+        nesterov: look one momentum step ahead.
+        maximize: ascend.
+        rho: bound of the weight, at least 1.
+        first: whether the buffers are written for the first time, as the gradient itself.
+        length: effective length, 0-d int64, or None for L.
+        grad_scale: the loss scale the gradients carry, 0-d float32, or None.
+        found_inf: non-zero where nothing must be written or counted, 0-d float32, or None.
+
+    Raises:
+        ValueError: the lists disagree in length, shape, dtype or layout.
+    """
+    if not grads:
+        return
+    buffers = None if momentum == 0 else momentum_buffers
+    vectors = {"params": params} | ({} if buffers is None else {"momentum_buffers": buffers})
+    lr_tensor = lr if isinstance(lr, Tensor) else None
+    with device_guard(grads[0].device):
+        ring = RingLaunch(grads, queues, queued, finite, vectors)
+        for table in ring.tables:
+            if table.n_chunks:
+                _gqsgd_kernel[(table.n_chunks,)](
+                    table.rows, table.starts, table.n_tensors,
+                    ring.finite, length, grad_scale, found_inf, lr_tensor,
+                    0.0 if isinstance(lr, Tensor) else float(lr), float(momentum),
+                    float(1 - dampening), float(weight_decay), 1.0 / rho, float(rho),
+                    P_DTYPE=triton_dtype(params),
+                    B_DTYPE=None if buffers is None else triton_dtype(buffers),
+                    DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize, FIRST=first,
+                    ALIGNED=table.aligned, **ring.constants,
+                )  # fmt: skip
+            count_(table, ring.finite, found_inf)

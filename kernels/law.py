@@ -1,0 +1,221 @@
+# pyright: basic
+"""The law of Grad Queue (arXiv 2404.16917, equations 1 and 2) as device functions.
+
+    z = |x - mu| / sigma,   w = clip(z, 1/rho, rho)
+
+``mu`` and ``sigma`` are the mean and the population standard deviation of the ring buffer, which
+does not hold ``x``. Everything is relative to the newest row ``b`` and to the largest deviation
+``m``: ``d_a = q_a - b``, ``s = sum(d_a) / E``, ``ss = sum(((d_a - s) / m)^2)`` and
+``z = |(x - b) - s| / m / sqrt(ss / E)``. A constant queue then has ``d_a = 0`` exactly: z is 0
+where x equals it and huge where it does not, without a branch or a NaN.
+
+Shape legend: L = queue slots, E = effective length, BLOCK = elements of one block.
+"""
+
+import triton
+import triton.language as tl
+
+# Smallest normal numbers: 1 / m stays finite for a constant queue.
+_TINY32 = tl.constexpr(1.1754943508222875e-38)
+_TINY64 = tl.constexpr(2.2250738585072014e-308)
+# Below any ss / E of a queue that is not constant, above zero; float32 must hold it.
+_VARIANCE_FLOOR = tl.constexpr(1e-36)
+# Rings up to this long stay in registers; longer ones are read a second time, mostly from L1.
+_UNROLL = tl.constexpr(16)
+
+
+@triton.jit
+def divide(x, y):
+    """Return x / y rounded to nearest; ``/`` alone is an approximation in float32 on a GPU."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def square_root(x):
+    """Return sqrt(x) rounded to nearest."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def widen(x, DTYPE: tl.constexpr):
+    """Return ``x`` in the compute type; the interpreter knows bfloat16 to float32 only."""
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Return ``x`` rounded to a storage type; the interpreter knows float32 to bfloat16 only."""
+    if DTYPE == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def load(pointer, mask, DTYPE: tl.constexpr):
+    """Load a block in the compute type, 0 where masked."""
+    return widen(tl.load(pointer, mask=mask, other=0.0), DTYPE)
+
+
+@triton.jit
+def store(pointer, x, mask):
+    """Store a block with one rounding to the tensor's type."""
+    tl.store(pointer, narrow(x, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def to_queue(x, DTYPE: tl.constexpr):
+    """Round ``x`` to the queue's type; what is beyond its largest number becomes that number.
+
+    An infinity in the ring would make every weight NaN for L steps.
+
+    Example: 1e5 becomes 65504 in a float16 queue.
+    """
+    if DTYPE == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    elif DTYPE == tl.bfloat16:
+        x = tl.minimum(tl.maximum(x, -3.3895313892515355e38), 3.3895313892515355e38)
+    elif DTYPE == tl.float32 and x.dtype == tl.float64:
+        x = tl.minimum(tl.maximum(x, -3.4028234663852886e38), 3.4028234663852886e38)
+    return narrow(x, DTYPE)
+
+
+@triton.jit
+def ring_row(ring, stride, slot, age, L: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the pointer to the row of ``age`` (0 = newest): row ``(slot - 1 - age) mod L``."""
+    row = slot - 1 - age
+    row = tl.where(row < 0, row + L, row)
+    pointer = ring + row * stride
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def scarcity_weight(
+    x,
+    ring,
+    stride,
+    slot,
+    offsets,
+    mask,
+    length,
+    low,
+    high,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Return ``clip(z, low, high)`` for one block.
+
+    Args:
+        x: ``(BLOCK,)`` in the compute type, rounded to the queue's type before.
+        ring: pointer to row 0 of the ring buffer at the block's chunk.
+        stride: elements from one row to the next, int64.
+        slot: the row that is overwritten next, int64.
+        offsets: ``(BLOCK,)`` int32 within the chunk.
+        mask: ``(BLOCK,)`` or True.
+        length: effective length, a scalar int32, or None for L.
+        low: ``1 / rho`` in the compute type.
+        high: ``rho`` in the compute type.
+        L: queue slots.
+        ALIGNED: whether rows start at multiples of 16 bytes.
+
+    Example: rows 1, 1, 1, 5 give mu = 2, sigma = sqrt(3); x = 5 gives z = 3 / sqrt(3) = 1.73.
+    """
+    newest = ring_row(ring, stride, slot, 0, L, ALIGNED)
+    base = load(newest + offsets, mask, x.dtype)
+    total = tl.zeros_like(base)
+    largest = tl.zeros_like(base)
+    spread = tl.zeros_like(base)
+    if length is None:
+        used = tl.full((), L, tl.int32)
+    else:
+        used = tl.minimum(tl.maximum(length, 1), L)
+    share = divide(tl.full((), 1.0, x.dtype), used.to(x.dtype))
+    tiny: tl.constexpr = _TINY64 if x.dtype == tl.float64 else _TINY32
+    if L <= _UNROLL:
+        deviations = ()
+        for age in tl.static_range(1, L):
+            row = ring_row(ring, stride, slot, age, L, ALIGNED)
+            if length is None:
+                d = load(row + offsets, mask, x.dtype) - base
+            else:
+                live = age < used
+                d = load(row + offsets, mask & live, x.dtype) - base
+                d = tl.where(live, d, 0.0)
+            total += d
+            largest = tl.maximum(largest, tl.abs(d))
+            deviations = deviations + (d,)
+        mean = total * share
+        inverse = divide(tl.full((), 1.0, x.dtype), tl.maximum(largest, tiny))
+        for age in tl.static_range(1, L):
+            d = (deviations[age - 1] - mean) * inverse
+            if length is not None:
+                d = tl.where(age < used, d, 0.0)
+            spread += d * d
+    else:
+        for age in range(1, used):
+            row = ring_row(ring, stride, slot, age, L, ALIGNED)
+            d = load(row + offsets, mask, x.dtype) - base
+            total += d
+            largest = tl.maximum(largest, tl.abs(d))
+        mean = total * share
+        inverse = divide(tl.full((), 1.0, x.dtype), tl.maximum(largest, tiny))
+        for age in range(1, used):
+            row = ring_row(ring, stride, slot, age, L, ALIGNED)
+            d = load(row + offsets, mask, x.dtype) - base
+            d = (d - mean) * inverse
+            spread += d * d
+    spread += (mean * inverse) * (mean * inverse)
+    sigma = square_root(tl.maximum(spread * share, _VARIANCE_FLOOR))
+    z = divide(tl.abs((x - base) - mean) * inverse, sigma)
+    return tl.minimum(tl.maximum(z, low), high)
+
+
+@triton.jit
+def weigh_and_queue(
+    g,
+    ring,
+    stride,
+    slot,
+    offsets,
+    mask,
+    active,
+    queue_it,
+    length,
+    low,
+    high,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Return the weights of one block of unscaled gradients ``g`` and queue the block.
+
+    Where the scalar ``active`` is False every weight is exactly 1; ``queue_it`` says whether ``g``
+    is written to row ``slot``. The rest is as in `scarcity_weight`.
+
+    Example: L = 1, row 2, g = 2: w = 1 / rho, and the row is 2 again.
+    """
+    stored = to_queue(g, ring.dtype.element_ty)
+    x = widen(stored, g.dtype)
+    w = scarcity_weight(x, ring, stride, slot, offsets, mask, length, low, high, L, ALIGNED)
+    oldest = ring_row(ring, stride, slot, L - 1, L, ALIGNED)
+    # After the loads: with E = L the overwritten row is part of the statistics.
+    tl.store(oldest + offsets, stored, mask=mask & queue_it)
+    return tl.where(active, w, 1.0)
+
+
+@triton.jit
+def inverse_scale(grad_scale_ptr, DTYPE: tl.constexpr):
+    """Return ``1 / grad_scale``, or 1 where gradients are not scaled."""
+    one = tl.full((), 1.0, DTYPE)
+    if grad_scale_ptr is None:
+        return one
+    else:
+        return divide(one, tl.load(grad_scale_ptr).to(DTYPE))

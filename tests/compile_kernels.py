@@ -1,0 +1,121 @@
+# pyright: basic
+"""Compile every kernel ahead of time and print one JSON line per kernel, case and architecture.
+
+Run in a process of its own, without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
+No GPU is needed. ``python tests/compile_kernels.py`` prints what ``test_kernel_compile.py`` judges.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gq_triton.kernels import chunks, finite, gqadamw, gqsgd, weigh
+from gq_triton.kernels._launch import CHUNK, THREADS, block_size
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+F32, BF16, F64 = tl.float32, tl.bfloat16, tl.float64
+TABLE = {"rows": "*i64", "starts": "*i64", "n_tensors": "i32", "finite_ptr": "*u8"}
+AMP = {"length_ptr": "*i64", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "lr_ptr": "*fp32"}
+FULL = {
+    "P_DTYPE": F32, "G_DTYPE": F32, "Q_DTYPE": F32, "B_DTYPE": F32, "M_DTYPE": F32,
+    "V_DTYPE": F32, "C_DTYPE": F32, "DTYPE": F32, "DECAY": True, "NESTEROV": False,
+    "MAXIMIZE": False, "FIRST": False, "L": 5, "ALIGNED": True, "CHUNK": CHUNK,
+    "THREADS": THREADS,
+    "BLOCK": block_size(torch.float32),
+}  # fmt: skip
+NARROW = dict.fromkeys(("P_DTYPE", "G_DTYPE", "Q_DTYPE", "B_DTYPE", "M_DTYPE", "V_DTYPE"), BF16)
+WIDE = dict.fromkeys(NARROW, F64)
+RING_CASES = {
+    "float32": ({}, {}),
+    "bfloat16 queue": ({"Q_DTYPE": BF16}, {}),
+    "all bfloat16": (NARROW | {"BLOCK": block_size(torch.bfloat16)}, {}),
+    "float64": (WIDE | {"C_DTYPE": F64, "BLOCK": block_size(torch.float64)}, {}),
+    "unaligned": ({"ALIGNED": False}, {}),
+    "loss scaler, effective length": ({}, AMP),
+    "L = 12": ({"L": 12}, {}),
+    "L = 20": ({"L": 20}, {}),
+}  # fmt: skip
+
+
+def scalars(kernel: triton.JITFunction) -> dict[str, str]:
+    """Return the types of the kernel's floating scalars, which its annotations fix."""
+    return {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
+
+
+def cases():
+    """Yield (kernel name, case name, kernel, runtime types, constants)."""
+    for name, kernel, width in (
+        ("weigh", weigh._weigh_kernel, 6),
+        ("gqsgd", gqsgd._gqsgd_kernel, 8),
+        ("gqadamw", gqadamw._gqadamw_kernel, 10),
+    ):
+        types = TABLE | ({"partials": "*fp32"} if name == "weigh" else {}) | scalars(kernel)
+        for case, (constants, extra) in RING_CASES.items():
+            used = {key: value for key, value in extra.items() if key in kernel.arg_names}
+            yield name, case, kernel, types | used, FULL | constants | {"W": width}
+    flags = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")} | {"flags": "*u8"}
+    wide = {"BLOCK": block_size(torch.float32, most=8), "W": 3}
+    yield "all_finite", "float32", finite._all_finite_kernel, flags, FULL | wide
+    narrow = {"DTYPE": BF16, "BLOCK": block_size(torch.bfloat16, most=8), "W": 3}
+    yield "all_finite", "all bfloat16", finite._all_finite_kernel, flags, FULL | narrow
+    count = {key: TABLE[key] for key in ("rows", "n_tensors", "finite_ptr")}
+    count |= {"found_inf_ptr": "*fp32"}
+    yield "count", "steps", chunks._count_kernel, count, {"W": 10, "STEP": 9, "BLOCK": 256}
+    total = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")}
+    total |= {"n_chunks": "i32", "partials": "*fp32", "sums": "*fp32"}
+    yield "total", "float32", weigh._total_kernel, total, {"W": 6, "BLOCK": 128}
+
+
+def compile_for(target: GPUTarget, kernel: triton.JITFunction, types: dict, constants: dict):
+    """Return the compiled kernel; arguments that are neither typed nor named are None."""
+    unused = [name for name in kernel.arg_names if name not in types]
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, {name: constants.get(name) for name in unused}, {})
+    warps = 4 if constants.get("CHUNK") is None else THREADS // target.warp_size
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Return registers, stack and shared memory of a cubin, in bytes where they are memory."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {n: int(re.findall(rf"{n}:(\d+)", text)[-1]) for n in ("REG", "STACK", "SHARED")}
+
+
+def main() -> None:
+    """Print one JSON line per kernel, case and architecture."""
+    for name, case, kernel, types, constants in cases():
+        for arch, target in TARGETS.items():
+            compiled = compile_for(target, kernel, types, constants)
+            line: dict[str, object] = {"kernel": name, "case": case, "arch": arch}
+            lines = re.findall(r"tt\.(?:load|store) .*", compiled.asm["ttgir"])
+            layouts = re.findall(r"tensor<\d+x!tt\.ptr<\w+>, (#\w+)>", "".join(lines))
+            line["layouts"] = len(set(layouts))
+            if "cubin" in compiled.asm:
+                line |= resources(compiled.asm["cubin"])
+                accesses = re.findall(r"(?:ld|st)\.global[\w.:]*", compiled.asm["ptx"])
+                line["accesses"] = Counter(accesses)
+            sys.stdout.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

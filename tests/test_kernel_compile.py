@@ -1,0 +1,76 @@
+"""What the compiler makes of the kernels, ahead of time: no spills, vector loads, one layout."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+RINGS = ("weigh", "gqsgd", "gqadamw")
+pytestmark = pytest.mark.slow
+
+
+@cache
+def compiled():
+    """Return one dict per kernel, case and architecture, from a process that does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def select(*, kernels=None, case=None, archs=NVIDIA):
+    """Return the chosen dicts, at least one."""
+    chosen = [
+        entry
+        for entry in compiled()
+        if entry["arch"] in archs
+        and (kernels is None or entry["kernel"] in kernels)
+        and (case is None or entry["case"] == case)
+    ]
+    assert chosen
+    return chosen
+
+
+@pytest.mark.parametrize("arch", [*NVIDIA, "gfx942"])
+def test_every_kernel_compiles(arch):
+    kernels = {entry["kernel"] for entry in select(archs=(arch,))}
+    assert kernels == {*RINGS, "all_finite", "count", "total"}
+
+
+def test_nothing_spills():
+    spilled = [entry for entry in select() if entry["STACK"] != 0]
+    assert spilled == []
+
+
+def test_float32_loads_and_stores_are_16_bytes_wide():
+    """One access of 16 bytes per tensor and row, in the loop over full blocks."""
+    tensors = {"weigh": (6, 2), "gqsgd": (8, 3), "gqadamw": (9, 4)}
+    for entry in select(kernels=RINGS, case="float32"):
+        loads, stores = tensors[entry["kernel"]]
+        assert entry["accesses"]["ld.global.v4.b32"] == loads
+        assert entry["accesses"]["st.global.v4.b32"] == stores
+    for entry in select(kernels=("all_finite",)):
+        assert entry["accesses"]["ld.global.v4.b32"] >= 1
+
+
+def test_float64_loads_are_16_bytes_wide():
+    for entry in select(kernels=RINGS, case="float64"):
+        assert entry["accesses"]["ld.global.v2.b64"] >= 6
+
+
+def test_unaligned_tensors_get_no_vector_access():
+    for entry in select(kernels=RINGS, case="unaligned"):
+        assert not [name for name in entry["accesses"] if ".v2." in name or ".v4." in name]
+
+
+def test_an_element_belongs_to_one_thread():
+    """Different layouts would let a slot be overwritten before another thread has read it."""
+    several = [e for e in select(kernels=RINGS, archs=(*NVIDIA, "gfx942")) if e["layouts"] != 1]
+    assert several == []
