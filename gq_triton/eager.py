@@ -260,19 +260,20 @@ def gqadamw_(
     if found_inf is not None and bool(found_inf):
         return
     inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
-    rate = float(lr)
+    # A learning rate that is a tensor is worked with in its own type, as torch does.
+    keep = float(1 - lr * weight_decay)
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         vouched = True if finite is None else bool(finite[index])
         turn = Turn(queue, queued[index], vouched, rho, length)
         steps[index].add_(1)
         step = float(steps[index])
-        step_size = rate / (1 - beta1**step)
+        step_size = float(lr / (1 - beta1**step))
         correction = (1 - beta2**step) ** 0.5
         moments = exp_avgs[index], exp_avg_sqs[index]
         for p, g, ring, m, v in blocks(param, grad, queue, *moments):
             g = _unscaled(g, turn.block(g, ring, rho, inverse_scale), inverse_scale)
             g = -g if maximize else g
-            p.mul_(1 - rate * weight_decay)
+            p.mul_(keep)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             p.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-step_size)
