@@ -75,7 +75,7 @@ class Turn:
             inverse_scale: what undoes the loss scale, or None.
         """
         raw = grad if inverse_scale is None else grad * inverse_scale
-        stored = raw.to(queue.dtype)
+        stored = to_queue(raw, queue.dtype)
         weights = grad.new_ones(())
         if self.rows:
             dtype = torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
@@ -84,6 +84,17 @@ class Turn:
         if self.slot is not None:
             queue[self.slot].copy_(stored)
         return weights
+
+
+def to_queue(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the queue's type; what is beyond its largest number becomes that number.
+
+    An infinity in the ring would make every weight NaN for L steps.
+    """
+    if torch.finfo(dtype).max < torch.finfo(grad.dtype).max:
+        largest = torch.finfo(dtype).max
+        grad = grad.clamp(-largest, largest)
+    return grad.to(dtype)
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

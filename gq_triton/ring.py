@@ -69,7 +69,7 @@ def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
         raise ValueError(f"grad is on {grad.device}, queue on {queue.device}: move one of them")
     dtype = torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
     with torch.no_grad():
-        x = grad.to(queue.dtype).to(dtype)
+        x = eager.to_queue(grad, queue.dtype).to(dtype)
         weights = eager.scarcity_weight(x, queue.to(dtype).unbind(0), rho)
         known = torch.isfinite(queue).all(dim=0) & torch.isfinite(grad).all()
         return torch.where(known, weights, torch.ones_like(weights))

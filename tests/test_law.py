@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gq_triton import reference, ring, scarcity_weight
+from gq_triton import GQSGD, reference, ring, scarcity_weight
 
 LAWS = {"public": scarcity_weight, "oracle": reference.scarcity_weight}
 
@@ -363,3 +363,18 @@ def test_every_test_named_in_the_method_exists():
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 30
     assert named <= set(re.findall(r"^def (test_\w+)", sources, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_gradient_beyond_the_queues_range_saturates(backend):
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = GQSGD([param], lr=1.0, queue_length=3, queue_dtype=torch.float16, backend=backend)
+    ring = reference.Ring(3)
+    for step in range(9):
+        param.grad = torch.tensor([1e5, 1.0, -1e6]) * (1 + step % 3)
+        before, raw = param.detach().clone(), param.grad.clone()
+        weighted = reference.weighted_gradient(raw, ring.newest())
+        ring.push(raw, torch.float16)
+        optimizer.step()
+        torch.testing.assert_close(before.double() - weighted, param.double(), rtol=1e-5, atol=0.0)
+        assert torch.isfinite(optimizer.state[param]["queue"]).all()
