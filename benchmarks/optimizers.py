@@ -3,8 +3,8 @@
     python benchmarks/optimizers.py
     python benchmarks/optimizers.py --models resnet50 --threads 2 --backend torch
 
-Each line is a pair: our step and torch's fused step over the same shapes, timed in turns, medians of
-``--repeats``. The queue is full and every weight is computed. On a GPU the script adds the
+Each line is a pair: our step and torch's fused step over the same shapes, timed in turns, medians
+of ``--repeats``. The queue is full and every weight is computed. On a GPU the script adds the
 throughput in GB/s, from the bytes that the update must move, and its share of a copy measured in
 the same run.
 """

@@ -1,4 +1,4 @@
-"""Parameter shapes of real models, so that a benchmark needs neither the models nor their packages."""
+"""Parameter shapes of real models: a benchmark needs neither the models nor their packages."""
 
 
 def resnet50() -> list[tuple[int, ...]]:

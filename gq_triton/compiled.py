@@ -408,7 +408,8 @@ def gqadamw_(
         rho=rho, length=length, grad_scale=grad_scale,
     )  # fmt: skip
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    rate = float(lr)
+    # A learning rate that is a tensor is worked with in its own type, as torch does.
+    keep = float(1 - lr * weight_decay)
     jobs: list[Job] = []
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         turn = Turn(queue, queued[index], finite is None or bool(finite[index]), rho, length)
@@ -422,8 +423,8 @@ def gqadamw_(
         steps[index].add_(1)
         step = float(steps[index])
         hyper = (
-            -1.0 if maximize else 1.0, 1 - rate * weight_decay, 1 - beta1, beta2, 1 - beta2,
-            (1 - beta2**step) ** -0.5, eps, rate / (1 - beta1**step),
+            -1.0 if maximize else 1.0, keep, 1 - beta1, beta2, 1 - beta2,
+            (1 - beta2**step) ** -0.5, eps, float(lr / (1 - beta1**step)),
         )  # fmt: skip
         kind, used = _DTYPES[param.dtype], len(turn.rows)
         tensors = grad.numpy(), kind(unscale), param.numpy(), *(t.numpy() for t in moments)

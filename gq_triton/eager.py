@@ -94,7 +94,7 @@ class Turn:
             inverse_scale: what undoes the loss scale, or None.
         """
         raw = grad if inverse_scale is None else grad * inverse_scale
-        stored = raw.to(queue.dtype)
+        stored = to_queue(raw, queue.dtype)
         dtype = compute_type(grad, queue)
         spread = self.spread(queue, dtype)
         weights = grad.new_ones(()) if spread is None else spread.weight(stored.to(dtype), rho)
@@ -106,6 +106,17 @@ class Turn:
 def compute_type(grad: Tensor, queue: Tensor) -> torch.dtype:
     """Return the type of the arithmetic: float64 where either is, else float32."""
     return torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
+
+
+def to_queue(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the queue's type; what is beyond its largest number becomes that number.
+
+    An infinity in the ring would make every weight NaN for L steps.
+    """
+    if torch.finfo(dtype).max < torch.finfo(grad.dtype).max:
+        largest = torch.finfo(dtype).max
+        grad = grad.clamp(-largest, largest)
+    return grad.to(dtype)
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -282,19 +293,20 @@ def gqadamw_(
     if found_inf is not None and bool(found_inf):
         return
     inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
-    rate = float(lr)
+    # A learning rate that is a tensor is worked with in its own type, as torch does.
+    keep = float(1 - lr * weight_decay)
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         vouched = True if finite is None else bool(finite[index])
         turn = Turn(queue, queued[index], vouched, rho, length)
         steps[index].add_(1)
         step = float(steps[index])
-        step_size = rate / (1 - beta1**step)
+        step_size = float(lr / (1 - beta1**step))
         correction = (1 - beta2**step) ** 0.5
         moments = exp_avgs[index], exp_avg_sqs[index]
         for p, g, ring, m, v in blocks(param, grad, queue, *moments):
             g = _unscaled(g, turn.block(g, ring, rho, inverse_scale), inverse_scale)
             g = -g if maximize else g
-            p.mul_(1 - rate * weight_decay)
+            p.mul_(keep)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             p.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-step_size)
@@ -350,7 +362,7 @@ def combine(
                 statistics[2] += population * total.numel()
                 result.add_(centroid, alpha=portion[k])
                 continue
-            stored = (centroid * unscale).to(ring.dtype).to(dtype)
+            stored = to_queue(centroid * unscale, ring.dtype).to(dtype)
             weights = spread.weight(stored, rho, scale[k])
             result.add_(centroid.mul_(weights), alpha=portion[k])
             statistics[2] += population * weights.sum(dtype=torch.float64)

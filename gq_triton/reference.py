@@ -20,6 +20,7 @@ __all__ = [
     "effective_length",
     "scarcity_weight",
     "sgd_update",
+    "stored",
     "weighted_gradient",
 ]
 
@@ -44,7 +45,7 @@ def scarcity_weight(
     """
     if not bool(torch.isfinite(grad).all()):
         return torch.ones(grad.shape, dtype=torch.float64, device=grad.device)
-    g = grad.to(queue.dtype).double()
+    g = stored(grad, queue.dtype).double()
     q = queue.double()
     mu = q.mean(dim=0)
     sigma = (q - mu).square().mean(dim=0).sqrt() * sigma_scale
@@ -55,6 +56,12 @@ def scarcity_weight(
         (g - mu).abs() / sigma,
     )
     return z.clamp(1.0 / rho, rho)
+
+
+def stored(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what a queue of ``dtype`` keeps of a finite gradient: rounded, and still finite."""
+    largest = torch.finfo(dtype).max
+    return grad.double().clamp(-largest, largest).to(dtype)
 
 
 def weighted_gradient(
@@ -146,7 +153,7 @@ class Ring:
     def push(self, grad: Tensor, dtype: torch.dtype | None = None) -> None:
         """Append ``grad`` and forget the oldest, unless it holds a NaN or an infinity."""
         if bool(torch.isfinite(grad).all()):
-            self.gradients.append(grad.detach().clone().to(dtype or grad.dtype))
+            self.gradients.append(stored(grad.detach().clone(), dtype or grad.dtype))
             self.gradients = self.gradients[-self.length :]
 
 

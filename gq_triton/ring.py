@@ -69,9 +69,10 @@ def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
         raise ValueError(f"grad is on {grad.device}, queue on {queue.device}: move one of them")
     dtype = torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
     with torch.no_grad():
-        x = grad.to(queue.dtype).to(dtype)
-        weights = eager.scarcity_weight(x, queue.to(dtype).unbind(0), rho).nan_to_num_(nan=1.0)
-        return torch.where(torch.isfinite(grad).all(), weights, torch.ones_like(weights))
+        x = eager.to_queue(grad, queue.dtype).to(dtype)
+        weights = eager.scarcity_weight(x, queue.to(dtype).unbind(0), rho)
+        known = torch.isfinite(queue).all(dim=0) & torch.isfinite(grad).all()
+        return torch.where(known, weights, torch.ones_like(weights))
 
 
 def check_rho(rho: float) -> None:
@@ -103,8 +104,10 @@ def check_options(
         )
     if loss_window is not None and (int(loss_window) != loss_window or loss_window < 1):
         raise ValueError(f"loss_window must be None or an integer >= 1, got {loss_window}")
-    if queue_dtype is not None and not queue_dtype.is_floating_point:
-        raise ValueError(f"queue_dtype must be None or a floating type, got {queue_dtype}")
+    if queue_dtype is not None and not (queue_dtype.is_floating_point and queue_dtype.itemsize > 1):
+        raise ValueError(
+            f"queue_dtype must be None or a floating type of 16 bits or more, got {queue_dtype}"
+        )
     check_backend(backend)
 
 
@@ -203,8 +206,10 @@ def new_losses(window: int, longest: int, device: torch.device) -> Tensor:
 
 def record_loss(losses: Tensor, loss: Tensor | float) -> Tensor:
     """Return the history with ``loss`` as its newest entry, without waiting for the device."""
-    value = torch.as_tensor(loss).detach().to(losses).reshape(1)
-    return torch.cat([value, losses[:-1]])
+    value = torch.as_tensor(loss).detach()
+    if value.numel() != 1:
+        raise ValueError(f"loss must be one number, got a tensor of shape {tuple(value.shape)}")
+    return torch.cat([value.to(losses).reshape(1), losses[:-1]])
 
 
 def effective_length(losses: Tensor, window: int, shortest: int, longest: int) -> Tensor:

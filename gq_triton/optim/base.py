@@ -1,7 +1,7 @@
 """What GQSGD and GQAdamW share: options, state, batches of tensors, loss scaling, checkpoints."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -88,12 +88,20 @@ class GradQueueOptimizer(Optimizer):
     Subclasses provide ``_check_group``, ``_new_state``, ``_batch_key`` and ``_update``.
     """
 
+    # GradScaler then leaves unscaling and skipping to step(), which does both on the device. Both
+    # belong to the class: a copied or unpickled optimizer has no other attributes.
+    _step_supports_amp_scaling = True
+    _warned_losses = False
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        # GradScaler then leaves unscaling and skipping to step(), which does both on the device.
-        self._step_supports_amp_scaling = True
-        self._warned_losses = False
         self._check(defaults)
         super().__init__(params, defaults)
+        self._orders: dict[Tensor, tuple[int, ...]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # The state may now lie in another memory order than its parameter; see _init.
+        self._orders = {}
 
     def _check(self, group: dict[str, Any]) -> None:
         names = "queue_length", "min_queue_length", "rho", "loss_window", "queue_dtype", "backend"
@@ -155,12 +163,16 @@ class GradQueueOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            if loss is not None:
-                self.record_loss(loss)
+        self._check_gradients()
+        if loss is not None:
+            self.record_loss(loss)
+        fresh = not self.state
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for group in self.param_groups:
             batches = self._batches(group)
-            if self._is_probe(group, batches):
+            if fresh and self._is_probe(group, batches):
+                for batch in batches:
+                    self._full_state(batch.members, group)
                 continue
             length = self._length(group)
             for batch in batches:
@@ -196,6 +208,23 @@ class GradQueueOptimizer(Optimizer):
             finite = torch.zeros_like(finite)
         self._update(ops, batch, finite, group, law)
 
+    def _check_gradients(self) -> None:
+        """Raise what keeps any group from its step before any group has taken it."""
+        for group in self.param_groups:
+            devices = set()
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                devices.add(param.device)
+                if param.grad.layout != torch.strided:
+                    raise ValueError(
+                        f"{self._name(param)} has a gradient of layout {param.grad.layout}, which "
+                        "a queue cannot hold: build the layer with sparse=False, or give the "
+                        "parameter to torch.optim.SparseAdam"
+                    )
+            for device in devices:
+                engine(device, group["backend"])
+
     def _batches(self, group: dict[str, Any]) -> list[Batch]:
         """Return the group's parameters that have a gradient, by what one launch can hold."""
         batches: dict[Any, Batch] = {}
@@ -203,12 +232,6 @@ class GradQueueOptimizer(Optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            if grad.layout != torch.strided:
-                raise ValueError(
-                    f"{self._name(param)} has a gradient of layout {grad.layout}, which a queue "
-                    "cannot hold: build the layer with sparse=False, or give the parameter to "
-                    "torch.optim.SparseAdam"
-                )
             state = self.state[param]
             self._init(param, group, state)
             mesh = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
@@ -223,6 +246,24 @@ class GradQueueOptimizer(Optimizer):
             state[QUEUE] = new_queue(param, group["queue_length"], group["queue_dtype"])
             state[QUEUED] = new_counter(param)
         self._new_state(param, group, state)
+        order = local(param).stride()
+        if self._orders.get(param) != order:
+            self._orders[param] = order
+            self._reorder(param, state)
+
+    def _reorder(self, param: Tensor, state: State) -> None:
+        """Bring a parameter's state to its memory order, which a checkpoint may not have had."""
+        if isinstance(param, DTensor):
+            return
+        for name, value in state.items():
+            if name == QUEUE:
+                fresh = new_queue(param, len(value), value.dtype)
+            elif isinstance(value, Tensor) and value.dim():
+                fresh = torch.empty_like(param, dtype=value.dtype)
+            else:
+                continue
+            if fresh.stride() != value.stride():
+                state[name] = fresh.copy_(value)
 
     def init_state(self) -> None:
         """Allocate the state of every parameter now instead of in its first step.
@@ -230,19 +271,22 @@ class GradQueueOptimizer(Optimizer):
         A checkpoint library that needs the state's shapes before the first step then finds them.
         """
         for group in self.param_groups:
-            for param in group["params"]:
-                self._init(param, group, self.state[param])
+            self._full_state(group["params"], group)
+
+    def _full_state(self, params: Iterable[Tensor], group: dict[str, Any]) -> None:
+        """Allocate the whole state of parameters, as a checkpoint of a later step has it."""
+        for param in params:
+            self._init(param, group, self.state[param])
 
     def _is_probe(self, group: dict[str, Any], batches: list[Batch]) -> bool:
         """Return whether this step is a checkpoint library's, which only wants the state to exist.
 
-        ``torch.distributed.checkpoint.state_dict`` takes a step with zero gradients at a learning
-        rate of 0; a queue must not remember it.
+        ``torch.distributed.checkpoint.state_dict`` takes the first step of all with zero gradients
+        at a learning rate of 0; a queue must not remember it.
         """
-        if isinstance(group["lr"], Tensor) or group["lr"] != 0:
+        if float(group["lr"]) != 0:
             return False
-        untouched = all(not int(n) for batch in batches for n in batch.queued)
-        return untouched and not any(bool(g.any()) for batch in batches for g in batch.grads)
+        return not any(bool(g.any()) for batch in batches for g in batch.grads)
 
     def _length(self, group: dict[str, Any]) -> Tensor | None:
         window = group["loss_window"]
@@ -277,33 +321,58 @@ class GradQueueOptimizer(Optimizer):
         """Load what ``state_dict`` returned; training continues bit for bit.
 
         Unlike torch's, this keeps the types of the saved state (torch casts all of it to the type
-        of the parameter) and shares no memory with ``state_dict``.
+        of the parameter) and shares no memory with ``state_dict``. A checkpoint of the optimizer
+        that this one extends also loads: its moments go on, the law starts with an empty queue and
+        keeps the options it has.
 
         Raises:
-            ValueError: the state belongs to another model.
+            ValueError: the state belongs to another model. Nothing is changed.
         """
-        saved, params = state_dict["state"], [p for g in self.param_groups for p in g["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        if len(keys) == len(params):
-            for key, param in zip(keys, params, strict=True):
-                self._check_saved(param, saved.get(key, {}))
-        super().load_state_dict(state_dict)
-        for key, param in zip(keys, params, strict=True):
-            for name, value in saved.get(key, {}).items():
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, adapted: dict[str, Any]) -> None:
+            # The last of the hooks: it sees what all the others have made of the state.
+            self._check_saved(adapted)
+            loaded.update(adapted)
+
+        options = [dict(group) for group in self.param_groups]
+        hook = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for param, saved in self._saved_states(loaded):
+            for name, value in saved.items():
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.detach().to(param.device, copy=True)
-        for group in self.param_groups:
+        for group, before in zip(self.param_groups, options, strict=True):
+            # A checkpoint of torch.optim knows nothing of the law: its options stay as they were.
+            for name, value in before.items():
+                if name != LOSSES:
+                    group.setdefault(name, value)
             if LOSSES in group:
                 device = local(group["params"][0]).device
                 group[LOSSES] = group[LOSSES].to(device, copy=True)
 
-    def _check_saved(self, param: Tensor, saved: State) -> None:
-        queue = saved.get(QUEUE)
-        if queue is not None and queue.shape[1:] != param.shape:
-            raise ValueError(
-                f"{self._name(param)} has shape {tuple(param.shape)}, the saved queue is for "
-                f"{tuple(queue.shape[1:])}: the checkpoint belongs to another model"
-            )
+    def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, State]]:
+        """Yield each parameter with its saved state."""
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        # Where their numbers differ torch has an error of its own.
+        for key, param in zip(keys, params, strict=False):
+            yield param, state_dict["state"].get(key, {})
+
+    def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        for param, saved in self._saved_states(state_dict):
+            for name, value in saved.items():
+                if not isinstance(value, Tensor) or not value.dim():
+                    continue
+                shape = value.shape[1:] if name == QUEUE else value.shape
+                if shape != param.shape:
+                    raise ValueError(
+                        f"{self._name(param)} has shape {tuple(param.shape)}, the saved {name} is "
+                        f"for {tuple(shape)}: the checkpoint belongs to another model"
+                    )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """GQSGD: SGD with momentum on gradients weighted by their scarcity."""
 
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -90,6 +91,18 @@ class GQSGD(GradQueueOptimizer):
     def _new_state(self, param: Tensor, group: dict[str, Any], state: State) -> None:
         """Leave the momentum to the first step, which writes it; see ``_update``."""
 
+    def _full_state(self, params: Iterable[Tensor], group: dict[str, Any]) -> None:
+        members = list(params)
+        super()._full_state(members, group)
+        if group["momentum"] != 0:
+            for param in members:
+                self._new_momentum(param)
+
+    def _new_momentum(self, param: Tensor) -> None:
+        self.state[param].setdefault(
+            MOMENTUM_BUFFER, torch.zeros_like(param, memory_format=torch.preserve_format)
+        )
+
     def _batch_key(self, group: dict[str, Any], state: State) -> bool:
         return group["momentum"] != 0 and MOMENTUM_BUFFER not in state
 
@@ -101,10 +114,8 @@ class GQSGD(GradQueueOptimizer):
             # On the CPU a step that a loss scaler skips must not leave an empty buffer behind.
             if law.found_inf is not None and not law.found_inf.is_cuda and bool(law.found_inf):
                 return
-            for member, state in zip(batch.members, batch.states, strict=True):
-                state[MOMENTUM_BUFFER] = torch.zeros_like(
-                    member, memory_format=torch.preserve_format
-                )
+            for member in batch.members:
+                self._new_momentum(member)
         buffers = batch.state(MOMENTUM_BUFFER) if group["momentum"] != 0 else None
         names = "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
         ops.gqsgd_(

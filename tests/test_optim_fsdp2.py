@@ -1,0 +1,131 @@
+"""FSDP2: sharded parameters give what the whole ones give, on one spawned mesh of two ranks."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from optim_cases import PAIR, assert_same, gradients_of
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from gq_triton.ring import local
+from gq_triton.testing import spawn
+
+RANKS = 2
+
+
+def models():
+    """The same small model twice: sharded, and whole. Five rows: the ranks hold three and two."""
+    torch.manual_seed(0)
+    whole = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    whole = whole.double()
+    sharded = copy.deepcopy(whole)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in (sharded[0], sharded[2], sharded):
+        fully_shard(layer, mesh=mesh)
+    return sharded, whole
+
+
+def backward(model, step):
+    """Every rank sees the same samples: the mean over ranks is the gradient of one process."""
+    torch.manual_seed(100 + step)
+    x, y = torch.randn(8, 3).double(), torch.randn(8, 1).double()
+    model.zero_grad()
+    loss = (model(x) - y).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def full(tensors):
+    return [t.full_tensor() if isinstance(t, DTensor) else t.detach().clone() for t in tensors]
+
+
+def check_equals_whole(variant, backend, near=1e-12, **options):
+    sharded, whole = models()
+    options = {"queue_length": 3, "loss_window": 2, "min_queue_length": 2, **options}
+    optimizer = variant.build(sharded.parameters(), backend=backend, **options)
+    plain = variant.build(whole.parameters(), backend=backend, **options)
+    for step in range(8):
+        for model, either in ((sharded, optimizer), (whole, plain)):
+            either.record_loss(backward(model, step))
+            either.step()
+        left, right = full(sharded.parameters()), full(whole.parameters())
+        torch.testing.assert_close(left, right, rtol=near, atol=near)
+    for shard, param in zip(sharded.parameters(), whole.parameters(), strict=True):
+        queue = optimizer.state[shard]["queue"]
+        assert isinstance(queue, DTensor)
+        assert queue.shape == (3, *param.shape)
+        assert queue.placements == (Shard(1),)
+        torch.testing.assert_close(
+            queue.full_tensor(), plain.state[param]["queue"], rtol=near, atol=near
+        )
+        assert int(optimizer.state[shard]["queued"]) == 8
+    return sharded, optimizer
+
+
+def check_not_finite(variant, backend, match_norm):
+    """One bad element on one rank keeps the whole parameter out of the queue, on all of them."""
+    sharded, whole = models()
+    options = {"queue_length": 2, "match_norm": match_norm, "backend": backend}
+    optimizer = variant.build(sharded.parameters(), **options)
+    plain = variant.build(whole.parameters(), **options)
+    before = None
+    for step in range(4):
+        for model in (sharded, whole):
+            backward(model, step)
+        if step == 3:
+            first = local(gradients_of(sharded.parameters())[0])
+            if dist.get_rank() == 0:
+                first[0, 0] = math.nan
+            assert len(first) == (3 if dist.get_rank() == 0 else 2)
+            gradients_of(whole.parameters())[0][0, 0] = math.nan
+            before = next(iter(optimizer.state.values()))["queue"].to_local().clone()
+        optimizer.step()
+        plain.step()
+        if step == 3:
+            state = next(iter(optimizer.state.values()))
+            assert_same(state["queue"].to_local(), before)
+            assert int(state["queued"]) == 3
+            bad = next(iter(full(sharded.parameters())))
+            assert bad[0, 0].isnan()
+            assert bad.isnan().sum() == 1
+    left, right = full(sharded.parameters()), full(whole.parameters())
+    near = 1e-6 if match_norm else 1e-12
+    torch.testing.assert_close(left, right, rtol=near, atol=near, equal_nan=True)
+    counters = [int(s["queued"]) for s in optimizer.state.values()]
+    assert counters == [3, 4, 4, 4] == [int(s["queued"]) for s in plain.state.values()]
+
+
+def check_checkpoint(variant, sharded, optimizer):
+    """Through torch.distributed.checkpoint's state, into a new sharded model."""
+    saved = dcp_state.get_optimizer_state_dict(sharded, optimizer)
+    saved = {key: copy.deepcopy(value) for key, value in saved.items()}
+    fresh, _ = models()
+    fresh.load_state_dict(sharded.state_dict())
+    resumed = variant.build(fresh.parameters())
+    dcp_state.set_optimizer_state_dict(fresh, resumed, saved)
+    for step in range(8, 11):
+        for model, either in ((sharded, optimizer), (fresh, resumed)):
+            either.record_loss(backward(model, step))
+            either.step()
+    assert_same(full(fresh.parameters()), full(sharded.parameters()))
+
+
+def run(rank):
+    for variant in PAIR.values():
+        sharded, optimizer = check_equals_whole(variant, "torch")
+        check_checkpoint(variant, sharded, optimizer)
+        check_equals_whole(variant, "numba")
+        # The norm is that of the whole parameter, summed over the ranks in float32.
+        check_equals_whole(variant, "torch", near=1e-6, match_norm=True)
+        for match_norm in (False, True):
+            check_not_finite(variant, "torch", match_norm)
+
+
+@pytest.mark.slow
+def test_sharded_parameters_give_what_whole_ones_give():
+    spawn(RANKS, run)
