@@ -71,7 +71,7 @@ def _standardise(features: Tensor, nonfinite: str) -> tuple[Tensor, _Frame]:
     low, high = torch.aminmax(x)
     peak = torch.maximum(-low, high)  # NaN if any feature is
     if not _host_may_read(peak):
-        torch._assert_async(peak.isfinite(), _NOT_FINITE)  # pyright: ignore
+        torch._assert_async(peak.isfinite(), _NOT_FINITE)  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(peak.isfinite()):
         raise ValueError(_NOT_FINITE)
     mantissa, _ = torch.frexp(peak)  # in [1/2, 1): the quotient below is exact

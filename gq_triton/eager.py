@@ -328,7 +328,7 @@ def combine(
     """Weight the cluster means of one parameter and add them up: ``sum_k P_k w(c_k) c_k``.
 
     Args:
-        sums: ``(K, P)`` sums of the gradients of each cluster's samples, ``c_k = sums_k / share_k``.
+        sums: ``(K, P)``, gradients summed over each cluster's samples; ``c_k = sums_k / share_k``.
         queue: the ring ``(L, P)``, read only.
         queued: gradients queued so far, 0-d int64; below L every weight is 1.
         inverse_shares: ``(K,)`` float64, ``1 / share_k``; 0 for an empty cluster.
@@ -340,8 +340,8 @@ def combine(
 
     Returns:
         The weighted gradient ``(P,)`` and the raw one ``(P,)``, both with the loss scale and in the
-        type of ``sums``; and ``(5,)`` float64 as in ``weigh_``, the last three mean over clusters
-        by population.
+        type of ``sums``; and ``(5,)`` float64 as in ``weigh_``, the last three averaged over the
+        clusters by population.
     """
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     turn = Turn(queue, queued, bool(torch.isfinite(sums.sum())), rho, length)

@@ -178,7 +178,7 @@ class GradQueue:
             # The closure computes the gradients inside step(): weigh them when it returns.
             weighing = self._closure(optimizer, closure)
             rest = {name: value for name, value in kwargs.items() if name != "closure"}
-            return (args[0], weighing, *args[2:]), rest
+            return (optimizer, weighing, *args[2:]), rest
 
         hook = optimizer.register_step_pre_hook(before_step)
         restore = self._clusters.install() if self._clusters else None

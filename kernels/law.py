@@ -71,6 +71,12 @@ def store(pointer, x, mask):
 
 
 @triton.jit
+def fold(x, size: tl.constexpr):
+    """Add up neighbours, ``(BLOCK,)`` to ``(size,)``: within a thread, to hold fewer registers."""
+    return tl.sum(tl.reshape(x, (size, x.shape[0] // size)), axis=1)
+
+
+@triton.jit
 def to_queue(x, DTYPE: tl.constexpr):
     """Round ``x`` to the queue's type; what is beyond its largest number becomes that number.
 
@@ -99,6 +105,82 @@ def ring_row(ring, stride, slot, age, L: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def spread(
+    ring,
+    stride,
+    slot,
+    offsets,
+    mask,
+    length,
+    DTYPE: tl.constexpr,
+    L: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Return ``b``, ``s``, ``1 / m`` and ``sqrt(ss / E)`` of one block in the compute type.
+
+    Args:
+        ring: pointer to row 0 of the ring buffer at the block's chunk.
+        stride: elements from one row to the next, int64.
+        slot: the row that is overwritten next, int64.
+        offsets: ``(BLOCK,)`` int32 within the chunk, or of any other shape.
+        mask: of that shape, or True.
+        length: effective length, a scalar int32, or None for L.
+        DTYPE: the compute type.
+        L: queue slots.
+        ALIGNED: whether rows start at multiples of 16 bytes.
+
+    Example: rows 1, 1, 1, 5 (newest) give b = 5, s = -3, 1 / m = 1 / 4 and sqrt(3) / 4.
+    """
+    newest = ring_row(ring, stride, slot, 0, L, ALIGNED)
+    base = load(newest + offsets, mask, DTYPE)
+    total = tl.zeros_like(base)
+    largest = tl.zeros_like(base)
+    squares = tl.zeros_like(base)
+    if length is None:
+        used = tl.full((), L, tl.int32)
+    else:
+        used = tl.minimum(tl.maximum(length, 1), L)
+    share = divide(tl.full((), 1.0, DTYPE), used.to(DTYPE))
+    tiny: tl.constexpr = _TINY64 if DTYPE == tl.float64 else _TINY32
+    if L <= _UNROLL:
+        deviations = ()
+        for age in tl.static_range(1, L):
+            row = ring_row(ring, stride, slot, age, L, ALIGNED)
+            if length is None:
+                d = load(row + offsets, mask, DTYPE) - base
+            else:
+                live = age < used
+                d = load(row + offsets, mask & live, DTYPE) - base
+                d = tl.where(live, d, 0.0)
+            total += d
+            largest = tl.maximum(largest, tl.abs(d))
+            deviations = deviations + (d,)
+        mean = total * share
+        inverse = divide(tl.full((), 1.0, DTYPE), tl.maximum(largest, tiny))
+        for age in tl.static_range(1, L):
+            d = (deviations[age - 1] - mean) * inverse
+            if length is not None:
+                d = tl.where(age < used, d, 0.0)
+            squares += d * d
+    else:
+        for age in range(1, used):
+            row = ring_row(ring, stride, slot, age, L, ALIGNED)
+            d = load(row + offsets, mask, DTYPE) - base
+            total += d
+            largest = tl.maximum(largest, tl.abs(d))
+        mean = total * share
+        inverse = divide(tl.full((), 1.0, DTYPE), tl.maximum(largest, tiny))
+        for age in range(1, used):
+            row = ring_row(ring, stride, slot, age, L, ALIGNED)
+            d = load(row + offsets, mask, DTYPE) - base
+            d = (d - mean) * inverse
+            squares += d * d
+    squares += (mean * inverse) * (mean * inverse)
+    sigma = square_root(tl.maximum(squares * share, _VARIANCE_FLOOR))
+    return base, mean, inverse, sigma
+
+
+@triton.jit
 def scarcity_weight(
     x,
     ring,
@@ -116,7 +198,7 @@ def scarcity_weight(
 
     Args:
         x: ``(BLOCK,)`` in the compute type, rounded to the queue's type before.
-        ring: pointer to row 0 of the ring buffer at the block's chunk.
+        ring: as in `spread`, like the four that follow.
         stride: elements from one row to the next, int64.
         slot: the row that is overwritten next, int64.
         offsets: ``(BLOCK,)`` int32 within the chunk.
@@ -129,52 +211,9 @@ def scarcity_weight(
 
     Example: rows 1, 1, 1, 5 give mu = 2, sigma = sqrt(3); x = 5 gives z = 3 / sqrt(3) = 1.73.
     """
-    newest = ring_row(ring, stride, slot, 0, L, ALIGNED)
-    base = load(newest + offsets, mask, x.dtype)
-    total = tl.zeros_like(base)
-    largest = tl.zeros_like(base)
-    spread = tl.zeros_like(base)
-    if length is None:
-        used = tl.full((), L, tl.int32)
-    else:
-        used = tl.minimum(tl.maximum(length, 1), L)
-    share = divide(tl.full((), 1.0, x.dtype), used.to(x.dtype))
-    tiny: tl.constexpr = _TINY64 if x.dtype == tl.float64 else _TINY32
-    if L <= _UNROLL:
-        deviations = ()
-        for age in tl.static_range(1, L):
-            row = ring_row(ring, stride, slot, age, L, ALIGNED)
-            if length is None:
-                d = load(row + offsets, mask, x.dtype) - base
-            else:
-                live = age < used
-                d = load(row + offsets, mask & live, x.dtype) - base
-                d = tl.where(live, d, 0.0)
-            total += d
-            largest = tl.maximum(largest, tl.abs(d))
-            deviations = deviations + (d,)
-        mean = total * share
-        inverse = divide(tl.full((), 1.0, x.dtype), tl.maximum(largest, tiny))
-        for age in tl.static_range(1, L):
-            d = (deviations[age - 1] - mean) * inverse
-            if length is not None:
-                d = tl.where(age < used, d, 0.0)
-            spread += d * d
-    else:
-        for age in range(1, used):
-            row = ring_row(ring, stride, slot, age, L, ALIGNED)
-            d = load(row + offsets, mask, x.dtype) - base
-            total += d
-            largest = tl.maximum(largest, tl.abs(d))
-        mean = total * share
-        inverse = divide(tl.full((), 1.0, x.dtype), tl.maximum(largest, tiny))
-        for age in range(1, used):
-            row = ring_row(ring, stride, slot, age, L, ALIGNED)
-            d = load(row + offsets, mask, x.dtype) - base
-            d = (d - mean) * inverse
-            spread += d * d
-    spread += (mean * inverse) * (mean * inverse)
-    sigma = square_root(tl.maximum(spread * share, _VARIANCE_FLOOR))
+    base, mean, inverse, sigma = spread(
+        ring, stride, slot, offsets, mask, length, x.dtype, L, ALIGNED
+    )
     z = divide(tl.abs((x - base) - mean) * inverse, sigma)
     return tl.minimum(tl.maximum(z, low), high)
 

@@ -23,7 +23,7 @@ from gq_triton.kernels.chunks import (
     ring_turn,
     typed,
 )
-from gq_triton.kernels.law import inverse_scale, load, store, weigh_and_queue
+from gq_triton.kernels.law import fold, inverse_scale, load, store, weigh_and_queue
 
 __all__ = ["weigh_"]
 
@@ -31,12 +31,6 @@ __all__ = ["weigh_"]
 _SUMS = tl.constexpr(5)
 # Both counts of a chunk share one int32 accumulator: more than CHUNK, so that they cannot meet.
 _AT_LOW = tl.constexpr(1 << 16)
-
-
-@triton.jit
-def _fold(x, size: tl.constexpr):
-    """Add up neighbours, ``(BLOCK,)`` to ``(size,)``: within a thread, to hold fewer registers."""
-    return tl.sum(tl.reshape(x, (size, x.shape[0] // size)), axis=1)
 
 
 @triton.jit
@@ -52,11 +46,11 @@ def _weigh_block(
     )
     # Untouched where the law does not act: a NaN keeps its bits.
     store(g_ptr + offsets, w * scaled, mask & active)
-    raw += _fold(g * g, raw.shape[0])
-    weighted += _fold((w * g) * (w * g), raw.shape[0])
-    weights += _fold(tl.where(mask, w, 0.0), raw.shape[0])
+    raw += fold(g * g, raw.shape[0])
+    weighted += fold((w * g) * (w * g), raw.shape[0])
+    weights += fold(tl.where(mask, w, 0.0), raw.shape[0])
     at_low = tl.where(mask & active & (w <= low), _AT_LOW, 0)
-    saturated += _fold(tl.where(mask & active & (w >= high), 1, at_low), raw.shape[0])
+    saturated += fold(tl.where(mask & active & (w >= high), 1, at_low), raw.shape[0])
     return raw, weighted, weights, saturated
 
 

@@ -9,7 +9,7 @@ from gq_triton import GradQueue, reference
 
 
 def cluster_means(model, losses, labels, clusters):
-    """Return the mean gradient of each cluster by parameter name, ``(K, *shape)``, and the sizes."""
+    """Return each cluster's mean gradient by parameter name, ``(K, *shape)``, and the sizes."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     params = [p for _, p in named]
     sizes = [int((labels == k).sum()) for k in range(clusters)]
@@ -60,6 +60,13 @@ class Judge:
             ring.push(mean.to(values.dtype))
         return grads
 
+    def expected_without_push(self, losses):
+        means, sizes = cluster_means(self.twin, losses, self.labels, self.clusters)
+        return {
+            name: reference.cluster_gradient(values, sizes, self.rings[name].newest(), **self.law)
+            for name, values in means.items()
+        }
+
     def sync(self):
         self.twin.load_state_dict(self.model.state_dict())
 
@@ -71,15 +78,18 @@ class Judge:
             error = float((param.grad.double() - expected[name]).abs().max()) / scale
             assert error <= rtol, f"{what} {name}: relative error {error:.2e} > {rtol:.0e}"
 
-    def steps(self, run, batches, rtol=1e-10):
+    def steps(self, run, batches, rtol=1e-10, after_step=False):
         """``run(model, batch) -> (B,) losses``; the queue is full after the third step."""
         for number, batch in enumerate(batches):
             self.sync()
             expected = self.expected(run(self.twin, batch))
             self.optimizer.zero_grad()
             run(self.model, batch).mean().backward()
+            if after_step:
+                self.optimizer.step()
             self.compare(expected, rtol, f"step {number}")
-            self.optimizer.step()
+            if not after_step:
+                self.optimizer.step()
 
 
 class MLP(nn.Module):

@@ -240,7 +240,7 @@ def test_sample_weights_say_how_samples_count():
         losses = square(judge.twin, batch) * weights
         sums, population = [], []
         for k in range(5):
-            inside = LABELS == k
+            inside = k == LABELS
             population.append(float(weights[inside].sum()))
             grads = [torch.zeros_like(p) for p in named.values()]
             if population[-1]:

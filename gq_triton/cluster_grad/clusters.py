@@ -1,5 +1,6 @@
-"""Clusters of a model's batches: features in, labels out, gradients weighted in the backward pass."""
+"""Clusters of a model's batches: features in, labels out, gradients weighted on the way back."""
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad.convert import Layer, convert, survey
+from gq_triton.cluster_grad.convert import convert, survey
 from gq_triton.cluster_grad.session import Session, in_backward
 from gq_triton.cluster_grad.step import Groups, Mixing, Step
 from gq_triton.clustering import KMeans
@@ -51,6 +52,8 @@ class Clusters:
         mode: str,
         strict: bool,
     ) -> None:
+        if int(n_clusters) != n_clusters or n_clusters < 1:
+            raise ValueError(f"n_clusters must be an integer >= 1, got {n_clusters}")
         if features is None:
             raise ValueError(
                 "n_clusters needs features: the name of the submodule whose output describes a "
@@ -77,6 +80,11 @@ class Clusters:
             raise ValueError(
                 f"one backward pass cannot cluster these trainable layers: {listed}; freeze them, "
                 'use mode="microbatch", or strict=False to weight them without clusters'
+            )
+        if unknown:
+            plain = [name for name, how in self.report().items() if how.startswith("plain")]
+            warnings.warn(
+                f"weighted without clusters, as one batch: {', '.join(plain)}", stacklevel=4
             )
         self.sample_weights: Tensor | None = None
         self.last: Step | None = None

@@ -1,3 +1,5 @@
+# once_differentiable hides the names of backward's parameters.
+# pyright: reportIncompatibleMethodOverride=false
 """Clustered gradients of ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
 
 Shapes: B samples, C channels, K clusters.
@@ -45,7 +47,8 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
         param, bias = ctx.params
         session, step, layer = ctx.call
@@ -90,4 +93,4 @@ def conv_forward(module: nn.Module, call: tuple[Session, Step, str], x: Tensor) 
         x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * spatial
     geometry = (m.stride, padding, m.dilation, m.groups)
-    return _Conv.apply(x, m.weight, m.bias, geometry, call)  # pyright: ignore
+    return _Conv.apply(x, m.weight, m.bias, geometry, call)  # pyright: ignore[reportReturnType]

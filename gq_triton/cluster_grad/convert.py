@@ -92,7 +92,7 @@ def _forward(module: nn.Module, original: Any, session: Session, name: str, *arg
 def convert(layers: list[Layer], session: Session) -> Callable[[], None]:
     """Make layers compute clustered gradients; return what undoes it.
 
-    Classes, names and ``state_dict`` keys stay as they are: only ``forward`` is set on the instance.
+    Classes, names and ``state_dict`` keys stay: only ``forward`` is set on the instance.
     """
     changed: list[nn.Module] = []
     for layer in layers:

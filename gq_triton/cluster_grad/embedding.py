@@ -1,3 +1,5 @@
+# once_differentiable hides the names of backward's parameters.
+# pyright: reportIncompatibleMethodOverride=false
 """Clustered gradients of ``nn.Embedding``: only the rows that were looked up are touched.
 
 Shapes: B samples, T lookups per sample, V rows, d columns, U touched rows, K clusters.
@@ -30,7 +32,8 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         (indices,) = ctx.saved_tensors
         session, step, layer = ctx.call
         param, groups = ctx.param, step.groups
@@ -58,4 +61,4 @@ class _Embedding(torch.autograd.Function):
 def embedding_forward(module: nn.Module, call: tuple[Session, Step, str], x: Tensor) -> Tensor:
     """``nn.Embedding.forward`` with clustered gradients."""
     m: Any = module
-    return _Embedding.apply(x, m.weight, m.padding_idx, call)  # pyright: ignore
+    return _Embedding.apply(x, m.weight, m.padding_idx, call)  # pyright: ignore[reportReturnType]

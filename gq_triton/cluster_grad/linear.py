@@ -1,3 +1,5 @@
+# once_differentiable hides the names of backward's parameters.
+# pyright: reportIncompatibleMethodOverride=false
 """Clustered gradients of linear layers: ``nn.Linear`` and the ``Conv1D`` of Transformers' GPT-2.
 
 Shapes: B samples, T rows per sample, I inputs, O outputs, K clusters.
@@ -76,7 +78,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
         param, bias = ctx.params
         session, step, layer = ctx.call
@@ -101,9 +104,9 @@ class _Linear(torch.autograd.Function):
 
 def linear_forward(module: nn.Module, call: tuple[Session, Step, str], x: Tensor) -> Tensor:
     """``nn.Linear.forward`` with clustered gradients."""
-    return _Linear.apply(x, module.weight, module.bias, False, call)  # pyright: ignore
+    return _Linear.apply(x, module.weight, module.bias, False, call)  # pyright: ignore[reportReturnType]
 
 
 def conv1d_forward(module: nn.Module, call: tuple[Session, Step, str], x: Tensor) -> Tensor:
     """``transformers.pytorch_utils.Conv1D.forward``: a linear layer with a transposed weight."""
-    return _Linear.apply(x, module.weight, module.bias, True, call)  # pyright: ignore
+    return _Linear.apply(x, module.weight, module.bias, True, call)  # pyright: ignore[reportReturnType]

@@ -1,9 +1,12 @@
+# once_differentiable hides the names of backward's parameters.
+# pyright: reportIncompatibleMethodOverride=false
 """Clustered gradients of the scales and shifts of normalisation layers.
 
-The gradient with respect to the input is torch's own. That with respect to the scale is the output's
-gradient times the normalised input, summed per sample and then per cluster. Under BatchNorm, whose
-samples depend on each other through the batch's statistics, a cluster's gradient is that of its
-rows alone (the row-masked reading): the clusters still add up to the batch's gradient.
+The gradient with respect to the input is torch's own. That with respect to the scale is the
+output's gradient times the normalised input, summed per sample and then per cluster. Under
+BatchNorm, whose samples depend on each other through the batch's statistics, a cluster's gradient
+is that of its rows alone (the row-masked reading): the clusters still add up to the batch's
+gradient.
 
 Shapes: B samples, N scales, K clusters.
 """
@@ -72,7 +75,8 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         x, weight, bias, mean, rstd = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -94,7 +98,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         x, weight, rstd = ctx.saved_tensors
         dims = tuple(range(-weight.dim(), 0))
         normalised = x.to(rstd.dtype) * rstd
@@ -120,7 +125,8 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         x, weight, mean, rstd = ctx.saved_tensors
         size = len(x), x.shape[1], x[0, 0].numel()
         grad, grad_x = grad.contiguous(), None
@@ -155,7 +161,8 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         x, weight, mean, var, saved_mean, saved_rstd = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -172,20 +179,20 @@ class _BatchNorm(torch.autograd.Function):
 def layer_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.LayerNorm.forward`` with clustered gradients."""
     m: Any = module
-    return _LayerNorm.apply(x, m.weight, m.bias, m.eps, call)  # pyright: ignore
+    return _LayerNorm.apply(x, m.weight, m.bias, m.eps, call)  # pyright: ignore[reportReturnType]
 
 
 def rms_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.RMSNorm.forward`` with clustered gradients."""
     m: Any = module
     eps = torch.finfo(x.dtype).eps if m.eps is None else m.eps
-    return _RMSNorm.apply(x, m.weight, eps, call)  # pyright: ignore
+    return _RMSNorm.apply(x, m.weight, eps, call)  # pyright: ignore[reportReturnType]
 
 
 def group_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.GroupNorm.forward`` with clustered gradients."""
     m: Any = module
-    return _GroupNorm.apply(x, m.weight, m.bias, m.num_groups, m.eps, call)  # pyright: ignore
+    return _GroupNorm.apply(x, m.weight, m.bias, m.num_groups, m.eps, call)  # pyright: ignore[reportReturnType]
 
 
 def batch_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
@@ -201,4 +208,4 @@ def batch_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     tracked = not m.training or m.track_running_stats
     mean, var = (m.running_mean, m.running_var) if tracked else (None, None)
     running = (mean, var, training, momentum, m.eps)
-    return _BatchNorm.apply(x, m.weight, m.bias, running, call)  # pyright: ignore
+    return _BatchNorm.apply(x, m.weight, m.bias, running, call)  # pyright: ignore[reportReturnType]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gq_triton.cluster_grad.step import Groups, Step
 from gq_triton.queues import Queues
-from gq_triton.ring import flat
+from gq_triton.ring import flat, rescale_
 
 __all__ = ["Session", "in_backward"]
 
@@ -123,7 +123,7 @@ class Session:
             out[start:stop], mean[start:stop] = part[0], part[1]
             statistics += part[2]
         self.keep(step, name, raw, statistics)
-        return weighted.to(param.dtype)
+        return self._rescaled(weighted, statistics).to(param.dtype)
 
     def _weigh(
         self, step: Step, name: str, part: tuple[int, int] | Tensor, sums: Tensor
@@ -150,7 +150,14 @@ class Session:
         weighted, raw = (torch.zeros_like(param, dtype=sums.dtype) for _ in range(2))
         weighted[rows], raw[rows] = (t.view(len(rows), -1) for t in part[:2])
         self.keep(step, name, raw, part[2])
-        return weighted.to(param.dtype)
+        return self._rescaled(weighted, part[2]).to(param.dtype)
+
+    def _rescaled(self, weighted: Tensor, statistics: Tensor) -> Tensor:
+        """Give a weighted gradient the norm of the raw one where ``match_norm`` asks for it."""
+        if self.queues.match_norm:
+            rescale_([weighted], statistics[None])
+            statistics[1] = statistics[0]
+        return weighted
 
     def keep(self, step: Step, name: str, raw: Tensor, statistics: Tensor) -> None:
         """Keep a raw mean gradient for the queue, added to those that ``p.grad`` still holds."""

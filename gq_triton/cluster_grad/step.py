@@ -1,5 +1,6 @@
 """What one forward pass leaves for its backward pass: features, then the samples' clusters."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,20 @@ class Mixing:
     centroid_scale: str = "paper"
     loss_reduction: str = "mean"
     accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.population_power < math.inf:
+            raise ValueError(f"population_power must be >= 0, got {self.population_power}")
+        if self.centroid_scale not in ("paper", "standard_error"):
+            raise ValueError(
+                f'centroid_scale must be "paper" or "standard_error", got {self.centroid_scale!r}'
+            )
+        if self.loss_reduction not in ("mean", "sum"):
+            raise ValueError(f'loss_reduction must be "mean" or "sum", got {self.loss_reduction!r}')
+        if int(self.accumulation_steps) != self.accumulation_steps or self.accumulation_steps < 1:
+            raise ValueError(
+                f"accumulation_steps must be an integer >= 1, got {self.accumulation_steps}"
+            )
 
 
 @dataclass(frozen=True)

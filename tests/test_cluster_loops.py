@@ -1,0 +1,311 @@
+"""Clustered gradients in the loops that people write: nothing else about the loop changes."""
+
+import copy
+
+import pytest
+import torch
+from cluster_cases import GPT, MLP, Judge, ResNet
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gq_triton import GradQueue
+
+F64 = torch.float64
+LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])
+
+
+def batches(count=5):
+    torch.manual_seed(7)
+    return [torch.randn(9, 6, dtype=F64) for _ in range(count)]
+
+
+def square(model, batch):
+    return (model(batch) - 1).square().mean(dim=1)
+
+
+def make(seed=0, kind=MLP):
+    torch.manual_seed(seed)
+    return kind().to(F64)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant):
+    class Checkpointed(MLP):
+        def forward(self, x):
+            hidden = checkpoint(self.features, x.requires_grad_(), use_reentrant=use_reentrant)
+            return self.head(hidden.relu())
+
+    judge = Judge(make(kind=Checkpointed), LABELS, 5)
+    judge.twin = make()
+    judge.steps(square, batches())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_layer_used_twice_in_checkpointed_segments(use_reentrant):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.shared = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.features(x).relu()
+            for _ in range(2):
+                # torch.autograd.grad, which the oracle calls, knows the other kind only.
+                reentrant = use_reentrant and self is judge.model
+                x = checkpoint(self.shared, x, use_reentrant=reentrant).relu()
+            return self.head(x)
+
+    judge = Judge(make(kind=Twice), LABELS, 5)
+    judge.steps(square, batches())
+
+
+def test_a_use_that_takes_no_part_in_the_backward_pass():
+    class Spare(MLP):
+        def forward(self, x):
+            self.features[2](self.features[1](self.features[0](x)))
+            return super().forward(x)
+
+    Judge(make(kind=Spare), LABELS, 5).steps(square, batches(), after_step=True)
+
+
+def test_frozen_layers_stay_plain():
+    model = make()
+    model.features[0].requires_grad_(False)
+    model.head.bias.requires_grad_(False)
+    judge = Judge(model, LABELS, 5)
+    judge.steps(square, batches())
+    report = judge.queue.report()
+    assert report["features.0.weight"] == report["head.bias"] == "frozen"
+    assert report["head.weight"] == "clusters (Linear)"
+
+
+def test_evaluation_between_steps_changes_nothing():
+    model, twin = make(kind=lambda: nn.Sequential(MLP())), make(kind=lambda: nn.Sequential(MLP()))
+    digests = []
+    for m, evaluates in ((model, True), (twin, False)):
+        judge = Judge(m, LABELS, 5, features="0.features")
+        for batch in batches():
+            judge.optimizer.zero_grad(set_to_none=evaluates)
+            loss = square(m, batch).mean()
+            if evaluates:
+                m.eval()
+                with torch.no_grad():
+                    m(batch[:2])
+                m.train()
+            loss.backward()
+            if evaluates:
+                with torch.no_grad():
+                    m(batch[:3])
+            judge.optimizer.step()
+        digests.append(judge.queue.digest())
+    assert digests[0] == digests[1]
+
+
+def test_two_losses_in_one_step_are_two_weighted_passes():
+    judge = Judge(make(), LABELS, 5)
+    for number, batch in enumerate(batches()):
+        judge.sync()
+        first = judge.expected_without_push(square(judge.twin, batch))
+        second = judge.expected_without_push(judge.twin(batch).abs().mean(dim=1))
+        judge.optimizer.zero_grad()
+        out = judge.model(batch)
+        (out - 1).square().mean(dim=1).mean().backward(retain_graph=True)
+        out.abs().mean(dim=1).mean().backward()
+        judge.compare({name: first[name] + second[name] for name in first}, 1e-10, str(number))
+        both = square(judge.twin, batch) + judge.twin(batch).abs().mean(dim=1)
+        judge.expected(both)
+        judge.optimizer.step()
+
+
+def test_a_skipped_step_leaves_no_trace_in_the_queue():
+    model = make()
+    judge = Judge(model, LABELS, 5)
+    for number, batch in enumerate(batches()):
+        for reset in (True, False):
+            judge.optimizer.zero_grad(set_to_none=reset)
+            (square(model, batch) * 100).mean().backward()
+        judge.sync()
+        expected = judge.expected(square(judge.twin, batch))
+        judge.optimizer.zero_grad(set_to_none=bool(number % 2))
+        square(model, batch).mean().backward()
+        judge.compare(expected, 1e-10)
+        judge.optimizer.step()
+    names = {name for name, _ in model.named_parameters()}
+    for name in names:
+        newest = judge.queue.state_dict()["queue"][name][(5 - 1) % 3]
+        torch.testing.assert_close(newest, judge.rings[name].gradients[-1], rtol=1e-9, atol=1e-12)
+
+
+def test_grad_scaler_changes_no_number():
+    model, twin = make(), make()
+    plain, scaled = Judge(twin, LABELS, 5), make()
+    judge = Judge(scaled, LABELS, 5)
+    judge.handle.remove()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+    judge.queue.attach(judge.optimizer, scaler)
+    for number, batch in enumerate(batches(7)):
+        judge.optimizer.zero_grad()
+        loss = square(scaled, batch).mean()
+        if number == 4:
+            loss = loss * torch.inf
+        scaler.scale(loss).backward()
+        scaler.unscale_(judge.optimizer)
+        nn.utils.clip_grad_norm_(scaled.parameters(), 1e6)
+        scaler.step(judge.optimizer)
+        scaler.update()
+        if number != 4:
+            plain.optimizer.zero_grad()
+            square(twin, batch).mean().backward()
+            plain.optimizer.step()
+    assert judge.queue.digest() == plain.queue.digest()
+    del model
+    for actual, expected in zip(scaled.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [MLP, GPT, lambda: ResNet(lambda c: nn.GroupNorm(2, c))])
+def test_autocast_bfloat16(kind):
+    """The weighted gradient is float32 and near that of float32, as plain autocast's is."""
+    torch.manual_seed(0)
+    model = kind()
+    plain = copy.deepcopy(model)
+    queue = GradQueue(model, n_clusters=5, features="features", rho=1.0,
+                      clusterer=lambda f: LABELS)  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    queue.attach(optimizer)
+    inputs = {MLP: torch.randn(9, 6), GPT: torch.randint(0, 9, (9, 5))}
+    batch = inputs.get(kind, torch.randn(9, 2, 8, 8))
+    for m in (model, plain):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = (m(batch).float() - 1).square().mean()
+        loss.backward()
+    for actual, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert actual.grad.dtype == torch.float32
+        scale = expected.grad.abs().max()
+        assert float((actual.grad - expected.grad).abs().max() / scale) < 3e-2
+    optimizer.step()
+
+
+def test_layers_that_cannot_are_refused_by_name_or_weighted_whole():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Linear(6, 6)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.up = nn.ConvTranspose1d(6, 6, 1)
+
+        def forward(self, x):
+            x = self.features(x)[:, None]
+            return self.up(self.attention(x, x, x)[0].transpose(1, 2))[..., 0]
+
+    message = r"attention \(MultiheadAttention\).*up \(ConvTranspose1d\)"
+    with pytest.raises(ValueError, match=message):
+        GradQueue(Model(), n_clusters=5, features="features")
+    model = make(kind=Model)
+    with pytest.warns(UserWarning, match=r"attention\.in_proj_weight"):
+        judge = Judge(model, LABELS, 5, strict=False)
+    twin = make(kind=Model)
+    whole = torch.optim.SGD(twin.parameters(), lr=0.05)
+    GradQueue(twin, queue_length=3).attach(whole)
+    for batch in batches():
+        judge.sync()
+        twin.load_state_dict(model.state_dict())
+        expected = judge.expected(square(judge.twin, batch))
+        for m, o in ((model, judge.optimizer), (twin, whole)):
+            o.zero_grad()
+            square(m, batch).mean().backward()
+        judge.compare({n: g for n, g in expected.items() if n.startswith("features")}, 1e-10)
+        for o in (judge.optimizer, whole):
+            o.step()
+        torch.testing.assert_close(model.attention.in_proj_weight.grad,
+                                   twin.attention.in_proj_weight.grad)  # fmt: skip
+    assert judge.queue.report()["attention.in_proj_weight"] == "plain (MultiheadAttention)"
+
+
+def test_removing_restores_the_model():
+    model = make(kind=GPT)
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    judge = Judge(model, LABELS, 5)
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == classes
+    judge.handle.remove()
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    tokens = torch.randint(0, 9, (9, 5))
+    for m in (model, judge.twin):
+        m.zero_grad()
+        m(tokens).square().mean().backward()
+    for actual, expected in zip(model.parameters(), judge.twin.parameters(), strict=True):
+        assert torch.equal(actual.grad, expected.grad)
+
+
+def test_match_norm_keeps_every_parameters_norm():
+    judge = Judge(make(), LABELS, 5, match_norm=True)
+    for batch in batches():
+        judge.sync()
+        square(judge.twin, batch).mean().backward()
+        judge.optimizer.zero_grad()
+        square(judge.model, batch).mean().backward()
+        for actual, raw in zip(judge.model.parameters(), judge.twin.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad.norm(), raw.grad.norm(), rtol=1e-9, atol=0.0)
+        judge.twin.zero_grad()
+        judge.optimizer.step()
+    assert judge.queue.metrics()["mean_weight"] != 1.0
+
+
+def test_output_gradient_features():
+    seen = []
+
+    def clusterer(features):
+        seen.append(features.clone())
+        return LABELS
+
+    model = make()
+    queue = GradQueue(model, n_clusters=5, features="output_gradient", clusterer=clusterer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    queue.attach(optimizer)
+    batch = batches(1)[0]
+    out = model(batch)
+    (out - 1).square().mean().backward()
+    torch.testing.assert_close(seen[0], (2 * (out - 1) / out.numel()).detach())
+    assert queue.labels_.tolist() == LABELS.tolist()
+    assert queue.cluster_sizes_ == [4, 0, 4, 0, 1]
+
+
+def test_k_means_is_the_default_and_the_generator_is_left_alone():
+    model = make()
+    queue = GradQueue(model, n_clusters=3, features="features")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    queue.attach(optimizer)
+    inputs = batches()
+    state = torch.get_rng_state()
+    for batch in inputs:
+        optimizer.zero_grad()
+        square(model, batch).mean().backward()
+        optimizer.step()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sum(queue.cluster_sizes_) == 9
+    assert queue.metrics()["cluster_sizes"] == queue.cluster_sizes_
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(ValueError, match="needs features"):
+        GradQueue(make(), n_clusters=2)
+    with pytest.raises(ValueError, match="no submodule"):
+        GradQueue(make(), n_clusters=2, features="nothing")
+    with pytest.raises(ValueError, match="n_clusters must be an integer >= 1, got 0"):
+        GradQueue(make(), n_clusters=0, features="features")
+    with pytest.raises(ValueError, match="centroid_scale must be"):
+        GradQueue(make(), n_clusters=2, features="features", centroid_scale="wrong")
+    with pytest.raises(ValueError, match="loss_reduction must be"):
+        GradQueue(make(), n_clusters=2, features="features", loss_reduction="none")
+    model = make()
+    queue = GradQueue(model, n_clusters=2, features="features", clusterer=lambda f: f[:, 0])
+    queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="must return"):
+        square(model, batches(1)[0]).mean().backward()
+    with pytest.raises(RuntimeError, match=r"head was called outside"):
+        model.head(torch.randn(2, 12, dtype=F64))
+    with pytest.raises(ValueError, match="microbatch"):
+        queue.backward(torch.zeros(9))
