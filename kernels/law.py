@@ -211,7 +211,7 @@ def scarcity_weight(
 
     Example: rows 1, 1, 1, 5 give mu = 2, sigma = sqrt(3); x = 5 gives z = 3 / sqrt(3) = 1.73.
     """
-    base, mean, inverse, sigma = spread(
+    base, mean, inverse, sigma = spread(  # pyright: ignore[reportGeneralTypeIssues]
         ring, stride, slot, offsets, mask, length, x.dtype, L, ALIGNED
     )
     z = divide(tl.abs((x - base) - mean) * inverse, sigma)

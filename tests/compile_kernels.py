@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gq_triton.kernels import chunks, finite, gqadamw, gqsgd, weigh
+from gq_triton.kernels import chunks, cluster_combine, finite, gqadamw, gqsgd, weigh
 from gq_triton.kernels._launch import CHUNK, THREADS, block_size
 
 TARGETS = {
@@ -52,6 +52,29 @@ RING_CASES = {
 }  # fmt: skip
 
 
+COMBINE = {
+    "sums": "*fp32:16", "stride_sums": "i32:16", "queue": "*fp32:16", "stride_queue": "i32:16",
+    "queued_ptr": "*i64", "inverse_shares": "*fp64", "mixture": "*fp64", "sigma_scales": "*fp64",
+    "weighted": "*fp32:16", "raw": "*fp32:16", "partials": "*fp64", "finite": "*u8", "n": "i32:16",
+    "n_clusters": "i32",
+}  # fmt: skip
+COMBINED = {
+    "C_DTYPE": F32, "L": 5, "CHUNK": cluster_combine.CHUNK, "BLOCK": block_size(torch.float32),
+    "THREADS": THREADS, "REPAIR": False,
+}  # fmt: skip
+F64_COMBINE = dict.fromkeys(("sums", "queue", "weighted", "raw"), "*fp64:16")
+COMBINE_CASES = {
+    "float32": ({}, {}),
+    "bfloat16 queue": ({}, {"queue": "*bf16:16"}),
+    "float64": ({"C_DTYPE": F64, "BLOCK": block_size(torch.float64)}, F64_COMBINE),
+    "unaligned": ({}, {"stride_sums": "i32", "stride_queue": "i32", "n": "i32"}),
+    "loss scaler, effective length": ({}, AMP),
+    "L = 12": ({"L": 12}, {}),
+    "L = 20": ({"L": 20}, {}),
+    "repair": ({"REPAIR": True}, {}),
+}
+
+
 def scalars(kernel: triton.JITFunction) -> dict[str, str]:
     """Return the types of the kernel's floating scalars, which its annotations fix."""
     return {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
@@ -68,6 +91,11 @@ def cases():
         for case, (constants, extra) in RING_CASES.items():
             used = {key: value for key, value in extra.items() if key in kernel.arg_names}
             yield name, case, kernel, types | used, FULL | constants | {"W": width}
+    kernel = cluster_combine._combine_kernel
+    for case, (constants, extra) in COMBINE_CASES.items():
+        used = {key: value for key, value in extra.items() if key in kernel.arg_names}
+        types = COMBINE | scalars(kernel) | used
+        yield "combine", case, kernel, types, COMBINED | constants
     flags = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")} | {"flags": "*u8"}
     wide = {"BLOCK": block_size(torch.float32, most=8), "W": 3}
     yield "all_finite", "float32", finite._all_finite_kernel, flags, FULL | wide
@@ -82,10 +110,20 @@ def cases():
 
 
 def compile_for(target: GPUTarget, kernel: triton.JITFunction, types: dict, constants: dict):
-    """Return the compiled kernel; arguments that are neither typed nor named are None."""
+    """Return the compiled kernel; arguments that are neither typed nor named are None.
+
+    A type ends in ``:16`` where a launch finds the argument divisible by 16, as in triton's tools.
+    """
     unused = [name for name in kernel.arg_names if name not in types]
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, {name: constants.get(name) for name in unused}, {})
+    hints = {name: text.partition(":") for name, text in types.items()}
+    signature = {name: hints.get(name, ("constexpr",))[0] for name in kernel.arg_names}
+    divisible = [["tt.divisibility", 16]]
+    attributes = {
+        (at,): divisible for at, name in enumerate(signature) if types.get(name, "").endswith(":16")
+    }
+    source = ASTSource(
+        kernel, signature, {name: constants.get(name) for name in unused}, attributes
+    )
     warps = 4 if constants.get("CHUNK") is None else THREADS // target.warp_size
     return triton.compile(source, target=target, options={"num_warps": warps})
 

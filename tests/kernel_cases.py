@@ -103,6 +103,13 @@ def oracle_weights(
     return reference.scarcity_weight(grad.cpu(), rows, rho=rho)
 
 
+def truncated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` rounded to ``dtype`` as the lane under test rounds it."""
+    if dtype == torch.bfloat16 and INTERPRETED:
+        return (x.float().view(torch.int32) & -65536).view(torch.float32)
+    return x.to(dtype)
+
+
 def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the distance between neighbouring numbers of ``dtype`` at ``exact`` (float64)."""
     info = torch.finfo(dtype)
@@ -130,3 +137,51 @@ def assert_stored(actual: Tensor, exact: Tensor, *, scale: Tensor | float = 1.0,
     bound = before + (store * ulp(exact, dtype) if dtype != compute else 0.0)
     error = (actual.double().cpu() - exact).abs()
     assert bool((error <= bound).all()), f"off by {float((error / bound).max())} times the bound"
+
+
+@dataclass
+class Clusters:
+    """K clusters of known sizes as the kernels take them, and what the oracle says about them.
+
+    Attributes:
+        device: of the kernels' tensors.
+        sizes: samples in each cluster.
+        population_power: as in `reference.cluster_gradient`.
+        centroid_scale: as in `reference.cluster_gradient`.
+    """
+
+    device: str
+    sizes: list[int]
+    population_power: float = 1.0
+    centroid_scale: str = "paper"
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Return ``inverse_shares``, ``mixture`` and ``sigma_scales``, each ``(K,)`` float64."""
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        occupied, batch = sizes > 0, float(sizes.sum())
+        inverse = torch.where(occupied, batch / sizes, 0.0)
+        power = torch.where(occupied, sizes**self.population_power, 0.0)
+        scales = torch.ones_like(sizes)
+        if self.centroid_scale == "standard_error":
+            scales = torch.where(occupied, (batch / sizes).sqrt(), 1.0)
+        named = {"inverse_shares": inverse, "mixture": power / power.sum(), "sigma_scales": scales}
+        return {name: vector.to(self.device) for name, vector in named.items()}
+
+    def weights(self, centroids: Tensor, rows: Tensor | None, rho: float) -> Tensor:
+        """Return the oracle's weights ``(K, *)``; ``rows=None`` stands for weights of 1."""
+        if rows is None:
+            return torch.ones(centroids.shape, dtype=torch.float64)
+        scales = self.vectors()["sigma_scales"].tolist()
+        pairs = zip(centroids, scales, strict=True)
+        return torch.stack(
+            [reference.scarcity_weight(c, rows, rho=rho, sigma_scale=s) for c, s in pairs]
+        )
+
+    def gradient(self, centroids: Tensor, rows: Tensor | None, rho: float) -> Tensor:
+        """Return the oracle's gradient ``(*)`` in float64."""
+        options = {"population_power": self.population_power, "centroid_scale": self.centroid_scale}
+        return reference.cluster_gradient(centroids, self.sizes, rows, rho=rho, **options)
+
+    def mix(self, parts: Tensor) -> Tensor:
+        """Return ``sum_k P_k parts_k`` of ``(K, *)`` in float64."""
+        return torch.tensordot(self.vectors()["mixture"].cpu(), parts.double(), dims=1)

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     DEVICES,
-    INTERPRETED,
     QUIET,
     Guarded,
     assert_stored,
     assert_weights,
     newest_first,
     oracle_weights,
+    truncated,
 )
 
 from gq_triton.kernels import all_finite, weigh_
@@ -115,13 +115,6 @@ def test_types_are_independent(device, dtype, queue_dtype):
         assert_stored(grad, exact[index] * raw[index].double().cpu(), scale=1.0)
         assert torch.equal(queues[index][8 % 5], rounded[index].to(queue_dtype))
     guarded.check()
-
-
-def truncated(x, dtype):
-    """Return ``x`` rounded to ``dtype`` as the lane under test rounds it."""
-    if dtype == torch.bfloat16 and INTERPRETED:
-        return (x.float().view(torch.int32) & -65536).view(torch.float32)
-    return x.to(dtype)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,0 +1,220 @@
+# pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
+"""The law for clusters: weight each cluster's mean gradient, add them up, one pass over memory.
+
+Shape legend: K = clusters, L = queue slots, P = elements of one parameter, C = chunks of a launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gq_triton.kernels._launch import (
+    THREADS,
+    TRITON_DTYPE,
+    block_size,
+    check_queues,
+    check_scalars,
+    device_guard,
+    num_warps,
+)
+from gq_triton.kernels.law import divide, fold, inverse_scale, load, spread, store, to_queue, widen
+
+__all__ = ["combine"]
+
+# Elements one program works on: fewer than `_launch.CHUNK`, since a launch has one tensor only.
+CHUNK = 4096
+
+
+@triton.jit
+def cluster_weight(x, base, mean, inverse, rate, narrower, low, high):
+    """Return ``clip(|x - mu| / (sigma * scale), low, high)``.
+
+    Args:
+        x: a mean gradient in the compute type, rounded to the queue's type before.
+        base: as `law.spread` returns it, like the two that follow.
+        mean: of the deviations from it.
+        inverse: of the largest deviation.
+        rate: ``1 / sigma`` with the sigma of `law.spread`.
+        narrower: ``1 / scale``, a scalar.
+        low: ``1 / rho``.
+        high: ``rho``.
+    """
+    # ``inverse * rate`` would overflow for a constant queue, and 0 times infinity is NaN.
+    z = ((tl.abs((x - base) - mean) * inverse) * rate) * narrower
+    return tl.minimum(tl.maximum(z, low), high)
+
+
+@triton.jit
+def reciprocal(x):
+    """Return 1 / x rounded to nearest."""
+    return divide(tl.full((), 1.0, x.dtype), x)
+
+
+@triton.jit(do_not_specialize=["n_clusters"])
+def _combine_kernel(
+    sums, stride_sums, queue, stride_queue, queued_ptr, length_ptr, grad_scale_ptr,
+    inverse_shares, mixture, sigma_scales, weighted, raw, partials, finite, n, n_clusters,
+    low: tl.float64, high: tl.float64,
+    C_DTYPE: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr, REPAIR: tl.constexpr,
+):  # fmt: skip
+    """Write ``sum_k P_k w(c_k) c_k`` and ``sum_k sums_k`` of one chunk, and its five statistics.
+
+    The first launch takes the gradient for finite and clears the byte ``finite`` where it is not.
+    The second one, with REPAIR, returns at once if the byte is still set; else every weight is 1.
+
+    Example: L = 4, rows 1, 1, 1, 5 (mu = 2, sigma = sqrt(3)), rho = 3, two clusters with a share of
+    1/2 each and sums 2.5 and 1, so means 5 and 2: weights 1.732 and 1/3, weighted
+    (8.66 + 0.667) / 2 = 4.66, raw 3.5; statistics 12.25, 21.8, 1.03, 0 and 0.5.
+    """
+    if REPAIR:
+        if tl.load(finite) != 0:
+            return
+    chunk = tl.program_id(0).to(tl.int64)
+    first = chunk * CHUNK
+    count = tl.minimum(n - first, CHUNK).to(tl.int32)
+    queued = tl.load(queued_ptr)
+    slot, active = queued % L, (queued >= L) & (not REPAIR)
+    length = None if length_ptr is None else tl.load(length_ptr).to(tl.int32)
+    unscale = inverse_scale(grad_scale_ptr, C_DTYPE)
+    low_c = tl.full((), low, C_DTYPE)
+    high_c = tl.full((), high, C_DTYPE)
+    zero = tl.full((), 0.0, C_DTYPE)
+    raw_squares = tl.zeros((THREADS,), C_DTYPE)
+    squares = tl.zeros((THREADS,), C_DTYPE)
+    weights = tl.zeros((THREADS,), C_DTYPE)
+    at_high = tl.zeros((THREADS,), C_DTYPE)
+    at_low = tl.zeros((THREADS,), C_DTYPE)
+    bad = tl.zeros((THREADS,), tl.int32)
+    for at in range(0, count, BLOCK):
+        offsets = at + tl.arange(0, BLOCK)
+        mask = first + offsets < n
+        base, mean, inverse, sigma = spread(
+            queue + first, stride_queue, slot, offsets, mask, length, C_DTYPE, L, False
+        )
+        rate = divide(tl.full((), 1.0, C_DTYPE), sigma)
+        total = tl.zeros((BLOCK,), C_DTYPE)
+        result = tl.zeros((BLOCK,), C_DTYPE)
+        mass = tl.zeros((BLOCK,), C_DTYPE)
+        highs = tl.zeros((BLOCK,), C_DTYPE)
+        lows = tl.zeros((BLOCK,), C_DTYPE)
+        part = sums + first
+        for k in range(0, n_clusters):
+            s = load(part + offsets, mask, C_DTYPE)
+            total += s
+            part += stride_sums
+            inverse_share = tl.load(inverse_shares + k).to(C_DTYPE)
+            if inverse_share > 0:
+                c = s * inverse_share
+                x = widen(to_queue(c * unscale, queue.dtype.element_ty), C_DTYPE)
+                narrower = reciprocal(tl.load(sigma_scales + k).to(C_DTYPE))
+                w = cluster_weight(x, base, mean, inverse, rate, narrower, low_c, high_c)
+                w = tl.where(active, w, 1.0)
+                result += tl.load(mixture + k).to(C_DTYPE) * (w * c)
+                share = reciprocal(inverse_share)
+                mass += share * w
+                highs += tl.where(w >= high_c, share, zero)
+                lows += tl.where(w <= low_c, share, zero)
+        store(raw + first + offsets, total, mask)
+        store(weighted + first + offsets, result, mask)
+        bad += fold(tl.where(tl.abs(total) < float("inf"), 0, 1), THREADS)
+        raw_squares += fold((total * unscale) * (total * unscale), THREADS)
+        squares += fold((result * unscale) * (result * unscale), THREADS)
+        weights += fold(tl.where(mask, mass, zero), THREADS)
+        at_high += fold(tl.where(mask & active, highs, zero), THREADS)
+        at_low += fold(tl.where(mask & active, lows, zero), THREADS)
+    whole = tl.full((), 0.0, tl.float64)
+    for k in range(0, n_clusters):
+        inverse_share = tl.load(inverse_shares + k).to(C_DTYPE)
+        if inverse_share > 0:
+            # Rounded as above, so that weights of 1 have the mean 1.
+            whole += reciprocal(inverse_share).to(tl.float64)
+    out = partials + chunk * 5
+    tl.store(out, tl.sum(raw_squares).to(tl.float64))
+    tl.store(out + 1, tl.sum(squares).to(tl.float64))
+    tl.store(out + 2, tl.sum(weights).to(tl.float64) / whole)
+    # With rho = 1 every weight is at both bounds, which says nothing.
+    whole = tl.where(low_c < high_c, whole, float("inf"))
+    tl.store(out + 3, tl.sum(at_high).to(tl.float64) / whole)
+    tl.store(out + 4, tl.sum(at_low).to(tl.float64) / whole)
+    if not REPAIR:
+        if tl.max(bad) > 0:
+            tl.store(finite, tl.full((), 0, tl.uint8))
+
+
+def check_clusters(clusters: int, device: torch.device, **vectors: Tensor) -> None:
+    """Raise ValueError unless each vector is ``(K,)`` float64, contiguous, on the device."""
+    for name, vector in vectors.items():
+        right = vector.shape == (clusters,) and vector.is_contiguous()
+        if not right or vector.dtype != torch.float64 or vector.device != device:
+            raise ValueError(
+                f"{name} must be contiguous float64 of shape ({clusters},) on {device}, got "
+                f"{vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
+            )
+
+
+def combine(
+    sums: Tensor,
+    queue: Tensor,
+    queued: Tensor,
+    *,
+    inverse_shares: Tensor,
+    mixture: Tensor,
+    sigma_scales: Tensor,
+    rho: float,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight the cluster means of one parameter and add them up: ``sum_k P_k w(c_k) c_k``.
+
+    The law is Grad Queue's (arXiv 2404.16917, Algorithm 1), computed in float32 (float64 if a
+    tensor is float64). The queue's statistics are computed once per element, the sums are read
+    once, nothing is queued. Repeats agree bit for bit.
+
+    Args:
+        sums: ``(K, P)`` gradients summed over each cluster's samples, ``c_k = sums_k / share_k``.
+            If any of them is not finite, every weight is 1.
+        queue: the ring ``(L, P)`` with contiguous rows at any distance, read only.
+        queued: gradients queued so far, 0-d int64; below L every weight is 1.
+        inverse_shares: ``(K,)`` float64, ``1 / share_k``; 0 for an empty cluster.
+        mixture: ``(K,)`` float64, ``P_k``.
+        sigma_scales: ``(K,)`` float64, what sigma is multiplied by for cluster k.
+        rho: bound of the weight, at least 1.
+        length: effective length, 0-d int64, or None for L.
+        grad_scale: the loss scale the sums carry, 0-d float32, or None.
+
+    Returns:
+        The weighted gradient ``(P,)`` and the raw one ``(P,)``, both with the loss scale and in the
+        type of ``sums``; and ``(5,)`` float64 as in ``weigh_``, the last three mean over clusters
+        by population.
+
+    Raises:
+        ValueError: the tensors disagree in shape, dtype, layout or device.
+    """
+    clusters, n = sums.shape
+    device = sums.device
+    if n > 1 and sums.stride(1) != 1:
+        sums = sums.contiguous()
+    check_queues([queue], [sums[0]])
+    check_scalars("queued", [queued], [sums], torch.int64)
+    check_clusters(
+        clusters, device, inverse_shares=inverse_shares, mixture=mixture, sigma_scales=sigma_scales
+    )
+    chunks = -(-n // CHUNK)
+    dtypes = (sums.dtype, queue.dtype)
+    wide = TRITON_DTYPE[torch.float64 if torch.float64 in dtypes else torch.float32]
+    with device_guard(device):
+        weighted, raw = sums.new_empty(n), sums.new_empty(n)
+        partials = torch.empty(chunks, 5, dtype=torch.float64, device=device)
+        finite = torch.ones(1, dtype=torch.uint8, device=device)
+        for repair in (False, True):
+            if chunks:
+                _combine_kernel[(chunks,)](
+                    sums, sums.stride(0), queue, queue.stride(0), queued, length, grad_scale,
+                    inverse_shares, mixture, sigma_scales, weighted, raw, partials, finite, n,
+                    clusters, 1.0 / rho, float(rho), C_DTYPE=wide, L=queue.shape[0], CHUNK=CHUNK,
+                    BLOCK=block_size(*dtypes), THREADS=THREADS, REPAIR=repair,
+                    num_warps=num_warps(device),
+                )  # fmt: skip
+        return weighted, raw, partials.sum(dim=0)
