@@ -10,7 +10,7 @@ Shape legend: L = queue slots, E = effective length, P = elements of one paramet
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numba
@@ -279,10 +279,23 @@ def _ring(turn: Turn, queue: Tensor) -> tuple[Any, ...]:
     return queue.view(-1).numpy(), stride, slots, turn.slot
 
 
+def _count_(counters: list[Tensor]) -> None:
+    """Count one more queued gradient in each ring."""
+    if counters:
+        torch._foreach_add_(counters, 1)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@lru_cache(maxsize=64)
 def _law(kind: type, rho: float, used: int) -> tuple[Any, ...]:
     """Return low, high, 1, 1/E, the smallest normal number and the variance floor in one type."""
     tiny = np.finfo(kind).tiny
-    return tuple(kind(value) for value in (1.0 / rho, rho, 1.0, 1.0 / used, tiny, VARIANCE_FLOOR))
+    return _typed(kind, (1.0 / rho, rho, 1.0, 1.0 / used, float(tiny), VARIANCE_FLOOR))
+
+
+@lru_cache(maxsize=64)
+def _typed(kind: type, values: tuple[float, ...]) -> tuple[Any, ...]:
+    """Return numbers in the type of the tensors, as a kernel takes them."""
+    return tuple(kind(value) for value in values)
 
 
 def _chunks(numel: int) -> list[tuple[int, int]]:
@@ -303,6 +316,7 @@ def weigh_(
     statistics = torch.zeros(len(grads), 5)
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     jobs: list[Job] = []
+    counters: list[Tensor] = []
     partials: list[tuple[int, list[Any]]] = []
     for index, (grad, queue) in enumerate(zip(grads, queues, strict=True)):
         turn = Turn(queue, queued[index], bool(finite[index]), rho, length)
@@ -320,8 +334,9 @@ def weigh_(
         partials.append((index, sums))
         for out, (start, stop) in zip(sums, _chunks(grad.numel()), strict=True):
             jobs.append(partial(kernel, start, stop, *ring, g, kind(unscale), out, law))
-        queued[index].add_(1)
+        counters.append(queued[index])
     _run(jobs)
+    _count_(counters)
     for index, sums in partials:
         statistics[index] = torch.from_numpy(np.sum(sums, axis=0))
     return statistics
@@ -358,6 +373,7 @@ def gqsgd_(
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     hyper = (-1.0 if maximize else 1.0, weight_decay, momentum, 1.0 - dampening, float(lr))
     jobs: list[Job] = []
+    counters: list[Tensor] = []
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         turn = Turn(queue, queued[index], finite is None or bool(finite[index]), rho, length)
         buffer = param if momentum_buffers is None else momentum_buffers[index]
@@ -372,11 +388,12 @@ def gqsgd_(
         kind, used = _DTYPES[param.dtype], len(turn.rows)
         kernel = _sgd_kernel(used, momentum_buffers is not None, nesterov)
         tensors = grad.numpy(), kind(unscale), param.numpy(), buffer.numpy()
-        scalars = _law(kind, rho, used), tuple(kind(value) for value in hyper)
+        arguments = *_ring(turn, queue), *tensors, _law(kind, rho, used), _typed(kind, hyper)
         for start, stop in _chunks(param.numel()):
-            jobs.append(partial(kernel, start, stop, *_ring(turn, queue), *tensors, *scalars))
-        queued[index].add_(1)
+            jobs.append(partial(kernel, start, stop, *arguments))
+        counters.append(queued[index])
     _run(jobs)
+    _count_(counters)
 
 
 def gqadamw_(
@@ -411,6 +428,7 @@ def gqadamw_(
     # A learning rate that is a tensor is worked with in its own type, as torch does.
     keep = float(1 - lr * weight_decay)
     jobs: list[Job] = []
+    counters: list[Tensor] = []
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         turn = Turn(queue, queued[index], finite is None or bool(finite[index]), rho, length)
         moments = exp_avgs[index], exp_avg_sqs[index]
@@ -428,13 +446,12 @@ def gqadamw_(
         )  # fmt: skip
         kind, used = _DTYPES[param.dtype], len(turn.rows)
         tensors = grad.numpy(), kind(unscale), param.numpy(), *(t.numpy() for t in moments)
-        scalars = _law(kind, rho, used), tuple(kind(value) for value in hyper)
+        arguments = *_ring(turn, queue), *tensors, _law(kind, rho, used), _typed(kind, hyper)
         for start, stop in _chunks(param.numel()):
-            jobs.append(
-                partial(_adamw_kernel(used), start, stop, *_ring(turn, queue), *tensors, *scalars)
-            )
-        queued[index].add_(1)
+            jobs.append(partial(_adamw_kernel(used), start, stop, *arguments))
+        counters.append(queued[index])
     _run(jobs)
+    _count_(counters)
 
 
 def combine(

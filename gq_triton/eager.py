@@ -7,6 +7,7 @@ same signatures; ``backend.engine`` chooses.
 Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -128,7 +129,7 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
     """Return for each gradient whether all of its elements are finite: ``(N,)`` bool."""
     device = grads[0].device if grads else None
     # A sum is one read of the gradient; only where it overflows is a second look needed.
-    flags = [bool(torch.isfinite(grad.sum())) or bool(torch.isfinite(grad).all()) for grad in grads]
+    flags = [math.isfinite(grad.sum()) or bool(torch.isfinite(grad).all()) for grad in grads]
     return torch.tensor(flags, dtype=torch.bool, device=device)
 
 

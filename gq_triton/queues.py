@@ -27,6 +27,8 @@ from gq_triton.ring import (
 
 __all__ = ["Queues"]
 
+# The losses' name among those of the parameters.
+LOSSES = "(losses)"
 # What a saved state must share with the state it is loaded into.
 _SHAPE_OPTIONS = "queue_length", "loss_window"
 
@@ -100,7 +102,8 @@ class Queues:
             grads: their gradients, flat, in the memory order of the parameter, of one type and on
                 one device.
             grad_scale: the loss scale the gradients carry, or None.
-            found_inf: non-zero where the optimizer's step will be skipped, or None.
+            found_inf: non-zero where nothing may be weighted or queued, 0-d for all or ``(N,)`` one
+                per gradient, or None.
         """
         if not names:
             return
@@ -126,7 +129,15 @@ class Queues:
         if self.match_norm and self.rho > 1:
             rescale_(grads, statistics)
             statistics[:, 1] = statistics[:, 0]
-        self._statistics[tuple(names)] = statistics
+        self._keep_statistics(tuple(names), statistics)
+
+    def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
+        """Keep the last table of every parameter, also when they come grouped otherwise."""
+        if names not in self._statistics:
+            members = set(names)
+            for group in [group for group in self._statistics if not members.isdisjoint(group)]:
+                del self._statistics[group]
+        self._statistics[names] = statistics
 
     def combine(
         self,
@@ -221,6 +232,8 @@ class Queues:
         if self._losses is None:
             device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
             self._losses = new_losses(self.loss_window, self.queue_length, device)
+        if isinstance(loss, Tensor):
+            self._losses = self._losses.to(loss.device)  # loaded ones may lie elsewhere
         self._losses = record_loss(self._losses, loss)
 
     def effective_length(self, device: torch.device | None = None) -> Tensor | None:
@@ -264,15 +277,40 @@ class Queues:
 
         Waits for the device and reads everything: meant for checks, not for every step.
         """
-        state = self.state_dict()
-        sha = hashlib.sha256()
-        for name in sorted(state["queue"]):
-            sha.update(name.encode())
-            sha.update(_bytes(state["queue"][name]))
-            sha.update(_bytes(state["queued"][name]))
-        if state["losses"] is not None:
-            sha.update(_bytes(state["losses"]))
-        return sha.hexdigest()
+        return hashlib.sha256(b"".join(self.digests().values())).hexdigest()
+
+    def digests(self) -> dict[str, bytes]:
+        """Return the SHA-256 of each parameter's ring and counter by name, and that of the losses.
+
+        A ring that nothing was queued in counts as absent, allocated or not. The losses come last,
+        under ``LOSSES``.
+        """
+        parts: dict[str, list[bytes]] = {name: [] for name in self.params}
+        for name, queue in self._queue.items():
+            if int(local(self._queued[name])) > 0:
+                parts[name] = [_bytes(queue), _bytes(self._queued[name])]
+        parts[LOSSES] = []
+        if self._losses is not None and not bool(self._losses.isnan().all()):
+            parts[LOSSES] = [_bytes(self._losses)]
+        digests = {}
+        for name, contents in parts.items():
+            sha = hashlib.sha256(name.encode())
+            for content in contents:
+                sha.update(content)
+            digests[name] = sha.digest()
+        return digests
+
+    def init_state(self) -> None:
+        """Allocate what every trainable parameter's first gradient would, and the losses.
+
+        A checkpoint library that needs the state's shapes before the first step then finds them.
+        """
+        for name, param in self.params.items():
+            if param.requires_grad:
+                self._allocate(name, local(param).device)
+        if self.loss_window is not None and self._losses is None:
+            device = next(iter(self.params.values())).device
+            self._losses = new_losses(self.loss_window, self.queue_length, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only, so ``torch.load(weights_only=True)`` reads it.

@@ -1,0 +1,79 @@
+"""Where the DDP module is, and what the parameters are called, whatever is wrapped around them."""
+
+import gc
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["carries", "ddp_carrying", "find_ddp", "parameter_names"]
+
+# Where trainers that are no modules themselves keep the wrapped one: Hugging Face, Lightning.
+_HANDLES = "model_wrapped", "model"
+
+
+def find_ddp(model: object) -> DistributedDataParallel | None:
+    """Return the DDP module that ``model`` is, contains or hands out; None where there is none.
+
+    Args:
+        model: a module, which is searched with all its submodules (``torch.compile`` and Fabric
+            wrap that way), or a trainer or strategy with an attribute ``model_wrapped`` or
+            ``model``.
+
+    Raises:
+        ValueError: there are several.
+    """
+    is_module = isinstance(model, nn.Module)
+    handles = [model] if is_module else [getattr(model, name, None) for name in _HANDLES]
+    found = {
+        id(part): part
+        for module in handles
+        if isinstance(module, nn.Module)
+        for part in module.modules()
+        if isinstance(part, DistributedDataParallel)
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} DistributedDataParallel modules: pass the "
+            "one that is meant, with a state for each"
+        )
+    return next(iter(found.values()), None)
+
+
+def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return all parameters by the name they have in the bare model.
+
+    ``torch.compile`` puts ``_orig_mod.`` into the names and wrappers put ``module.`` before them;
+    both go, so that a saved queue does not depend on how the model was wrapped.
+    """
+    named = {
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): parameter
+        for name, parameter in model.named_parameters()
+    }
+    while named and all(name.startswith("module.") for name in named):
+        named = {name.removeprefix("module."): parameter for name, parameter in named.items()}
+    return named
+
+
+def carries(ddp: DistributedDataParallel, state: object) -> bool:
+    """Return whether ``state`` was registered with ``ddp``."""
+    return any(registered is state for _, registered in getattr(ddp, "_comm_hooks", ()))
+
+
+def ddp_carrying(state: object, owned: set[int]) -> DistributedDataParallel | None:
+    """Return the living DDP module that ``state`` was registered with; None where there is none.
+
+    DDP tells a hook nothing about itself, and its process group can be any: ask the garbage
+    collector who holds the state. Takes milliseconds; meant for once per run.
+
+    Args:
+        state: the state given to ``register_comm_hook``.
+        owned: the ``id`` of the parameters, which tells a module from its deep copies.
+    """
+    for candidate in gc.get_objects():
+        if (
+            issubclass(type(candidate), DistributedDataParallel)
+            and carries(candidate, state)
+            and any(id(parameter) in owned for parameter in candidate.parameters())
+        ):
+            return candidate
+    return None

@@ -1,0 +1,41 @@
+"""What a task is: data that is in memory, split once, and a model that fits it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Task", "batches"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task.
+
+    Args:
+        train: inputs and labels to learn from.
+        test: inputs and labels held out; the split never depends on a run's seed.
+        model: builds the model, from torch's random numbers.
+        features: name of the submodule whose output describes a sample, for the clusters.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    model: Callable[[], nn.Module]
+    features: str
+
+
+def batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """Return the indices of every global batch of an epoch, the last one possibly smaller.
+
+    They depend on nothing but the arguments, so every rank and every resumed run agrees on them.
+
+    Args:
+        samples: size of the training set.
+        batch_size: samples per batch, over all ranks.
+        seed: of the run, below 2**31.
+        epoch: counted from 0, below 2**32.
+    """
+    generator = torch.Generator().manual_seed((seed << 32) + epoch)
+    return list(torch.randperm(samples, generator=generator).split(batch_size))

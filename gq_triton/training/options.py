@@ -1,0 +1,237 @@
+"""The options of launch/train.py: what they mean, may be, and must stay when a run is resumed."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gq_triton.tasks import TASKS
+
+__all__ = ["DEFAULTS", "Refusal", "choose_settings", "parse_options"]
+
+# What makes a run the run it is: saved in every checkpoint. None for the learning rate and the
+# momentum stands for the optimizer's own.
+DEFAULTS: dict[str, Any] = {
+    "task": "digits",
+    "optimizer": "sgd",
+    "lr": None,
+    "momentum": None,
+    "weight_decay": 1e-4,
+    "epochs": 30,
+    "batch_size": 128,
+    "seed": 0,
+    "n_clusters": None,
+    "features": None,
+    "queue_length": 5,
+    "min_queue_length": 3,
+    "rho": 3.0,
+    "loss_window": None,
+    "match_norm": False,
+}
+LEARNING_RATES = {"sgd": 0.07, "adamw": 3e-3}
+MOMENTUM = 0.9
+
+
+class Refusal(Exception):
+    """Why a run cannot begin, in one line for the user."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(" ".join(str(reason).split()))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(message)
+
+
+def _whole(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    limits = f">= {lowest}" if highest is None else f"from {lowest} to {highest}"
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = lowest - 1
+        if value < lowest or (highest is not None and value > highest):
+            raise argparse.ArgumentTypeError(f"must be a whole number {limits}, got {text!r}")
+        return value
+
+    return read
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def _at_least_0(text: str) -> float:
+    value = _number(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be a finite number >= 0, got {text!r}")
+    return value
+
+
+def _below_1(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text!r}")
+    return value
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else read(text)
+
+
+def parse_options(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the options that were given, and only those.
+
+    Args:
+        argv: the command line without the program; None reads the process's own.
+
+    Raises:
+        Refusal: an unknown option, or a value that cannot hold.
+        SystemExit: after ``--help``.
+    """
+    parser = _Parser(
+        prog="train.py",
+        description="Train a task with Grad Queue under DistributedDataParallel. Start it with "
+        "torchrun for several processes: torchrun --nproc-per-node=2 launch/train.py --out DIR",
+        epilog="DIR receives metrics.jsonl (a line per step and per epoch), summary.json, "
+        "curves.png and checkpoints/. The same options, seed and number of processes give the "
+        "same run, bit for bit. A bad value ends with one line and exit code 2.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+    folder = parser.add_argument_group("where")
+    folder.add_argument("--out", type=Path, metavar="DIR", help="folder for a new run; made here")
+    folder.add_argument(
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="continue the run in DIR from its newest checkpoint, with its own options; bit for "
+        "bit with the same number of processes",
+    )
+    folder.add_argument(
+        "--checkpoint-every",
+        type=_whole(1),
+        metavar="STEPS",
+        help="steps between checkpoints, of which the last two are kept (default: an epoch)",
+    )
+    folder.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        help="auto takes a GPU per process where there are enough, else the CPU (default: auto)",
+    )
+
+    training = parser.add_argument_group("training")
+
+    def option(group: Any, flag: str, help: str, default: str | None = None, **rest: Any) -> None:
+        value = DEFAULTS[flag.removeprefix("--").replace("-", "_")]
+        shown = default or ("none" if value is None else value)
+        group.add_argument(flag, help=f"{help} (default: {shown})", **rest)
+
+    option(training, "--task", "data and model; digits: 8 x 8 handwritten digits", choices=[*TASKS])
+    option(training, "--optimizer", "torch.optim.SGD or AdamW", choices=[*LEARNING_RATES])
+    option(
+        training,
+        "--lr",
+        "highest learning rate; it falls to 0 along half a cosine",
+        default=", ".join(f"{lr} with {name}" for name, lr in LEARNING_RATES.items()),
+        type=_at_least_0,
+    )
+    option(training, "--momentum", "of sgd", default=str(MOMENTUM), type=_below_1)
+    option(training, "--weight-decay", "of the optimizer", type=_at_least_0)
+    option(training, "--epochs", "passes over the training data", type=_whole(1), metavar="N")
+    option(
+        training,
+        "--batch-size",
+        "samples per step over ALL processes; each takes its share",
+        type=_whole(1),
+        metavar="N",
+    )
+    option(
+        training,
+        "--seed",
+        "of the initial weights, the order of the data and dropout; never of the test split",
+        type=_whole(0, 2**31 - 1),
+        metavar="N",
+    )
+
+    queue = parser.add_argument_group("Grad Queue")
+    option(
+        queue,
+        "--n-clusters",
+        "clusters per process whose mean gradients are weighted one by one; none: the mean "
+        "gradient of the global batch is weighted",
+        type=_or_none(_whole(1)),
+        metavar="K",
+    )
+    option(
+        queue,
+        "--features",
+        "layer whose output tells samples apart when there are clusters",
+        default="the task's own",
+        metavar="LAYER",
+    )
+    option(queue, "--queue-length", "past gradients kept per element", type=int, metavar="L")
+    option(
+        queue,
+        "--min-queue-length",
+        "lower bound of the effective length",
+        type=int,
+        metavar="N",
+    )
+    option(
+        queue,
+        "--rho",
+        "weights are clipped to 1/rho and rho; 1 switches Grad Queue off",
+        type=_number,
+    )
+    option(
+        queue,
+        "--loss-window",
+        "losses per window of the rule that adapts the effective length; none: always L",
+        type=_or_none(_whole(1)),
+        metavar="N",
+    )
+    option(
+        queue,
+        "--match-norm",
+        "give each weighted gradient the norm of the raw one",
+        default="no",
+        action=argparse.BooleanOptionalAction,
+    )
+    return vars(parser.parse_args(argv))
+
+
+def choose_settings(given: dict[str, Any], saved: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a value for every name in ``DEFAULTS``: given, saved or by default.
+
+    Args:
+        given: what ``parse_options`` returned.
+        saved: the settings of the run to continue, None for a new one.
+
+    Raises:
+        Refusal: an option contradicts the saved run or the optimizer.
+    """
+    given = {name: value for name, value in given.items() if name in DEFAULTS}
+    if saved is not None:
+        for name, value in given.items():
+            if value != saved[name]:
+                raise Refusal(
+                    f"--{name.replace('_', '-')} is {saved[name]} in the run to resume, got "
+                    f"{value}: leave it out, or start a new run with --out"
+                )
+        return dict(saved)
+    settings = DEFAULTS | given
+    if settings["optimizer"] != "sgd" and "momentum" in given:
+        raise Refusal(f"--momentum is for sgd, got --optimizer {settings['optimizer']}")
+    if settings["lr"] is None:
+        settings["lr"] = LEARNING_RATES[settings["optimizer"]]
+    if settings["momentum"] is None and settings["optimizer"] == "sgd":
+        settings["momentum"] = MOMENTUM
+    return settings

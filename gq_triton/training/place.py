@@ -1,0 +1,99 @@
+"""Where a process of a run stands among the others, and how they agree."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from gq_triton.training.options import Refusal
+
+__all__ = ["Place"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all.
+
+    Args:
+        rank: among all processes.
+        world: how many there are.
+        local_rank: among those on this machine.
+        local_world: how many there are on this machine.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @classmethod
+    def find(cls) -> "Place":
+        """Return what torchrun says in the environment, or one process alone."""
+        names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+        return cls(*(int(os.environ.get(name, alone)) for name, alone in names))
+
+    def connect(self) -> None:
+        """Join the default process group: gloo on the host, NCCL on GPUs where there are any."""
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+    def device(self, name: str) -> torch.device:
+        """Return this rank's device.
+
+        Args:
+            name: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU where every rank on this machine
+                has one of its own.
+
+        Raises:
+            Refusal: there are too few GPUs.
+        """
+        gpus = torch.cuda.device_count()
+        if name == "cuda" and gpus < self.local_world:
+            raise Refusal(
+                f"--device cuda needs a GPU per process, and this machine has {gpus} for "
+                f"{self.local_world}: use --device cpu"
+            )
+        if name == "cpu" or gpus < self.local_world:
+            return torch.device("cpu")
+        device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of every rank, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return, on every rank, what ``function(*args)`` returns on rank 0, or refuse with it."""
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = function(*args)
+            except Refusal as reason:
+                answer[1] = str(reason)
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        if answer[1] is not None:
+            raise Refusal(answer[1])
+        return answer[0]
+
+    def on_all(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(*args)``; where one rank refuses, all do, with the first reason."""
+        result = refusal = None
+        try:
+            result = function(*args)
+        except Refusal as reason:
+            refusal = str(reason)
+        for reason in self.gather(refusal):
+            if reason is not None:
+                raise Refusal(reason)
+        return result

@@ -1,0 +1,81 @@
+"""What a person sees of a run: a bar and a table on a terminal, plain lines anywhere else."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["Terminal"]
+
+
+class Terminal:
+    """Shows how a run goes; use it as a context manager.
+
+    Args:
+        epochs: how many the run has.
+        steps: how many the run has.
+        quiet: show nothing, as on every rank but the first.
+    """
+
+    def __init__(self, epochs: int, steps: int, *, quiet: bool = False) -> None:
+        self.quiet, self.epochs = quiet, epochs
+        self.console = Console(highlight=False)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("loss {task.fields[loss]}, test accuracy {task.fields[accuracy]},"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task(f"epoch 0/{epochs}", total=steps, loss="-", accuracy="-")
+
+    def __enter__(self) -> "Terminal":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def note(self, text: str) -> None:
+        """Say one line."""
+        if not self.quiet:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Show a row of kind ``step``."""
+        self.bar.update(
+            self.task,
+            completed=row["step"],
+            description=f"epoch {row['epoch']}/{self.epochs}",
+            loss=f"{row['loss']:.4f}",
+        )
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Show a row of kind ``epoch``."""
+        self.bar.update(self.task, accuracy=f"{row['test_accuracy']:.2%}")
+        if not self.console.is_terminal:
+            skipped = f", {row['skipped']} steps skipped" if row["skipped"] else ""
+            self.note(
+                f"epoch {row['epoch']}/{self.epochs}: training loss {row['train_loss']:.4f}, "
+                f"test accuracy {row['test_accuracy']:.2%}{skipped}"
+            )
+
+    def finish(self, lines: dict[str, str]) -> None:
+        """Show the result: a table on a terminal, one line anywhere else.
+
+        Args:
+            lines: what to say, by the name of the row.
+        """
+        self.bar.stop()
+        if not self.console.is_terminal:
+            self.note("; ".join(f"{name}: {value}" for name, value in lines.items()))
+        elif not self.quiet:
+            table = Table(show_header=False)
+            for name, value in lines.items():
+                table.add_row(name, value)
+            self.console.print(table)
+        sys.stdout.flush()

@@ -1,0 +1,367 @@
+"""launch/train.py: what it writes, what it refuses, and that a killed run goes on bit for bit."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gq_triton import tasks
+from gq_triton.training.files import json_line, load_newest_checkpoint, read_metrics
+
+SCRIPT = Path(__file__).resolve().parents[1] / "launch" / "train.py"
+STEP_KEYS = {
+    "kind",
+    "step",
+    "epoch",
+    "loss",
+    "lr",
+    "grad_norm",
+    "mean_weight",
+    "norm_ratio",
+    "saturated_high",
+    "saturated_low",
+    "effective_length",
+    "skipped",
+}
+# 6 steps per epoch, the last of them smaller and, with 2 ranks, of unequal shares.
+SHORT = ("--epochs", "4", "--batch-size", "256", "--loss-window", "3")
+FEW = ("--epochs", "2", "--batch-size", "512")  # 3 steps per epoch
+
+# Kills every process in one of its steps.
+KILLED = f"""
+import os, runpy, signal, sys
+import torch
+
+class Mortal(torch.optim.SGD):
+    steps = 0
+
+    def step(self, closure=None):
+        Mortal.steps += 1
+        if Mortal.steps == FATAL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(closure)
+
+torch.optim.SGD = Mortal
+sys.argv[0] = {str(SCRIPT)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def train():
+    """Load the script as a module; its `main` runs in this process."""
+    spec = importlib.util.spec_from_file_location("launch_train", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    threads, random = torch.get_num_threads(), torch.get_rng_state()
+    spec.loader.exec_module(module)
+    yield module
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch.set_num_threads(threads)
+    torch.set_rng_state(random)
+    del sys.modules[spec.name]
+
+
+def torchrun(ranks, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, f"--nproc-per-node={ranks}", str(SCRIPT), *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def start(ranks, script, *args):
+    """Do what torchrun does without its seconds; return the exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = []
+    try:
+        for rank in map(str, range(ranks)):
+            env = {**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}
+            command = [sys.executable, str(script), *map(str, args)]
+            processes.append(subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL))
+        return [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def newest(out):
+    saved, damaged = load_newest_checkpoint(out / "checkpoints")
+    assert saved is not None
+    assert not damaged
+    return saved
+
+
+def assert_same_run(actual, expected):
+    assert read_metrics(actual / "metrics.jsonl") == read_metrics(expected / "metrics.jsonl")
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (actual, expected)]
+    assert summaries[0]["queue_digest"] == summaries[1]["queue_digest"]
+    ours, theirs = newest(actual), newest(expected)
+    for name, value in theirs["model"].items():
+        assert torch.equal(ours["model"][name], value), name
+    for index, state in theirs["optimizer"]["state"].items():
+        momentum = ours["optimizer"]["state"][index]["momentum_buffer"]
+        assert torch.equal(momentum, state["momentum_buffer"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "every", "fatal", "last_saved"),
+    # Three ranks after one step: DDP's buckets were not yet what they are from the second step on,
+    # which changes the order in which more than two ranks are summed.
+    [(2, 4, 15, 12), (3, 1, 2, 1)],
+)
+def test_a_killed_run_continues_bit_for_bit(tmp_path, ranks, every, fatal, last_saved):
+    options = (*SHORT, "--checkpoint-every", every)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    if ranks == 2:
+        done = torchrun(2, *options, "--task", "digits", "--optimizer", "sgd", "--out", whole)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert start(ranks, SCRIPT, *options, "--out", whole) == [0] * ranks
+    check_files(whole, ranks, epochs=4)
+
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.replace("FATAL", str(fatal)))
+    assert -signal.SIGKILL in start(ranks, script, *options, "--out", killed)
+    assert not (killed / "summary.json").exists()
+    assert newest(killed)["step"] == last_saved
+    # What was written after the checkpoint is done again.
+    assert read_metrics(killed / "metrics.jsonl")[-1]["step"] == fatal - 1
+
+    assert start(ranks, SCRIPT, "--resume", killed) == [0] * ranks
+    assert_same_run(killed, whole)
+
+
+def check_files(out, ranks, epochs):
+    rows = read_metrics(out / "metrics.jsonl")
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, 6 * epochs + 1))
+    assert all(set(row) == STEP_KEYS for row in steps)
+    # Weight 1 until five gradients are queued.
+    assert [row["mean_weight"] for row in steps[:5]] == [1.0] * 5
+    assert steps[5]["mean_weight"] != 1.0
+    ends = [row for row in rows if row["kind"] == "epoch"]
+    assert [(row["epoch"], row["step"]) for row in ends] == [(n, 6 * n) for n in (1, 2, 3, 4)]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["test_accuracy"] == ends[-1]["test_accuracy"]
+    assert 0 < ends[-1]["train_accuracy"] <= 1
+    assert summary["world_size"] == ranks
+    assert summary["steps"] == 6 * epochs
+    assert len(summary["queue_digest"]) == ranks
+    assert len(set(summary["queue_digest"])) == 1
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    check_picture(out / "curves.png")
+
+
+def check_picture(path):
+    from matplotlib.image import imread
+
+    height, width, _ = imread(path).shape
+    assert width >= 1000
+    assert height >= 700
+
+
+def test_unequal_shares_average_to_the_gradient_of_the_batch(train):
+    # Rank 0 of 2 has samples 0, 2 and 4 of five, rank 1 has 1 and 3. One process plays both.
+    train.Place.find().connect()
+    cpu = torch.device("cpu")
+    rows, grads = [], []
+    for rank in range(2):
+        trainer = train.Trainer(train.build({}, None, 2, cpu), train.Place(rank, 2, 0, 1), cpu)
+        trainer.model.eval()  # no dropout
+        rows.append(trainer.train_step(torch.arange(5)))
+        grads.append([param.grad.clone() for param in trainer.model.parameters()])
+    twin = train.build({}, None, 1, cpu)
+    twin.model.eval()
+    inputs, labels = (tensor[:5] for tensor in twin.task.train)
+    expected = torch.nn.functional.cross_entropy(twin.model(inputs), labels)
+    expected.backward()
+    assert sum(row["loss"] for row in rows) == pytest.approx(expected.item())
+    for first, second, param in zip(*grads, twin.model.parameters(), strict=True):
+        torch.testing.assert_close((first + second) / 2, param.grad)
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_with_one_line(tmp_path):
+    done = torchrun(2, "--rho", "0.5", "--out", tmp_path / "out")
+    assert done.returncode != 0
+    assert done.stderr.count("train.py: rho must be") == 1
+    # torchrun's own report of the failure has a traceback of torchrun, none of the script.
+    assert f'File "{SCRIPT}"' not in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--rho", "0.5"], "rho"),
+        (["--rho", "nan"], "rho"),
+        (["--queue-length", "0"], "queue_length"),
+        (["--min-queue-length", "6"], "min_queue_length"),
+        (["--loss-window", "0"], "--loss-window"),
+        (["--lr", "-0.1"], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--momentum", "1"], "--momentum"),
+        (["--optimizer", "adamw", "--momentum", "0.5"], "--momentum"),
+        (["--weight-decay", "x"], "--weight-decay"),
+        (["--epochs", "0"], "--epochs"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "1438"], "--batch-size"),
+        (["--seed", str(2**31)], "--seed"),
+        (["--task", "imagenet"], "--task"),
+        (["--optimizer", "lion"], "--optimizer"),
+        (["--n-clusters", "0"], "--n-clusters"),
+        (["--checkpoint-every", "0"], "--checkpoint-every"),
+        (["--ou", "x"], "--ou"),
+        (["--resume", "x"], "--resume"),
+    ],
+)
+def test_a_bad_value_ends_with_one_line(train, tmp_path, capsys, options, word):
+    assert_refused(train, capsys, ["--out", str(tmp_path / "out"), *options], word)
+    assert not list(tmp_path.iterdir())
+
+
+def assert_refused(train, capsys, argv, word):
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("train.py: ")
+    assert word in line
+
+
+def test_a_batch_smaller_than_the_world_is_refused(train):
+    with pytest.raises(train.Refusal, match="--batch-size must be at least 1 for each of the 4"):
+        train.build({"batch_size": 3}, None, 4, torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="There is a GPU here.")
+def test_a_gpu_that_is_not_there_is_refused(train, tmp_path, capsys):
+    options = ["--out", str(tmp_path / "out"), "--device", "cuda"]
+    assert_refused(train, capsys, options, "--device cuda needs a GPU")
+
+
+def test_the_folder_of_another_run_is_refused(train, tmp_path, capsys):
+    assert_refused(train, capsys, [], "--out")
+    for name in ("metrics.jsonl", "summary.json"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("precious")
+        assert_refused(train, capsys, ["--out", str(out)], "holds another run")
+        assert [path.read_text() for path in out.iterdir()] == ["precious"]
+    assert_refused(train, capsys, ["--out", str(tmp_path / "summary.json/summary.json")], "file")
+    below = tmp_path / "summary.json/summary.json/below"
+    assert_refused(train, capsys, ["--out", str(below)], "cannot be made")
+
+
+def test_help_explains_every_option(train, capsys):
+    assert train.main(["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in train.parse_options.__globals__["DEFAULTS"]:
+        assert f"--{name.replace('_', '-')}" in shown
+    assert shown.count("(default: ") >= 17
+
+
+def test_a_run_is_quiet_without_a_terminal(train, tmp_path, capsys):
+    assert train.main(["--out", str(tmp_path), *FEW]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    first, second, result = shown.out.splitlines()
+    assert first.startswith("epoch 1/2: ")
+    assert second.startswith("epoch 2/2: ")
+    assert result.startswith("test accuracy: ")
+    assert "\x1b" not in shown.out
+
+
+def test_resume_refuses_what_is_not_the_run(train, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert_refused(train, capsys, ["--resume", str(out)], "there is none")
+    assert not out.exists()
+    assert train.main(["--out", str(out), *FEW]) == 0
+    path = sorted((out / "checkpoints").iterdir())[-1]
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+    options = ["--resume", str(out), "--lr", "0.5"]
+    assert_refused(train, capsys, options, "--lr is 0.07 in the run to resume, got 0.5")
+    assert_refused(train, capsys, ["--resume", str(out), "--queue-length", "4"], "--queue-length")
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+    saved = newest(out)
+    del saved["model"]["head.bias"]
+    torch.save(saved, path)
+    assert_refused(train, capsys, ["--resume", str(out)], "head.bias")
+    torch.save({"model": {}}, path)
+    assert_refused(train, capsys, ["--resume", str(out)], "not written by")
+    for damaged in (out / "checkpoints").iterdir():
+        damaged.write_bytes(b"nothing")
+    assert_refused(train, capsys, ["--resume", str(out)], "all 2 there are damaged")
+
+
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(train, tmp_path, capsys):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for out in (whole, torn):
+        assert train.main(["--out", str(out), *FEW]) == 0
+    assert_same_run(torn, whole)
+    older, newer = sorted((torn / "checkpoints").iterdir())
+    assert [older.name, newer.name] == ["step-00000003.pt", "step-00000006.pt"]
+    newer.write_bytes(newer.read_bytes()[:-1000])
+    with (torn / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "st')  # what a kill leaves
+    capsys.readouterr()
+    assert train.main(["--resume", str(torn)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert newer.name in line
+    assert "continuing from step 3" in line
+    assert_same_run(torn, whole)
+    # Resuming a finished run changes nothing.
+    assert train.main(["--resume", str(torn)]) == 0
+    assert_same_run(torn, whole)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_not_queued(
+    train, tmp_path, capsys, monkeypatch
+):
+    task = tasks.TASKS["digits"]()
+    task.train[0][7] = torch.nan  # one sample: one bad step in each epoch
+    monkeypatch.setitem(tasks.TASKS, "digits", lambda: task)
+    options = ["--epochs", "3", "--batch-size", "512", "--out", str(tmp_path)]
+    assert train.main(options) == 0
+    assert "of them skipped: 3" in capsys.readouterr().out
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "step"]
+    bad = [row for row in rows if row["skipped"]]
+    assert [row["epoch"] for row in bad] == [1, 2, 3]
+    assert all(row["loss"] is None and row["grad_norm"] is None for row in bad)
+    assert rows[-1]["step"] == 9
+    saved = newest(tmp_path)
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+    assert all(torch.isfinite(ring).all() for ring in saved["queue"]["queue"].values())
+    # The bias of the last layer feels every sample: queued in the six good steps only.
+    assert int(saved["queue"]["queued"]["head.bias"]) == 6
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped"] == 3
+    check_picture(tmp_path / "curves.png")
+
+
+def test_rows_are_json_without_nan():
+    row = json.loads(json_line({"kind": "step", "loss": float("nan"), "lr": 0.1}))
+    assert row == {"kind": "step", "loss": None, "lr": 0.1}
