@@ -7,6 +7,7 @@ bit for bit ``torch.optim``. Numba comes with the extra ``gq_triton[cpu]``.
 Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -470,10 +471,14 @@ def combine(
     turn = Turn(queue, queued, True, rho, length)
     known = sums.dtype in _DTYPES and sums.dtype == queue.dtype
     dense = sums.is_contiguous() and queue.stride(1) == 1
-    if not (known and dense and turn.rows and sums.numel()) or not bool(torch.isfinite(sums.sum())):
+
+    def plain() -> tuple[Tensor, Tensor, Tensor]:
         settings: dict[str, Any] = {"rho": rho, "length": length, "grad_scale": grad_scale}
         shares = {"inverse_shares": inverse_shares, "mixture": mixture}
         return eager.combine(sums, queue, queued, sigma_scales=sigma_scales, **shares, **settings)
+
+    if not (known and dense and turn.rows and sums.numel()):
+        return plain()
     kind, used = _DTYPES[sums.dtype], len(turn.rows)
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     occupied = inverse_shares > 0
@@ -497,4 +502,7 @@ def combine(
             for (start, stop), out in zip(pieces, seen, strict=True)
         ]
     )
+    # What is not finite in any cluster is not in their sum either.
+    if not math.isfinite(raw.sum()):
+        return plain()
     return weighted, raw, torch.from_numpy(np.sum(seen, axis=0))

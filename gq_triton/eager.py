@@ -345,7 +345,7 @@ def combine(
         clusters by population.
     """
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    turn = Turn(queue, queued, bool(torch.isfinite(sums.sum())), rho, length)
+    turn = Turn(queue, queued, math.isfinite(sums.sum()), rho, length)
     dtype = compute_type(sums, queue)
     inverse, portion, scale = inverse_shares.tolist(), mixture.tolist(), sigma_scales.tolist()
     clusters = [k for k, value in enumerate(inverse) if value > 0]

@@ -18,37 +18,21 @@ from gq_triton.kernels._launch import (
     device_guard,
     num_warps,
 )
-from gq_triton.kernels.law import divide, fold, inverse_scale, load, spread, store, to_queue, widen
+from gq_triton.kernels.law import (
+    fold,
+    inverse_scale,
+    load,
+    reciprocal,
+    spread,
+    store,
+    to_queue,
+    widen,
+)
 
 __all__ = ["combine"]
 
 # Elements one program works on: fewer than `_launch.CHUNK`, since a launch has one tensor only.
 CHUNK = 4096
-
-
-@triton.jit
-def cluster_weight(x, base, mean, inverse, rate, narrower, low, high):
-    """Return ``clip(|x - mu| / (sigma * scale), low, high)``.
-
-    Args:
-        x: a mean gradient in the compute type, rounded to the queue's type before.
-        base: as `law.spread` returns it, like the two that follow.
-        mean: of the deviations from it.
-        inverse: of the largest deviation.
-        rate: ``1 / sigma`` with the sigma of `law.spread`.
-        narrower: ``1 / scale``, a scalar.
-        low: ``1 / rho``.
-        high: ``rho``.
-    """
-    # ``inverse * rate`` would overflow for a constant queue, and 0 times infinity is NaN.
-    z = ((tl.abs((x - base) - mean) * inverse) * rate) * narrower
-    return tl.minimum(tl.maximum(z, low), high)
-
-
-@triton.jit
-def reciprocal(x):
-    """Return 1 / x rounded to nearest."""
-    return divide(tl.full((), 1.0, x.dtype), x)
 
 
 @triton.jit(do_not_specialize=["n_clusters"])
@@ -93,7 +77,7 @@ def _combine_kernel(
         base, mean, inverse, sigma = spread(
             queue + first, stride_queue, slot, offsets, mask, length, C_DTYPE, L, False
         )
-        rate = divide(tl.full((), 1.0, C_DTYPE), sigma)
+        rate = reciprocal(sigma)
         total = tl.zeros((BLOCK,), C_DTYPE)
         result = tl.zeros((BLOCK,), C_DTYPE)
         mass = tl.zeros((BLOCK,), C_DTYPE)
@@ -109,8 +93,9 @@ def _combine_kernel(
                 c = s * inverse_share
                 x = widen(to_queue(c * unscale, queue.dtype.element_ty), C_DTYPE)
                 narrower = reciprocal(tl.load(sigma_scales + k).to(C_DTYPE))
-                w = cluster_weight(x, base, mean, inverse, rate, narrower, low_c, high_c)
-                w = tl.where(active, w, 1.0)
+                # ``inverse * rate`` would overflow for a constant queue, and 0 * inf is NaN.
+                z = ((tl.abs((x - base) - mean) * inverse) * rate) * narrower
+                w = tl.where(active, tl.minimum(tl.maximum(z, low_c), high_c), 1.0)
                 result += tl.load(mixture + k).to(C_DTYPE) * (w * c)
                 share = reciprocal(inverse_share)
                 mass += share * w
@@ -122,8 +107,8 @@ def _combine_kernel(
         raw_squares += fold((total * unscale) * (total * unscale), THREADS)
         squares += fold((result * unscale) * (result * unscale), THREADS)
         weights += fold(tl.where(mask, mass, zero), THREADS)
-        at_high += fold(tl.where(mask & active, highs, zero), THREADS)
-        at_low += fold(tl.where(mask & active, lows, zero), THREADS)
+        at_high += fold(tl.where(mask, highs, zero), THREADS)
+        at_low += fold(tl.where(mask, lows, zero), THREADS)
     whole = tl.full((), 0.0, tl.float64)
     for k in range(0, n_clusters):
         inverse_share = tl.load(inverse_shares + k).to(C_DTYPE)

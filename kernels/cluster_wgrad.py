@@ -1,4 +1,5 @@
 # pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 """The weight gradient of a linear layer, weighted cluster by cluster as the product is formed.
 
 Not the default of anything: on a GPU it first has to beat one product per cluster and `combine`.
@@ -11,22 +12,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import check_queues, check_scalars, device_guard
-from gq_triton.kernels.cluster_combine import check_clusters, cluster_weight, reciprocal
-from gq_triton.kernels.law import inverse_scale, spread, to_queue, widen
+from gq_triton.kernels._launch import (
+    TRITON_DTYPE,
+    VECTOR,
+    check_queues,
+    check_scalars,
+    device_guard,
+)
+from gq_triton.kernels.cluster_combine import check_clusters
+from gq_triton.kernels.law import inverse_scale, reciprocal, spread, to_queue, widen
 
 __all__ = ["cluster_weight_grad"]
 
-# Outputs and inputs of one tile; five such tiles of float32 stay in a program's registers.
+# Outputs and inputs of one tile. Five such tiles of float32 stay in a program's registers: sum of
+# the cluster, of all clusters, result, mu, 1 / sigma; with 4 warps they spill.
 TILE_O = 64
 TILE_I = 64
+NUM_WARPS = 8
+NUM_STAGES = 3
 # Bytes of one tile's row that are loaded at a time: 64 rows of a 16-bit type, 32 of float32.
 DEPTH = 128
 # Tiles of one column that follow each other, so that the rows they share are still in L2.
 GROUP = 8
+# Elements of one program that prepares the statistics.
+BLOCK = 512
+# What 1 / sigma is for a constant queue, so that 0 times it is 0.
 _HUGE = tl.constexpr(3.4028234663852886e38)
-NUM_WARPS = 4
-NUM_STAGES = 3
 
 
 @triton.jit
@@ -52,8 +63,8 @@ def _statistics_kernel(
 ):  # fmt: skip
     """Write mu and ``1 / sigma`` of one block; at most the largest number for a constant queue.
 
-    Then ``|x - mu| / sigma`` still is 0 where x equals the queue, since mu is one of its rows
-    exactly, and more than any rho where x differs by 1e-36 or more.
+    For a constant queue mu is its value exactly, so that the score is 0 where x equals it, and huge
+    where x differs by 1e-36 or more. Otherwise mu has one rounding, no more than x has.
 
     Example: rows 1, 1, 1, 5 give 2 and 1 / sqrt(3).
     """
@@ -72,10 +83,10 @@ def _statistics_kernel(
 @triton.jit(do_not_specialize=["n_clusters"])
 def _cluster_wgrad_kernel(
     dy, stride_dy, x, stride_x, row_offsets, queue, center, rate, queued_ptr, grad_scale_ptr,
-    inverse_shares, mixture, sigma_scales, weighted, raw, finite, n_o, n_i,
+    inverse_shares, mixture, sigma_scales, weighted, raw, finite, n_o, n_i, width_o, width_i,
     n_clusters, low: tl.float64, high: tl.float64,
-    L: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr, TILE_R: tl.constexpr,
-    GROUP: tl.constexpr, REPAIR: tl.constexpr, HOLD: tl.constexpr=True,
+    DOT_DTYPE: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr, TILE_R: tl.constexpr,
+    L: tl.constexpr, GROUP: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of ``sum_k P_k w(c_k) c_k`` and of ``sum_k S_k``, ``S_k = dy_k^T x_k``.
 
@@ -91,8 +102,9 @@ def _cluster_wgrad_kernel(
     first_o, first_i = _tile_origin(n_o, n_i, TILE_O, TILE_I, GROUP)
     o, i = tl.arange(0, TILE_O), tl.arange(0, TILE_I)
     rows = tl.arange(0, TILE_R)
-    in_o, in_i = first_o + o < n_o, first_i + i < n_i
-    mask = in_o[:, None] & in_i[None, :]
+    # Rows are padded to their width, so that their loads are wide where the weight's are not.
+    in_o, in_i = first_o + o < width_o, first_i + i < width_i
+    mask = (first_o + o < n_o)[:, None] & (first_i + i < n_i)[None, :]
     # Relative to the tile, so that a large weight does not need 64-bit offsets.
     tile = first_o.to(tl.int64) * n_i + first_i
     offsets = o[:, None] * n_i + i[None, :]
@@ -101,9 +113,8 @@ def _cluster_wgrad_kernel(
     unscale = inverse_scale(grad_scale_ptr, tl.float32)
     low_c = tl.full((), low, tl.float32)
     high_c = tl.full((), high, tl.float32)
-    if HOLD:
-        mu = tl.load(center + tile + offsets, mask=mask, other=0.0)
-        per_sigma = tl.load(rate + tile + offsets, mask=mask, other=0.0)
+    mu = tl.load(center + tile + offsets, mask=mask, other=0.0)
+    per_sigma = tl.load(rate + tile + offsets, mask=mask, other=0.0)
     total = tl.zeros((TILE_O, TILE_I), tl.float32)
     result = tl.zeros((TILE_O, TILE_I), tl.float32)
     begin = tl.load(row_offsets)
@@ -124,7 +135,7 @@ def _cluster_wgrad_kernel(
                 mask=live[:, None] & in_i[None, :],
                 other=0.0,
             )
-            acc = tl.dot(a, b, acc=acc, input_precision="ieee")
+            acc = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), acc=acc, input_precision="ieee")
         begin = end
         total += acc
         inverse_share = tl.load(inverse_shares + k).to(tl.float32)
@@ -132,9 +143,6 @@ def _cluster_wgrad_kernel(
             c = acc * inverse_share
             stored = widen(to_queue(c * unscale, queue.dtype.element_ty), tl.float32)
             narrower = reciprocal(tl.load(sigma_scales + k).to(tl.float32))
-            if not HOLD:
-                mu = tl.load(center + tile + offsets, mask=mask, other=0.0)
-                per_sigma = tl.load(rate + tile + offsets, mask=mask, other=0.0)
             z = tl.abs(stored - mu) * per_sigma * narrower
             w = tl.minimum(tl.maximum(z, low_c), high_c)
             w = tl.where(active, w, 1.0)
@@ -144,6 +152,15 @@ def _cluster_wgrad_kernel(
     if not REPAIR:
         if tl.max(tl.where(tl.abs(total) < float("inf"), 0, 1)) > 0:
             tl.store(finite, tl.full((), 0, tl.uint8))
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Return the rows with zeros up to a multiple of 16 columns, at a multiple of 16 bytes."""
+    missing = -rows.shape[1] % 16
+    if missing:
+        return torch.nn.functional.pad(rows, (0, missing))
+    aligned = rows.stride(0) % 16 == 0 and rows.data_ptr() % VECTOR == 0
+    return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _check_rows(dy: Tensor, x: Tensor, offsets: Tensor) -> None:
@@ -207,25 +224,32 @@ def cluster_weight_grad(
     """
     _check_rows(dy, x, offsets)
     n_o, n_i = dy.shape[1], x.shape[1]
-    clusters, device = offsets.numel() - 1, dy.device
+    clusters, n, device = offsets.numel() - 1, n_o * n_i, dy.device
     with device_guard(device):
-        weighted = torch.empty(n_o, n_i, dtype=torch.float32, device=device)
-        raw = torch.empty_like(weighted)
+        weighted, raw, center, rate = (torch.empty(n, device=device) for _ in range(4))
         check_queues([queue], [raw])
-        check_scalars("queued", [queued], [dy], torch.int64)
+        check_scalars("queued", [queued], [raw], torch.int64)
         check_clusters(
             clusters, device, inverse_shares=inverse_shares, mixture=mixture,
             sigma_scales=sigma_scales,
         )  # fmt: skip
         finite = torch.ones(1, dtype=torch.uint8, device=device)
-        tiles = triton.cdiv(n_o, TILE_O) * triton.cdiv(n_i, TILE_I)
-        for repair in (False, True):
-            if tiles:
+        # Triton's interpreter multiplies the bit patterns of bfloat16; in float32 they are exact.
+        product = torch.float32 if device.type == "cpu" else dy.dtype
+        if n:
+            dy, x = _padded(dy), _padded(x)
+            _statistics_kernel[(triton.cdiv(n, BLOCK),)](
+                queue, queue.stride(0), queued, length, center, rate, n, L=queue.shape[0],
+                BLOCK=BLOCK,
+            )  # fmt: skip
+            tiles = triton.cdiv(n_o, TILE_O) * triton.cdiv(n_i, TILE_I)
+            for repair in (False, True):
                 _cluster_wgrad_kernel[(tiles,)](
-                    dy, dy.stride(0), x, x.stride(0), offsets, queue, queue.stride(0), queued,
-                    length, grad_scale, inverse_shares, mixture, sigma_scales, weighted, raw,
-                    finite, n_o, n_i, clusters, 1.0 / rho, float(rho), L=queue.shape[0],
-                    TILE_O=TILE_O, TILE_I=TILE_I, TILE_R=DEPTH // dy.element_size(), GROUP=GROUP,
-                    REPAIR=repair, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+                    dy, dy.stride(0), x, x.stride(0), offsets, queue, center, rate, queued,
+                    grad_scale, inverse_shares, mixture, sigma_scales, weighted, raw, finite,
+                    n_o, n_i, dy.shape[1], x.shape[1], clusters, 1.0 / rho, float(rho),
+                    L=queue.shape[0], DOT_DTYPE=TRITON_DTYPE[product], TILE_O=TILE_O, TILE_I=TILE_I,
+                    TILE_R=DEPTH // dy.element_size(), GROUP=GROUP, REPAIR=repair,
+                    num_warps=NUM_WARPS, num_stages=NUM_STAGES,
                 )  # fmt: skip
-        return weighted, raw
+        return weighted.view(n_o, n_i), raw.view(n_o, n_i)

@@ -34,6 +34,12 @@ def divide(x, y):
 
 
 @triton.jit
+def reciprocal(x):
+    """Return 1 / x rounded to nearest."""
+    return divide(tl.full((), 1.0, x.dtype), x)
+
+
+@triton.jit
 def square_root(x):
     """Return sqrt(x) rounded to nearest."""
     if x.dtype == tl.float32:

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gq_triton.kernels import chunks, cluster_combine, finite, gqadamw, gqsgd, weigh
+from gq_triton.kernels import chunks, cluster_combine, cluster_wgrad, finite, gqadamw, gqsgd, weigh
 from gq_triton.kernels._launch import CHUNK, THREADS, block_size
 
 TARGETS = {
@@ -63,6 +63,32 @@ COMBINED = {
     "THREADS": THREADS, "REPAIR": False,
 }  # fmt: skip
 F64_COMBINE = dict.fromkeys(("sums", "queue", "weighted", "raw"), "*fp64:16")
+WGRAD = {
+    key: COMBINE[key] for key in COMBINE if key in cluster_wgrad._cluster_wgrad_kernel.arg_names
+}
+WGRAD |= {
+    "dy": "*bf16:16", "stride_dy": "i32:16", "x": "*bf16:16", "stride_x": "i32:16",
+    "row_offsets": "*i64", "center": "*fp32:16", "rate": "*fp32:16", "n_o": "i32:16",
+    "n_i": "i32:16", "width_o": "i32:16", "width_i": "i32:16",
+}  # fmt: skip
+TILES = {
+    "DOT_DTYPE": BF16, "TILE_O": cluster_wgrad.TILE_O, "TILE_I": cluster_wgrad.TILE_I,
+    "TILE_R": cluster_wgrad.DEPTH // 2, "L": 5, "GROUP": cluster_wgrad.GROUP, "REPAIR": False,
+}  # fmt: skip
+F32_TILES = {"DOT_DTYPE": F32, "TILE_R": cluster_wgrad.DEPTH // 4}
+F32_ROWS = {"dy": "*fp32:16", "x": "*fp32:16"}
+UNALIGNED = {"n_o": "i32", "n_i": "i32"}
+WGRAD_CASES = {
+    "bfloat16": ({}, {}),
+    "float32": (F32_TILES, F32_ROWS),
+    "float16": ({"DOT_DTYPE": tl.float16}, {"dy": "*fp16:16", "x": "*fp16:16"}),
+    "unaligned weight": ({}, UNALIGNED),
+    "float32, unaligned weight": (F32_TILES, F32_ROWS | UNALIGNED),
+    "loss scaler, bfloat16 queue": ({}, AMP | {"queue": "*bf16:16"}),
+    "loss scaler, unaligned weight": ({}, AMP | UNALIGNED),
+    "repair": ({"REPAIR": True}, {}),
+}
+STATISTICS_CASES = {"float32": {}, "L = 12": {"L": 12}, "L = 20": {"L": 20}}
 COMBINE_CASES = {
     "float32": ({}, {}),
     "bfloat16 queue": ({}, {"queue": "*bf16:16"}),
@@ -96,6 +122,15 @@ def cases():
         used = {key: value for key, value in extra.items() if key in kernel.arg_names}
         types = COMBINE | scalars(kernel) | used
         yield "combine", case, kernel, types, COMBINED | constants
+    kernel = cluster_wgrad._cluster_wgrad_kernel
+    for case, (constants, extra) in WGRAD_CASES.items():
+        used = {key: value for key, value in extra.items() if key in kernel.arg_names}
+        yield "cluster_wgrad", case, kernel, WGRAD | scalars(kernel) | used, TILES | constants
+    kernel = cluster_wgrad._statistics_kernel
+    types = {key: WGRAD[key] for key in ("queue", "queued_ptr", "center", "rate")}
+    types |= {"stride_queue": "i32:16", "n": "i32:16", "length_ptr": "*i64"}
+    for case, constants in STATISTICS_CASES.items():
+        yield "statistics", case, kernel, types, {"L": 5, "BLOCK": cluster_wgrad.BLOCK} | constants
     flags = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")} | {"flags": "*u8"}
     wide = {"BLOCK": block_size(torch.float32, most=8), "W": 3}
     yield "all_finite", "float32", finite._all_finite_kernel, flags, FULL | wide
@@ -125,7 +160,10 @@ def compile_for(target: GPUTarget, kernel: triton.JITFunction, types: dict, cons
         kernel, signature, {name: constants.get(name) for name in unused}, attributes
     )
     warps = 4 if constants.get("CHUNK") is None else THREADS // target.warp_size
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps}
+    if "TILE_R" in constants:
+        options = {"num_warps": cluster_wgrad.NUM_WARPS, "num_stages": cluster_wgrad.NUM_STAGES}
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -152,6 +190,11 @@ def main() -> None:
                 line |= resources(compiled.asm["cubin"])
                 accesses = re.findall(r"(?:ld|st)\.global[\w.:]*", compiled.asm["ptx"])
                 line["accesses"] = Counter(accesses)
+                products = re.findall(
+                    r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"]
+                )
+                line["tensor_cores"] = len(products) > 0
+                line["copies"] = compiled.asm["ptx"].count("cp.async.cg")
             sys.stdout.write(json.dumps(line) + "\n")
 
 

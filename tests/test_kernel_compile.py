@@ -41,7 +41,8 @@ def select(*, kernels=None, case=None, archs=NVIDIA):
 @pytest.mark.parametrize("arch", [*NVIDIA, "gfx942"])
 def test_every_kernel_compiles(arch):
     kernels = {entry["kernel"] for entry in select(archs=(arch,))}
-    assert kernels == {*RINGS, "all_finite", "count", "total"}
+    clustered = {"combine", "cluster_wgrad", "statistics"}
+    assert kernels == {*RINGS, *clustered, "all_finite", "count", "total"}
 
 
 def test_nothing_spills():
@@ -58,6 +59,20 @@ def test_float32_loads_and_stores_are_16_bytes_wide():
         assert entry["accesses"]["st.global.v4.b32"] == stores
     for entry in select(kernels=("all_finite",)):
         assert entry["accesses"]["ld.global.v4.b32"] >= 1
+
+
+def test_combine_loads_and_stores_are_16_bytes_wide():
+    """One access per queue row, one of the sums in the loop over clusters, two results."""
+    for entry in select(kernels=("combine",), case="float32"):
+        assert entry["accesses"]["ld.global.v4.b32"] == 5 + 1
+        assert entry["accesses"]["st.global.v4.b32"] == 2
+
+
+def test_products_run_on_tensor_cores():
+    """Whatever the weight's size: rows that are not a multiple of 16 long are padded."""
+    for entry in select(kernels=("cluster_wgrad",)):
+        assert entry["tensor_cores"] == ("float32" not in entry["case"])
+        assert entry["copies"] > 0
 
 
 def test_float64_loads_are_16_bytes_wide():

@@ -38,12 +38,14 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left.T @ right`` summed in float32 at least: ``(R, M), (R, N) -> (M, N)``."""
-    dtype = accumulation_type(left.dtype)
-    if dtype != left.dtype and left.is_cuda:
-        return torch.mm(left.t(), right, out_dtype=dtype)
-    return left.to(dtype).t() @ right.to(dtype)
+def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write ``left.T @ right``, summed in float32 at least: ``(R, M), (R, N) -> (M, N)``."""
+    if left.dtype == out.dtype:
+        torch.mm(left.t(), right, out=out)
+    elif left.is_cuda:
+        out.copy_(torch.mm(left.t(), right, out_dtype=out.dtype))
+    else:
+        torch.mm(left.to(out.dtype).t(), right.to(out.dtype), out=out)
 
 
 def weight_blocks(left: list[Tensor], right: list[Tensor], param: Tensor) -> Iterator[Block]:
@@ -53,14 +55,13 @@ def weight_blocks(left: list[Tensor], right: list[Tensor], param: Tensor) -> Ite
     step = height if left[0].is_cuda or not param.is_contiguous() else ROWS
     for row in range(0, height, step):
         end = min(row + step, height)
-        sums = torch.zeros(len(left), end - row, width, dtype=dtype, device=param.device)
-        for k, (a, b) in enumerate(zip(left, right, strict=True)):
-            if len(a):
-                sums[k] = product(a[:, row:end], b)
-        if step == height:
-            yield 0, param.numel(), torch.stack([flat(s, like=param) for s in sums])
-        else:
+        sums = torch.empty(len(left), end - row, width, dtype=dtype, device=param.device)
+        for out, a, b in zip(sums, left, right, strict=True):
+            product_into(out, a[:, row:end], b)  # an empty cluster's product is zero
+        if param.is_contiguous():
             yield row * width, end * width, sums.view(len(left), -1)
+        else:
+            yield 0, param.numel(), torch.stack([flat(s, like=param) for s in sums])
 
 
 class _Linear(torch.autograd.Function):

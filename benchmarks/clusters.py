@@ -1,0 +1,123 @@
+"""Time a whole training step with cluster gradients against the plain step, in one run.
+
+    python benchmarks/clusters.py
+    python benchmarks/clusters.py --models mlp --clusters 16
+
+Three steps in turns over the same batch and model: plain; with K clusters in one backward pass; with
+K backward passes (``mode="microbatch"``). Each is forward, clustering, backward and optimizer, the
+queue is full. The memory column is the peak of tensors alive above the plain step's, beside the
+queue, in units of the model's parameters.
+"""
+
+import argparse
+import copy
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from models import GPT, MLP, ResNet18
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from gq_triton import GradQueue
+
+
+def classes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def next_byte(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    logits = model(batch[0]).transpose(1, 2)
+    return nn.functional.cross_entropy(logits, batch[1], reduction="none").mean(dim=1)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable[[], tuple]]] = {
+    "mlp": (MLP, classes, lambda: (torch.randn(2048, 1024), torch.randint(10, (2048,)))),
+    "resnet18": (ResNet18, classes, lambda: (torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))),
+    "gpt": (GPT, next_byte, lambda: (torch.randint(256, (64, 128)), torch.randint(256, (64, 128)))),
+}
+
+
+def make_step(
+    case: str, model: nn.Module, mode: str | None, args: argparse.Namespace
+) -> Callable[[], None]:
+    """Return one training step; ``mode`` None is the plain one."""
+    _, losses_of, batch_of = CASES[case]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    queue = None
+    if mode is not None:
+        queue = GradQueue(
+            model, n_clusters=args.clusters, features="features", mode=mode, backend=args.backend
+        )
+        queue.attach(optimizer)
+    batch = tuple(tensor.to(args.device) for tensor in batch_of())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses = losses_of(model, batch)
+        if mode == "microbatch":
+            assert queue is not None
+            queue.backward(losses)
+        else:
+            losses.mean().backward()
+        optimizer.step()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def compare(case: str, args: argparse.Namespace) -> list[str]:
+    torch.manual_seed(0)
+    model = CASES[case][0]().to(args.device)
+    modes = [None, "one_backward", "microbatch"]
+    steps = [make_step(case, copy.deepcopy(model), mode, args) for mode in modes]
+    for step in steps[:2]:
+        for _ in range(7):  # fills the queue: from the sixth step on every weight is computed
+            step()
+    steps[2]()
+    times: list[list[float]] = [[] for _ in steps]
+    for turn in range(args.repeats):
+        # The slow rival is timed in every fourth turn.
+        for step, taken in list(zip(steps, times, strict=True))[: 3 if turn % 4 == 0 else 2]:
+            taken.append(seconds(step))
+    plain, ours, passes = (1000 * statistics.median(taken) for taken in times)
+    ratios = [b / a for a, b in zip(times[0], times[1], strict=True)]
+    row = [case, str(args.clusters), f"{plain:.1f}", f"{ours:.1f}", f"{ours / plain:.2f}"]
+    return [*row, f"{min(ratios):.2f} to {max(ratios):.2f}", f"{passes:.1f}",
+            f"{passes / ours:.1f}"]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--clusters", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2, help="on the CPU")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--backend", choices=["auto", "triton", "numba", "torch"], default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
+    where += f", {args.threads} threads, torch {torch.__version__}, {datetime.date.today()}"
+    columns = ["model", "K", "plain ms", "clusters ms", "ratio", "ratio, range", "K passes ms"]
+    table = Table(*columns, "faster than K passes", title=where)
+    console = Console()
+    for case in args.models:
+        with console.status(case):
+            table.add_row(*compare(case, args))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
