@@ -1,0 +1,111 @@
+"""The law alone: weight in place, queue, sum.
+
+Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gq_triton import eager
+from gq_triton.compiled.law import (
+    DTYPES,
+    TILE,
+    exact,
+    fuses,
+    law_arguments,
+    ring_arguments,
+    sums,
+    weight_of,
+)
+from gq_triton.compiled.threads import Job, chunks, count_, run
+from gq_triton.eager import Turn
+
+__all__ = ["weigh_"]
+
+
+@sums()
+def _tile_sums(grad, weights, count, unscale, low, high, out):
+    raw = weighted = total = 0.0
+    at_high = at_low = 0
+    for j in range(count):
+        g = np.float64(grad[j]) * unscale
+        w = np.float64(weights[j])
+        raw += g * g
+        weighted += (g * w) * (g * w)
+        total += w
+        at_high += weights[j] >= high
+        at_low += weights[j] <= low
+    out[0] += raw
+    out[1] += weighted
+    out[2] += total
+    out[3] += at_high
+    out[4] += at_low
+
+
+@cache
+def _weigh_kernel(used: int) -> Callable[..., Any]:
+    weight = weight_of(used)
+
+    @exact()
+    def kernel(start, stop, ring, stride, slots, slot, grad, unscale, out, law):
+        low, high = law[0], law[1]
+        weights = np.empty(TILE, grad.dtype)
+        for tile in range(start, stop, TILE):
+            count = min(TILE, stop - tile)
+            for i in range(count):
+                j = np.uint64(tile + i)
+                x = grad[j] * unscale
+                weights[i] = weight(ring, stride, slots, slot, j, x, law)
+            _tile_sums(grad[tile : tile + count], weights, count, unscale, low, high, out)
+            for i in range(count):
+                j = np.uint64(tile + i)
+                g = grad[j]
+                ring[np.uint64(slot * stride) + j] = g * unscale
+                grad[j] = g * weights[i]
+
+    return kernel
+
+
+def weigh_(
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    finite: Tensor,
+    *,
+    rho: float,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    """Weight gradients in place and queue the raw ones; see ``eager.weigh_``."""
+    statistics = torch.zeros(len(grads), 5)
+    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    jobs: list[Job] = []
+    counters: list[Tensor] = []
+    partials: list[tuple[int, list[Any]]] = []
+    for index, (grad, queue) in enumerate(zip(grads, queues, strict=True)):
+        turn = Turn(queue, queued[index], bool(finite[index]), rho, length)
+        if not fuses(turn, grad, queue):
+            one = slice(index, index + 1)
+            scale: dict[str, Any] = {"rho": rho, "length": length, "grad_scale": grad_scale}
+            statistics[one] = eager.weigh_(
+                grads[one], queues[one], queued[one], finite[one], **scale
+            )
+            continue
+        kind = DTYPES[grad.dtype]
+        kernel, law = _weigh_kernel(len(turn.rows)), law_arguments(kind, rho, len(turn.rows))
+        ring, g = ring_arguments(turn, queue), grad.numpy()
+        sums = [np.zeros(5) for _ in chunks(grad.numel())]
+        partials.append((index, sums))
+        for out, (start, stop) in zip(sums, chunks(grad.numel()), strict=True):
+            jobs.append(partial(kernel, start, stop, *ring, g, kind(unscale), out, law))
+        counters.append(queued[index])
+    run(jobs)
+    count_(counters)
+    for index, sums in partials:
+        statistics[index] = torch.from_numpy(np.sum(sums, axis=0))
+    return statistics

@@ -1,0 +1,142 @@
+"""Cluster means, weighted and added up.
+
+Shape legend: K = clusters, L = queue slots, P = elements of one parameter.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gq_triton import eager
+from gq_triton.compiled.law import (
+    DTYPES,
+    TILE,
+    exact,
+    law_arguments,
+    spread_of,
+    sums,
+)
+from gq_triton.compiled.threads import chunks, run
+from gq_triton.eager import Turn
+
+__all__ = ["combine"]
+
+
+@cache
+def _combine_kernel(used: int) -> Callable[..., Any]:
+    """Return the weighted sum of cluster means."""
+    spread = spread_of(used)
+
+    @exact()
+    def kernel(
+        start, stop, ring, stride, slots, slot, sums, unscale, clusters, raw, out, seen, law
+    ):
+        low, high = law[0], law[1]
+        inverse, portion, sigma_scale, population = clusters
+        buffers = np.empty((7, TILE), sums.dtype)
+        base, mean, shrink, sigma, mass, at_high, at_low = buffers
+        for tile in range(start, stop, TILE):
+            end = min(tile + TILE, stop)
+            count = end - tile
+            total, result = raw[tile:end], out[tile:end]
+            for i in range(count):
+                j = np.uint64(tile + i)
+                base[i], mean[i], shrink[i], sigma[i] = spread(ring, stride, slots, slot, j, law)
+            total[:] = 0
+            result[:] = 0
+            mass[:count] = 0
+            at_high[:count] = 0
+            at_low[:count] = 0
+            for k in range(sums.shape[0]):
+                if population[k] == 0:
+                    continue
+                part = sums[k, tile:end]
+                invert, weigh, widen, share = inverse[k], portion[k], sigma_scale[k], population[k]
+                for i in range(count):
+                    total[i] += part[i]
+                for i in range(count):
+                    c = part[i] * invert
+                    z = (abs((c * unscale - base[i]) - mean[i]) * shrink[i]) / (sigma[i] * widen)
+                    w = min(max(z, low), high)
+                    result[i] += weigh * (w * c)
+                    mass[i] += share * w
+                    at_high[i] += share if w >= high else share - share
+                    at_low[i] += share if w <= low else share - share
+            _combine_sums(total, result, mass, at_high, at_low, unscale, seen)
+
+    return kernel
+
+
+@sums()
+def _combine_sums(raw, weighted, mass, at_high, at_low, unscale, out):
+    a = b = c = d = e = 0.0
+    for i in range(raw.size):
+        r, w = np.float64(raw[i]) * unscale, np.float64(weighted[i]) * unscale
+        a += r * r
+        b += w * w
+        c += mass[i]
+        d += at_high[i]
+        e += at_low[i]
+    out[0] += a
+    out[1] += b
+    out[2] += c
+    out[3] += d
+    out[4] += e
+
+
+def combine(
+    sums: Tensor,
+    queue: Tensor,
+    queued: Tensor,
+    *,
+    inverse_shares: Tensor,
+    mixture: Tensor,
+    sigma_scales: Tensor,
+    rho: float,
+    length: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight the cluster means of one parameter and add them up; see ``eager.combine``."""
+    turn = Turn(queue, queued, True, rho, length)
+    known = sums.dtype in DTYPES and sums.dtype == queue.dtype
+    dense = sums.is_contiguous() and queue.stride(1) == 1
+
+    def plain() -> tuple[Tensor, Tensor, Tensor]:
+        settings: dict[str, Any] = {"rho": rho, "length": length, "grad_scale": grad_scale}
+        shares = {"inverse_shares": inverse_shares, "mixture": mixture}
+        return eager.combine(sums, queue, queued, sigma_scales=sigma_scales, **shares, **settings)
+
+    if not (known and dense and turn.rows and sums.numel()):
+        return plain()
+    kind, used = DTYPES[sums.dtype], len(turn.rows)
+    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    occupied = inverse_shares > 0
+    population = torch.where(occupied, 1.0 / inverse_shares, 0.0)
+    population = population / population.sum()
+    clusters = tuple(
+        values.to(sums.dtype).numpy()
+        for values in (inverse_shares, mixture, sigma_scales, population)
+    )
+    weighted, raw = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+    # A part of a ring: rows keep the distance they have in the whole.
+    stride, slots = queue.stride(0), queue.shape[0]
+    ring = queue.as_strided(((slots - 1) * stride + queue.shape[1],), (1,)).numpy()
+    kernel, law = _combine_kernel(used), law_arguments(kind, rho, used)
+    views = sums.numpy(), kind(unscale), clusters, raw.numpy(), weighted.numpy()
+    pieces = chunks(sums.shape[1])
+    seen = [np.zeros(5) for _ in pieces]
+    run(
+        [
+            partial(kernel, start, stop, ring, stride, slots, turn.slot, *views, out, law)
+            for (start, stop), out in zip(pieces, seen, strict=True)
+        ]
+    )
+    # What is not finite in any cluster is not in their sum either.
+    if not math.isfinite(raw.sum()):
+        return plain()
+    return weighted, raw, torch.from_numpy(np.sum(seen, axis=0))

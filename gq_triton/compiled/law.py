@@ -1,0 +1,102 @@
+"""The law of one element, and the arguments its loops take.
+
+Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
+"""
+
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from gq_triton.eager import VARIANCE_FLOOR, Turn
+
+__all__ = [
+    "DTYPES", "TILE", "exact", "fuses", "law_arguments", "ring_arguments", "spread_of", "sums",
+    "typed", "weight_of",
+]  # fmt: skip
+
+# Elements that are updated before they are queued: their gradients are still in L1 then.
+TILE = 2048
+DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+# No reassociation: (q - b) - s must be computed as written for a constant queue to be constant.
+exact = partial(numba.njit, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
+sums = partial(numba.njit, nogil=True, error_model="numpy", fastmath=True)
+
+
+@cache
+def spread_of(used: int) -> Callable[..., Any]:
+    """Return ``eager.Spread.of`` for one element and an effective length the compiler unrolls."""
+
+    @exact()
+    def spread(ring, stride, slots, slot, j, law):
+        _, _, one, share, tiny, floor = law
+        newest = slot - 1
+        newest = newest + slots if newest < 0 else newest
+        base = ring[np.uint64(newest * stride) + j]
+        total = base - base
+        largest = tiny
+        for age in range(1, used):
+            row = slot - 1 - age
+            row = row + slots if row < 0 else row
+            deviation = ring[np.uint64(row * stride) + j] - base
+            total += deviation
+            largest = max(largest, abs(deviation))
+        mean = total * share
+        inverse = one / largest
+        scaled = mean * inverse
+        squares = scaled * scaled
+        for age in range(1, used):
+            row = slot - 1 - age
+            row = row + slots if row < 0 else row
+            scaled = ((ring[np.uint64(row * stride) + j] - base) - mean) * inverse
+            squares += scaled * scaled
+        return base, mean, inverse, np.sqrt(max(squares * share, floor))
+
+    return spread
+
+
+@cache
+def weight_of(used: int) -> Callable[..., Any]:
+    """Return the law of one element."""
+    spread = spread_of(used)
+
+    @exact()
+    def weight(ring, stride, slots, slot, j, x, law):
+        low, high = law[0], law[1]
+        base, mean, inverse, sigma = spread(ring, stride, slots, slot, j, law)
+        z = (abs((x - base) - mean) * inverse) / sigma
+        return min(max(z, low), high)
+
+    return weight
+
+
+def fuses(turn: Turn, *tensors: Tensor) -> bool:
+    """Return whether the compiled pass does this tensor: weights active, one type it knows."""
+    dtype = tensors[0].dtype
+    known = dtype in DTYPES and all(tensor.dtype == dtype for tensor in tensors)
+    dense = all(tensor.is_contiguous() for tensor in tensors)
+    return known and dense and bool(turn.rows) and tensors[0].numel() > 0
+
+
+def ring_arguments(turn: Turn, queue: Tensor) -> tuple[Any, ...]:
+    """Return a ring as one dimension, the distance of its rows, their number, and the slot."""
+    slots, stride = queue.shape
+    return queue.view(-1).numpy(), stride, slots, turn.slot
+
+
+@lru_cache(maxsize=64)
+def law_arguments(kind: type, rho: float, used: int) -> tuple[Any, ...]:
+    """Return low, high, 1, 1/E, the smallest normal number and the variance floor in one type."""
+    tiny = np.finfo(kind).tiny
+    return typed(kind, (1.0 / rho, rho, 1.0, 1.0 / used, float(tiny), VARIANCE_FLOOR))
+
+
+@lru_cache(maxsize=64)
+def typed(kind: type, values: tuple[float, ...]) -> tuple[Any, ...]:
+    """Return numbers in the type of the tensors, as a kernel takes them."""
+    return tuple(kind(value) for value in values)

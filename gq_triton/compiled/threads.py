@@ -1,0 +1,53 @@
+"""Independent pieces of work on as many threads as torch uses."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Job", "chunks", "count_", "run"]
+
+# Elements of one piece of work: large against the cost of a call, small enough to balance threads.
+CHUNK = 1 << 18
+
+Job = Callable[[], Any]
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return the worker threads; a forked child has another process id and makes its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="gq_triton")
+
+
+def run(jobs: list[Job]) -> None:
+    """Run jobs that do not depend on each other on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), len(jobs))
+    if threads <= 1:
+        for job in jobs:
+            job()
+        return
+    shares = [jobs[thread::threads] for thread in range(threads)]
+
+    def work(share: list[Job]) -> None:
+        for job in share:
+            job()
+
+    helpers = [_pool(os.getpid(), threads - 1).submit(work, share) for share in shares[1:]]
+    work(shares[0])
+    for helper in helpers:
+        helper.result()
+
+
+def count_(counters: list[Tensor]) -> None:
+    """Count one more queued gradient in each ring."""
+    if counters:
+        torch._foreach_add_(counters, 1)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def chunks(numel: int) -> list[tuple[int, int]]:
+    """Return the pieces of a tensor: first element and end."""
+    return [(start, min(start + CHUNK, numel)) for start in range(0, numel, CHUNK)]
