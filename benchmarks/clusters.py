@@ -3,10 +3,9 @@
     python benchmarks/clusters.py
     python benchmarks/clusters.py --models mlp --clusters 16
 
-Three steps in turns over the same batch and model: plain; with K clusters in one backward pass; with
-K backward passes (``mode="microbatch"``). Each is forward, clustering, backward and optimizer, the
-queue is full. The memory column is the peak of tensors alive above the plain step's, beside the
-queue, in units of the model's parameters.
+Three steps in turns over the same batch and model: plain; with K clusters in one backward pass;
+with K backward passes (``mode="microbatch"``). Each is forward, clustering, backward and optimizer;
+the queue is full.
 """
 
 import argparse

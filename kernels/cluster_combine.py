@@ -22,6 +22,7 @@ from gq_triton.kernels.law import (
     fold,
     inverse_scale,
     load,
+    product,
     reciprocal,
     spread,
     store,
@@ -90,8 +91,8 @@ def _combine_kernel(
             part += stride_sums
             inverse_share = tl.load(inverse_shares + k).to(C_DTYPE)
             if inverse_share > 0:
-                c = s * inverse_share
-                x = widen(to_queue(c * unscale, queue.dtype.element_ty), C_DTYPE)
+                c = product(s, inverse_share)
+                x = widen(to_queue(product(c, unscale), queue.dtype.element_ty), C_DTYPE)
                 narrower = reciprocal(tl.load(sigma_scales + k).to(C_DTYPE))
                 # ``inverse * rate`` would overflow for a constant queue, and 0 * inf is NaN.
                 z = ((tl.abs((x - base) - mean) * inverse) * rate) * narrower

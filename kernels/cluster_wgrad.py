@@ -20,7 +20,7 @@ from gq_triton.kernels._launch import (
     device_guard,
 )
 from gq_triton.kernels.cluster_combine import check_clusters
-from gq_triton.kernels.law import inverse_scale, reciprocal, spread, to_queue, widen
+from gq_triton.kernels.law import inverse_scale, product, reciprocal, spread, to_queue, widen
 
 __all__ = ["cluster_weight_grad"]
 
@@ -140,8 +140,8 @@ def _cluster_wgrad_kernel(
         total += acc
         inverse_share = tl.load(inverse_shares + k).to(tl.float32)
         if inverse_share > 0:
-            c = acc * inverse_share
-            stored = widen(to_queue(c * unscale, queue.dtype.element_ty), tl.float32)
+            c = product(acc, inverse_share)
+            stored = widen(to_queue(product(c, unscale), queue.dtype.element_ty), tl.float32)
             narrower = reciprocal(tl.load(sigma_scales + k).to(tl.float32))
             z = tl.abs(stored - mu) * per_sigma * narrower
             w = tl.minimum(tl.maximum(z, low_c), high_c)
@@ -235,7 +235,7 @@ def cluster_weight_grad(
         )  # fmt: skip
         finite = torch.ones(1, dtype=torch.uint8, device=device)
         # Triton's interpreter multiplies the bit patterns of bfloat16; in float32 they are exact.
-        product = torch.float32 if device.type == "cpu" else dy.dtype
+        dot = torch.float32 if device.type == "cpu" else dy.dtype
         if n:
             dy, x = _padded(dy), _padded(x)
             _statistics_kernel[(triton.cdiv(n, BLOCK),)](
@@ -248,7 +248,7 @@ def cluster_weight_grad(
                     dy, dy.stride(0), x, x.stride(0), offsets, queue, center, rate, queued,
                     grad_scale, inverse_shares, mixture, sigma_scales, weighted, raw, finite,
                     n_o, n_i, dy.shape[1], x.shape[1], clusters, 1.0 / rho, float(rho),
-                    L=queue.shape[0], DOT_DTYPE=TRITON_DTYPE[product], TILE_O=TILE_O, TILE_I=TILE_I,
+                    L=queue.shape[0], DOT_DTYPE=TRITON_DTYPE[dot], TILE_O=TILE_O, TILE_I=TILE_I,
                     TILE_R=DEPTH // dy.element_size(), GROUP=GROUP, REPAIR=repair,
                     num_warps=NUM_WARPS, num_stages=NUM_STAGES,
                 )  # fmt: skip

@@ -40,6 +40,16 @@ def reciprocal(x):
 
 
 @triton.jit
+def product(x, factor):
+    """Return ``x`` times a scalar with a rounding of its own.
+
+    The compiler may fuse ``x * factor - base`` into one rounding: a mean that equals its constant
+    queue would then differ from it by the rounding that was skipped.
+    """
+    return tl.fma(x, tl.full(x.shape, factor, x.dtype), tl.zeros_like(x))
+
+
+@triton.jit
 def square_root(x):
     """Return sqrt(x) rounded to nearest."""
     if x.dtype == tl.float32:

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gq_triton import compiled, eager, reference, scarcity_weight
+from gq_triton.compiled.law import TILE
 from gq_triton.testing import assert_ulps, weight_ulps
 
 ENGINES = {"torch": eager, "numba": compiled}
 SIZES = (0, 1, eager.BLOCK - 1, eager.BLOCK, eager.BLOCK + 1)
-SMALL = (1, 7, compiled.TILE - 1, compiled.TILE, compiled.TILE + 1)
+SMALL = (1, 7, TILE - 1, TILE, TILE + 1)
 
 lengths = st.integers(1, 12)
 # Numba compiles once for each length and type: in float64 a few of them do.
