@@ -194,6 +194,7 @@ def main() -> None:
                     r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"]
                 )
                 line["tensor_cores"] = len(products) > 0
+                line["differences"] = compiled.asm["ptx"].count("sub.f32")
                 line["copies"] = compiled.asm["ptx"].count("cp.async.cg")
             sys.stdout.write(json.dumps(line) + "\n")
 

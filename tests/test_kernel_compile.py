@@ -75,6 +75,12 @@ def test_products_run_on_tensor_cores():
         assert entry["copies"] > 0
 
 
+def test_means_are_rounded_before_they_are_compared():
+    """One difference per element of a tile; fused with the product, there would be none."""
+    for entry in select(kernels=("cluster_wgrad",)):
+        assert (entry["differences"] > 0) == (entry["case"] != "repair")
+
+
 def test_float64_loads_are_16_bytes_wide():
     for entry in select(kernels=RINGS, case="float64"):
         assert entry["accesses"]["ld.global.v2.b64"] >= 6

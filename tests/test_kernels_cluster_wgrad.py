@@ -189,6 +189,19 @@ def test_constant_queue(device, dtype, queue_dtype):
     torch.testing.assert_close(weighted.flatten().cpu(), expected, rtol=3e-7, atol=0)
 
 
+def test_a_mean_that_equals_its_constant_queue(device):
+    """A share that is no power of two: a mean is rounded before the queue is taken from it."""
+    dy = torch.arange(1.0, 8, device=device)[:, None].repeat(1, 40)
+    x = torch.arange(1.0, 41, device=device).repeat(7, 1)
+    layer = Layer(Clusters(device, [3, 4]), dy, x, dy)
+    inverse = layer.clusters.vectors()["inverse_shares"].cpu()[:, None]
+    means = layer.products().float() * inverse.float()
+    layer.queue = means[:1].repeat(4, 1).to(device)
+    weighted, _ = layer.run(4)
+    exact = layer.clusters.mix(means * torch.tensor([[1 / 3], [3.0]]))
+    torch.testing.assert_close(weighted.double().cpu().flatten(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_is_not_weighted(device, value):
     layer = Layer.of(Guarded(device), Clusters(device, [2, 6]), (TILE_O + 3, 18))

@@ -247,6 +247,17 @@ def test_constant_queue(device, queue_dtype, value):
     torch.testing.assert_close(weighted.double().cpu(), exact, rtol=3e-7, atol=0)
 
 
+def test_a_mean_that_equals_its_constant_queue(device):
+    """A share that is no power of two: a mean is rounded before the queue is taken from it."""
+    guarded, clusters = Guarded(device), Clusters(device, [3, 4])
+    sums = sums_of(guarded, clusters, 300)
+    means = centroids_of(sums, clusters)
+    weighted, _, _ = run(sums, means[:1].repeat(4, 1).to(device), 4, clusters)
+    exact = clusters.mix(means.double() * torch.tensor([[1 / 3], [3]], dtype=torch.float64))
+    size = clusters.mix(means.double().abs() * 3)
+    assert bool(((weighted.double().cpu() - exact).abs() <= 1e-6 * size).all())
+
+
 @pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-10, 1e10, 1e18, 1e30])
 def test_neither_tiny_nor_huge_gradients_lose_the_statistic(device, scale):
     guarded, clusters = Guarded(device), Clusters(device, [4, 4])
