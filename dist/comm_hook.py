@@ -20,7 +20,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from gq_triton.backend import engine
-from gq_triton.dist.wrappers import carries, ddp_carrying, find_ddp, parameter_names
+from gq_triton.dist.wrappers import carries, ddp_carrying, find_ddp
+from gq_triton.names import parameter_names
 from gq_triton.queues import Queues
 
 __all__ = ["GradQueueState", "grad_queue_hook", "register"]

@@ -1,11 +1,11 @@
-"""Where the DDP module is, and what the parameters are called, whatever is wrapped around them."""
+"""Where the DDP module is, whatever is wrapped around it."""
 
 import gc
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["carries", "ddp_carrying", "find_ddp", "parameter_names"]
+__all__ = ["carries", "ddp_carrying", "find_ddp"]
 
 # Where trainers that are no modules themselves keep the wrapped one: Hugging Face, Lightning.
 _HANDLES = "model_wrapped", "model"
@@ -37,21 +37,6 @@ def find_ddp(model: object) -> DistributedDataParallel | None:
             "one that is meant, with a state for each"
         )
     return next(iter(found.values()), None)
-
-
-def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters by the name they have in the bare model.
-
-    ``torch.compile`` puts ``_orig_mod.`` into the names and wrappers put ``module.`` before them;
-    both go, so that a saved queue does not depend on how the model was wrapped.
-    """
-    named = {
-        ".".join(part for part in name.split(".") if part != "_orig_mod"): parameter
-        for name, parameter in model.named_parameters()
-    }
-    while named and all(name.startswith("module.") for name in named):
-        named = {name.removeprefix("module."): parameter for name, parameter in named.items()}
-    return named
 
 
 def carries(ddp: DistributedDataParallel, state: object) -> bool:

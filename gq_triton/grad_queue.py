@@ -10,20 +10,15 @@ from torch.optim import Optimizer
 
 from gq_triton.cluster_grad import Groups, Mixing
 from gq_triton.cluster_grad.clusters import Clusters
+from gq_triton.names import parameter_names
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.queues import Queues
 from gq_triton.ring import MIN_QUEUE_LENGTH, flat, local, write_back_
 
-__all__ = ["GradQueue", "Handle", "parameter_names"]
+__all__ = ["GradQueue", "Handle"]
 
 # Optimizers that a plug-in weights already, so that no second one weights twice.
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
-
-
-def parameter_names(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's parameters by name, without what DDP and ``torch.compile`` prepend."""
-    named = model.named_parameters()
-    return {name.replace("_orig_mod.", "").removeprefix("module."): p for name, p in named}
 
 
 class Handle:
@@ -144,7 +139,8 @@ class GradQueue:
 
         Args:
             optimizer: any torch optimizer over parameters of the model.
-            grad_scaler: the loop's ``torch.amp.GradScaler``, if there is one.
+            grad_scaler: the loop's ``torch.amp.GradScaler``; needed only with clusters, whose
+                gradients are weighted while they carry its scale.
 
         Returns:
             A handle; ``handle.remove()`` undoes it. The queue stays.

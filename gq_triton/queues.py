@@ -344,6 +344,9 @@ class Queues:
         self._statistics.clear()
 
     def _check_saved(self, state: Mapping[str, Any]) -> None:
+        missing = [key for key in ("options", "losses", "queue", "queued") if key not in state]
+        if missing:
+            raise ValueError(f"this is no saved queue: it lacks {', '.join(missing)}")
         for name in _SHAPE_OPTIONS:
             saved = state["options"][name]
             if saved != getattr(self, name):

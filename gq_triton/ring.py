@@ -104,11 +104,15 @@ def check_options(
         )
     if loss_window is not None and (int(loss_window) != loss_window or loss_window < 1):
         raise ValueError(f"loss_window must be None or an integer >= 1, got {loss_window}")
-    if queue_dtype is not None and not (queue_dtype.is_floating_point and queue_dtype.itemsize > 1):
+    if queue_dtype is not None and not _is_queue_type(queue_dtype):
         raise ValueError(
-            f"queue_dtype must be None or a floating type of 16 bits or more, got {queue_dtype}"
+            f"queue_dtype must be None or a floating type of 16 bits or more, got {queue_dtype!r}"
         )
     check_backend(backend)
+
+
+def _is_queue_type(dtype: object) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def new_queue(like: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:

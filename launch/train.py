@@ -61,9 +61,6 @@ MEASURES = "mean_weight", "norm_ratio", "saturated_high", "saturated_low", "effe
 
 
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:
-    missing = [n for n in ("rich", "matplotlib", "sklearn") if importlib.util.find_spec(n) is None]
-    if missing:
-        raise Refusal(f'{", ".join(missing)} not installed: pip install "gq_triton[train]"')
     given = parse_options(argv)
     if ("out" in given) == ("resume" in given):
         raise Refusal("name one folder: --out DIR for a new run, or --resume DIR to continue one")
@@ -386,6 +383,13 @@ def run(place: Place, argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     place = Place.find()
+    needed = "numpy", "rich", "matplotlib", "sklearn"
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:  # before the ranks meet: that takes numpy
+        if place.rank == 0:
+            reason = f'{", ".join(missing)} not installed: pip install "gq_triton[train]"'
+            print(f"train.py: {reason}", file=sys.stderr, flush=True)
+        return 2
     place.connect()
     try:
         code = run(place, argv)

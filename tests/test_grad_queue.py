@@ -224,7 +224,7 @@ def test_a_queue_of_another_model_is_refused_and_nothing_changes():
     queue = GradQueue(model)
     queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     digest = queue.digest()
-    saved = {"options": {"queue_length": 5, "loss_window": None}, "losses": None}
+    saved = {"options": {"queue_length": 5, "loss_window": None}, "losses": None, "queued": {}}
     with pytest.raises(ValueError, match=r"'9\.weight'.*another model"):
         queue.load_state_dict(saved | {"queue": {"9.weight": torch.zeros(5, 2)}})
     with pytest.raises(ValueError, match=r"'0.weight' is for shape \(2,\)"):
@@ -300,3 +300,49 @@ def test_channels_last_and_strided_parameters_keep_their_layout():
             expected = reference.weighted_gradient(grad, ring.newest())
             torch.testing.assert_close(param.grad, expected, rtol=1e-11, atol=1e-14)
             ring.push(grad)
+
+
+def test_names_that_look_wrapped_are_kept_apart():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 1, dtype=torch.float64))
+            self.module = nn.Linear(3, 1, bias=False, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.module(x) + x @ self.weight
+
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    queue = GradQueue(model)
+    queue.attach(optimizer)
+    model(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert sorted(queue.state_dict()["queue"]) == ["module.weight", "weight"]
+
+
+def test_what_is_no_model_and_no_queue_is_refused():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got generator"):
+        GradQueue(make_model().parameters())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="no saved queue: it lacks options, losses"):
+        GradQueue(make_model()).load_state_dict({})
+    with pytest.raises(ValueError, match="queue_dtype must be None or a floating type"):
+        GradQueue(make_model(), queue_dtype="bf16")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="nesterov must be True or False"):
+        GQSGD(make_model().parameters(), 0.1, 0.9, 0, 5e-4)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_a_constant_gradient_is_constant_under_any_loss_scale(backend):
+    """What is compared is rounded as what is queued: 1/rho, not rho, on every element."""
+    torch.manual_seed(0)
+    model = nn.Linear(300, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+    queue = GradQueue(model, queue_length=3, backend=backend)
+    queue.attach(optimizer)
+    gradient = torch.randn(4, 300)
+    for _ in range(5):
+        model.weight.grad = gradient * 1000.0
+        optimizer.grad_scale = torch.tensor(1000.0)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+    assert queue.metrics()["saturated_low"] == 1.0

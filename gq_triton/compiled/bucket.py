@@ -89,7 +89,7 @@ def weigh_(
     partials: list[tuple[int, list[Any]]] = []
     for index, (grad, queue) in enumerate(zip(grads, queues, strict=True)):
         turn = Turn(queue, queued[index], bool(finite[index]), rho, length)
-        if not fuses(turn, grad, queue):
+        if not fuses(turn, unscale, grad, queue):
             one = slice(index, index + 1)
             scale: dict[str, Any] = {"rho": rho, "length": length, "grad_scale": grad_scale}
             statistics[one] = eager.weigh_(

@@ -103,6 +103,7 @@ def combine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight the cluster means of one parameter and add them up; see ``eager.combine``."""
     turn = Turn(queue, queued, True, rho, length)
+    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     known = sums.dtype in DTYPES and sums.dtype == queue.dtype
     dense = sums.is_contiguous() and queue.stride(1) == 1
 
@@ -111,10 +112,10 @@ def combine(
         shares = {"inverse_shares": inverse_shares, "mixture": mixture}
         return eager.combine(sums, queue, queued, sigma_scales=sigma_scales, **shares, **settings)
 
-    if not (known and dense and turn.rows and sums.numel()):
+    exact_scale = abs(math.frexp(unscale)[0]) == 0.5  # see law.fuses
+    if not (known and dense and exact_scale and turn.rows and sums.numel()):
         return plain()
     kind, used = DTYPES[sums.dtype], len(turn.rows)
-    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     occupied = inverse_shares > 0
     population = torch.where(occupied, 1.0 / inverse_shares, 0.0)
     population = population / population.sum()

@@ -3,6 +3,7 @@
 Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -75,12 +76,17 @@ def weight_of(used: int) -> Callable[..., Any]:
     return weight
 
 
-def fuses(turn: Turn, *tensors: Tensor) -> bool:
-    """Return whether the compiled pass does this tensor: weights active, one type it knows."""
+def fuses(turn: Turn, unscale: float, *tensors: Tensor) -> bool:
+    """Return whether the compiled pass does this tensor: weights active, one type it knows.
+
+    A loss scale that is no power of two goes elsewhere: the compiler may fuse its product with the
+    comparison, and what is compared would not be rounded as what is queued.
+    """
     dtype = tensors[0].dtype
     known = dtype in DTYPES and all(tensor.dtype == dtype for tensor in tensors)
     dense = all(tensor.is_contiguous() for tensor in tensors)
-    return known and dense and bool(turn.rows) and tensors[0].numel() > 0
+    exact_scale = abs(math.frexp(unscale)[0]) == 0.5
+    return known and dense and exact_scale and bool(turn.rows) and tensors[0].numel() > 0
 
 
 def ring_arguments(turn: Turn, queue: Tensor) -> tuple[Any, ...]:

@@ -115,7 +115,7 @@ def gqsgd_(
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         turn = Turn(queue, queued[index], finite is None or bool(finite[index]), rho, length)
         buffer = param if momentum_buffers is None else momentum_buffers[index]
-        if first or not fuses(turn, param, grad, queue, buffer):
+        if first or not fuses(turn, unscale, param, grad, queue, buffer):
             one = slice(index, index + 1)
             buffers = None if momentum_buffers is None else momentum_buffers[one]
             vouched = None if finite is None else finite[one]
@@ -175,7 +175,7 @@ def gqadamw_(
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         turn = Turn(queue, queued[index], finite is None or bool(finite[index]), rho, length)
         moments = exp_avgs[index], exp_avg_sqs[index]
-        if not fuses(turn, param, grad, queue, *moments):
+        if not fuses(turn, unscale, param, grad, queue, *moments):
             one = slice(index, index + 1)
             state = queues[one], queued[one], exp_avgs[one], exp_avg_sqs[one], steps[one]
             vouched = None if finite is None else finite[one]

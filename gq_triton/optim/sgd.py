@@ -82,6 +82,11 @@ class GQSGD(GradQueueOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         if not group["momentum"] >= 0:
             raise ValueError(f"momentum must be >= 0, got {group['momentum']}")
+        if not isinstance(group["nesterov"], bool):
+            raise ValueError(
+                f"nesterov must be True or False, got {group['nesterov']}: the order of arguments "
+                "is lr, momentum, weight_decay, nesterov; dampening goes by name"
+            )
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 "nesterov needs momentum > 0 and dampening 0, got momentum "

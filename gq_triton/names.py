@@ -1,0 +1,25 @@
+"""What a model's parameters are called, whatever is wrapped around the model."""
+
+from torch import nn
+
+__all__ = ["parameter_names"]
+
+
+def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return all parameters by the name they have in the bare model.
+
+    ``torch.compile`` puts ``_orig_mod.`` into the names and wrappers put ``module.`` before them;
+    both go, so that a saved queue does not depend on how the model was wrapped.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    named = {
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): parameter
+        for name, parameter in model.named_parameters()
+    }
+    while named and all(name.startswith("module.") for name in named):
+        named = {name.removeprefix("module."): parameter for name, parameter in named.items()}
+    return named
