@@ -155,7 +155,7 @@ def weigh_(
         grad_scale: the loss scale the gradients carry, 0-d, or None.
 
     Returns:
-        ``(N, 5)`` float32: sums of g^2, (w g)^2 and w, and how many weights are rho and 1/rho.
+        ``(N, 5)`` float64: sums of g^2, (w g)^2 and w, and how many weights are rho and 1/rho.
     """
     inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
     statistics = torch.zeros(len(grads), 5, dtype=torch.float64)
@@ -175,7 +175,7 @@ def weigh_(
             statistics[index, 3] += (weights == rho).sum() if turn.rows else 0
             statistics[index, 4] += (weights == 1.0 / rho).sum() if turn.rows else 0
         queued[index].add_(finite[index])
-    return statistics.float()
+    return statistics
 
 
 def _unscaled(grad: Tensor, weights: Tensor, inverse_scale: float | None) -> Tensor:

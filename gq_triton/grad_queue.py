@@ -138,7 +138,9 @@ class GradQueue:
         """Weight the gradients in every ``optimizer.step()`` from now on.
 
         Args:
-            optimizer: any torch optimizer over parameters of the model.
+            optimizer: any torch optimizer over parameters of the model; others that it holds are
+                left as they are. Several optimizers may share the model, each with parameters of
+                its own.
             grad_scaler: the loop's ``torch.amp.GradScaler``; needed only with clusters, whose
                 gradients are weighted while they carry its scale.
 
@@ -149,21 +151,9 @@ class GradQueue:
             TypeError: not a torch optimizer.
             ValueError: the gradients would be weighted twice, or none of them is the model's.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if isinstance(optimizer, GradQueueOptimizer):
-            name = type(optimizer).__name__
-            raise ValueError(
-                f"{name} weights its gradients itself: attach to a plain torch optimizer, or use "
-                f"{name} without GradQueue"
-            )
-        if self._handle is not None or optimizer in _attached:
-            raise ValueError(
-                "attached already, and a second time would weight twice: call remove() on the "
-                "first handle"
-            )
-        if not any(p in self._names for g in optimizer.param_groups for p in g["params"]):
-            raise ValueError("none of the optimizer's parameters belongs to the model")
+        self._check_optimizer(optimizer)
+        if self._clusters and self._handle is not None:
+            raise ValueError("with clusters a GradQueue serves one optimizer: call remove() first")
 
         def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             # args[0] is the optimizer itself.
@@ -191,6 +181,32 @@ class GradQueue:
         _attached.add(optimizer)
         self._handle = Handle(undo)
         return self._handle
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise unless the optimizer's steps can be weighted, and weighted once."""
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise ValueError(
+                f"{type(optimizer).__name__} did not initialise torch.optim.Optimizer: attach to "
+                "the optimizer that it wraps"
+            )
+        for own in (optimizer, *vars(optimizer).values()):
+            if isinstance(own, GradQueueOptimizer):
+                name = type(own).__name__
+                raise ValueError(
+                    f"{name} weights its gradients itself: attach to a plain torch optimizer, or "
+                    f"use {name} without GradQueue"
+                )
+        params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for other in _attached:
+            if any(id(p) in params for group in other.param_groups for p in group["params"]):
+                raise ValueError(
+                    "attached already to these parameters, and a second time would weight twice: "
+                    "call remove() on the first handle"
+                )
+        if not any(id(p) in params for p in self._names):
+            raise ValueError("none of the optimizer's parameters belongs to the model")
 
     def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def weighing() -> Any:

@@ -132,11 +132,9 @@ class Queues:
         self._keep_statistics(tuple(names), statistics)
 
     def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
-        """Keep the last table of every parameter, also when they come grouped otherwise."""
-        if names not in self._statistics:
-            members = set(names)
-            for group in [group for group in self._statistics if not members.isdisjoint(group)]:
-                del self._statistics[group]
+        """Keep what the law did; a parameter that comes again begins a new step."""
+        if any(not set(names).isdisjoint(group) for group in self._statistics):
+            self._statistics.clear()
         self._statistics[names] = statistics
 
     def combine(
@@ -205,7 +203,7 @@ class Queues:
                 values, [rows(local(self._queue[name]))], [self._queued[name]],
                 ops.all_finite(values), rho=1.0, grad_scale=grad_scale,
             )  # fmt: skip
-            self._statistics[(name,)] = statistics[name].reshape(1, 5).float()
+            self._keep_statistics((name,), statistics[name].reshape(1, 5))
 
     def _allocate(self, name: str, device: torch.device) -> None:
         """Give a parameter its ring, or bring a loaded one to the device and memory order."""

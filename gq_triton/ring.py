@@ -29,6 +29,8 @@ __all__ = [
 
 # The default of min_queue_length, which gives way to a queue_length below it.
 MIN_QUEUE_LENGTH = 3
+# A queue is that many times the model: more is a slip.
+LONGEST = 4096
 
 
 def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
@@ -71,14 +73,14 @@ def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
     with torch.no_grad():
         x = eager.to_queue(grad, queue.dtype).to(dtype)
         weights = eager.scarcity_weight(x, queue.to(dtype).unbind(0), rho)
-        known = torch.isfinite(queue).all(dim=0) & torch.isfinite(grad).all()
+        known = torch.isfinite(queue).all(dim=0) & torch.isfinite(grad).all() & ~weights.isnan()
         return torch.where(known, weights, torch.ones_like(weights))
 
 
 def check_rho(rho: float) -> None:
     """Raise a ValueError unless ``rho`` is a finite number of at least 1."""
-    if not (math.isfinite(rho) and rho >= 1):
-        raise ValueError(f"rho must be a finite number >= 1 (1 switches the law off), got {rho}")
+    if not isinstance(rho, (int, float)) or not 1 <= rho <= 1e30:
+        raise ValueError(f"rho must be a finite number >= 1 (1 switches the law off), got {rho!r}")
 
 
 def check_options(
@@ -92,18 +94,20 @@ def check_options(
 ) -> None:
     """Raise a ValueError that names the first option that cannot hold."""
     check_rho(rho)
-    if int(queue_length) != queue_length or queue_length < 1:
-        raise ValueError(f"queue_length must be an integer >= 1, got {queue_length}")
-    if int(min_queue_length) != min_queue_length or min_queue_length < 1:
-        raise ValueError(f"min_queue_length must be an integer >= 1, got {min_queue_length}")
+    lengths = {"queue_length": queue_length, "min_queue_length": min_queue_length}
+    if loss_window is not None:
+        lengths["loss_window"] = loss_window
+    for name, value in lengths.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if value > LONGEST:
+            raise ValueError(f"{name} must be at most {LONGEST}, got {value}")
     default = loss_window is None and min_queue_length == MIN_QUEUE_LENGTH
     if min_queue_length > queue_length and not default:
         raise ValueError(
             f"min_queue_length must be at most queue_length, got {min_queue_length} > "
             f"{queue_length}"
         )
-    if loss_window is not None and (int(loss_window) != loss_window or loss_window < 1):
-        raise ValueError(f"loss_window must be None or an integer >= 1, got {loss_window}")
     if queue_dtype is not None and not _is_queue_type(queue_dtype):
         raise ValueError(
             f"queue_dtype must be None or a floating type of 16 bits or more, got {queue_dtype!r}"

@@ -68,6 +68,13 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def check_new(out: Path) -> None:
+    try:
+        _check_new(out)
+    except OSError as error:
+        raise Refusal(f"--out {out} cannot be made: {error.strerror}") from error
+
+
+def _check_new(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise Refusal(f"--out {out} is a file: name a folder")
     if any((out / name).exists() for name in (CHECKPOINTS, METRICS, SUMMARY, CURVES)):
@@ -75,6 +82,13 @@ def check_new(out: Path) -> None:
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise Refusal(f"--out {out} cannot be made: {above} is no folder one may write to")
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"--out {out} cannot be made: {error.strerror}") from error
 
 
 def load_saved(out: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -353,6 +367,7 @@ def run(place: Place, argv: Sequence[str] | None) -> int:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     parts = place.on_all(build, given, saved, place.world, device)
+    place.on_all(make_folder, out)
 
     from gq_triton.training.terminal import Terminal  # needs rich, which `parse` has looked for
 
@@ -367,7 +382,6 @@ def run(place: Place, argv: Sequence[str] | None) -> int:
                 "same up to rounding and dropout, not bit for bit"
             )
     if first:
-        out.mkdir(parents=True, exist_ok=True)
         for path in damaged:
             path.rename(path.with_name(path.name + ".damaged"))
             terminal.note(f"{path} is damaged: continuing from step {trainer.step} instead")

@@ -109,8 +109,9 @@ def test_weighting_twice_is_refused():
         queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="weight twice"):
         GradQueue(model).attach(optimizer)
+    other = make_model()
     with pytest.raises(ValueError, match="belongs to the model"):
-        GradQueue(make_model()).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        GradQueue(make_model()).attach(torch.optim.SGD(other.parameters(), lr=0.1))
     with pytest.raises(TypeError, match="Optimizer"):
         GradQueue(model).attach(model)  # pyright: ignore[reportArgumentType]
 
@@ -346,3 +347,61 @@ def test_a_constant_gradient_is_constant_under_any_loss_scale(backend):
         optimizer.grad_scale = torch.tensor(1000.0)  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
     assert queue.metrics()["saturated_low"] == 1.0
+
+
+def test_wrapped_optimizers_are_not_weighted_twice():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            super().__init__(inner.param_groups, inner.defaults)
+            self.inner = inner
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.param_groups = inner.param_groups
+
+    model = make_model()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="GQSGD weights its gradients itself"):
+        GradQueue(model).attach(Wrapper(GQSGD(model.parameters(), lr=0.1)))
+    with pytest.raises(ValueError, match="attach to the optimizer that it wraps"):
+        GradQueue(model).attach(Bare(plain))
+    GradQueue(model).attach(plain)
+    with pytest.raises(ValueError, match="weight twice"):
+        GradQueue(model).attach(Wrapper(plain))
+
+
+def test_two_optimizers_may_share_a_model():
+    model, twin = make_model(), make_model()
+    queue, other = GradQueue(model, queue_length=3), GradQueue(twin, queue_length=3)
+    halves = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
+    whole = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for half in halves:
+        queue.attach(half)
+    other.attach(whole)
+    for step in range(7):
+        backward(model, step)
+        backward(twin, step)
+        for optimizer in (*halves, whole):
+            optimizer.step()
+    assert queue.digest() == other.digest()
+    for actual, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_metrics_are_about_the_last_step():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    queue = GradQueue(model, queue_length=2)
+    queue.attach(optimizer)
+    for step in range(4):
+        backward(model, step)
+        for param in model[2].parameters():
+            param.grad = torch.ones_like(param)
+        if step == 3:
+            assert queue.metrics()["mean_weight"] > 1 / 3
+            model[0].weight.grad = model[0].bias.grad = None
+        optimizer.step()
+    assert queue.metrics()["mean_weight"] == pytest.approx(1 / 3)  # constant gradients only

@@ -29,7 +29,7 @@ COMMON = [
         {"queue_length": 2, "loss_window": 3},
         "min_queue_length must be at most queue_length, got 3 > 2",
     ),
-    ({"loss_window": 0}, "loss_window must be None or an integer >= 1, got 0"),
+    ({"loss_window": 0}, "loss_window must be an integer >= 1, got 0"),
     (
         {"queue_dtype": torch.int8},
         "queue_dtype must be None or a floating type of 16 bits or more, got torch.int8",

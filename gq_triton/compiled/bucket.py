@@ -82,7 +82,7 @@ def weigh_(
     grad_scale: Tensor | None = None,
 ) -> Tensor:
     """Weight gradients in place and queue the raw ones; see ``eager.weigh_``."""
-    statistics = torch.zeros(len(grads), 5)
+    statistics = torch.zeros(len(grads), 5, dtype=torch.float64)
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     jobs: list[Job] = []
     counters: list[Tensor] = []

@@ -107,6 +107,9 @@ class GradQueueOptimizer(Optimizer):
         names = "queue_length", "min_queue_length", "rho", "loss_window", "queue_dtype", "backend"
         check_options(**{name: group[name] for name in names})
         lr, decay = group["lr"], group["weight_decay"]
+        for name in ("lr", "weight_decay"):
+            if not isinstance(group[name], (int, float, Tensor)):
+                raise ValueError(f"{name} must be a number, got {group[name]!r}")
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must hold one element, got a tensor of shape {tuple(lr.shape)}")
         if not lr >= 0:
@@ -127,7 +130,7 @@ class GradQueueOptimizer(Optimizer):
                         f"{self._name(param)} must have a real floating type, got {param.dtype}: "
                         "give it to another optimizer (complex: as torch.view_as_real)"
                     )
-        except ValueError:
+        except BaseException:
             self.param_groups.pop()
             raise
 
@@ -166,20 +169,22 @@ class GradQueueOptimizer(Optimizer):
         self._check_gradients()
         if loss is not None:
             self.record_loss(loss)
-        fresh = not self.state
+        probing = not self.state and self._is_probe()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for group in self.param_groups:
             batches = self._batches(group)
-            if fresh and self._is_probe(group, batches):
-                for batch in batches:
-                    self._full_state(batch.members, group)
-                continue
             length = self._length(group)
             for batch in batches:
                 device = batch.params[0].device
                 scale, found = (_on(value, device) for value in (grad_scale, found_inf))
                 law = Law(group["rho"], length, scale, found)
-                self._step_batch(engine(device, group["backend"]), batch, group, law)
+                ops = engine(device, group["backend"])
+                if probing:
+                    # Passed through: weight 1, not queued.
+                    nothing = torch.zeros(len(batch.params), dtype=torch.bool, device=device)
+                    self._update(ops, batch, nothing, group, law)
+                else:
+                    self._step_batch(ops, batch, group, law)
                 batch.write_back()
         return loss
 
@@ -278,15 +283,16 @@ class GradQueueOptimizer(Optimizer):
         for param in params:
             self._init(param, group, self.state[param])
 
-    def _is_probe(self, group: dict[str, Any], batches: list[Batch]) -> bool:
-        """Return whether this step is a checkpoint library's, which only wants the state to exist.
+    def _is_probe(self) -> bool:
+        """Return whether this first step is a checkpoint library's, which wants the state to exist.
 
-        ``torch.distributed.checkpoint.state_dict`` takes the first step of all with zero gradients
-        at a learning rate of 0; a queue must not remember it.
+        ``torch.distributed.checkpoint.state_dict`` takes it with all gradients zero and all
+        learning rates 0; a queue must not remember it. The update itself is torch's.
         """
-        if float(group["lr"]) != 0:
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        return not any(bool(g.any()) for batch in batches for g in batch.grads)
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        return not any(grad is not None and bool(local(grad).any()) for grad in grads)
 
     def _length(self, group: dict[str, Any]) -> Tensor | None:
         window = group["loss_window"]
@@ -363,6 +369,15 @@ class GradQueueOptimizer(Optimizer):
             yield param, state_dict["state"].get(key, {})
 
     def _check_saved(self, state_dict: dict[str, Any]) -> None:
+        for group in state_dict["param_groups"]:
+            for key in group["params"]:
+                queue = state_dict["state"].get(key, {}).get(QUEUE)
+                length = group.get("queue_length")
+                if queue is not None and length is not None and len(queue) != length:
+                    raise ValueError(
+                        f"the saved queue holds {len(queue)} gradients, its group says "
+                        f"queue_length={length}: the checkpoint was altered"
+                    )
         for param, saved in self._saved_states(state_dict):
             for name, value in saved.items():
                 if not isinstance(value, Tensor) or not value.dim():

@@ -25,6 +25,13 @@ KEPT = 2  # checkpoints: one more than needed, for the case that the newest is d
 _CHECKPOINT = re.compile(r"step-\d{8,}\.pt")
 
 
+# What unpickling a damaged file has been seen to raise.
+_DAMAGE = (
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+    ImportError, pickle.UnpicklingError,
+)  # fmt: skip
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file of which readers see the old content or all of the new, whatever happens.
@@ -73,7 +80,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[Pa
     for path in _checkpoints(folder):
         try:
             return torch.load(path, map_location="cpu", weights_only=True), damaged
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+        except _DAMAGE:
             damaged.append(path)
     return None, damaged
 
@@ -95,8 +102,14 @@ def json_line(row: dict[str, Any]) -> str:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics file; the half line a killed process left last is none."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for line in lines[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # what a power cut left; nothing after it is whole either
+            break
+    return rows
 
 
 def continue_metrics(path: Path, step: int) -> None:
