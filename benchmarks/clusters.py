@@ -98,7 +98,7 @@ def compare(case: str, args: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--clusters", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2, help="on the CPU")

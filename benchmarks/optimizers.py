@@ -106,7 +106,7 @@ def compare(name: str, model: str, args: argparse.Namespace, device: torch.devic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--optimizers", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU")

