@@ -19,7 +19,7 @@ from gq_triton.ring import flat
 __all__ = ["conv1d_forward", "linear_forward"]
 
 # Output rows worked on at a time on the CPU, so that K sums of them stay in cache.
-ROWS = 256
+ROWS = 512
 
 
 def samples(tensor: Tensor, groups: Groups, layer: str) -> Tensor:
