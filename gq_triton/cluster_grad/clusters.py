@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.convert import convert, survey
@@ -225,9 +226,7 @@ def pooled(features: Tensor, channels_first: bool) -> Tensor:
     """Return one vector per sample, ``(B, F)``: the mean over positions."""
     if features.dim() <= 2:
         return features.reshape(len(features), -1)
-    if channels_first:
-        return features.flatten(2).mean(dim=2)
-    return features.flatten(1, -2).mean(dim=1)
+    return reduce(features, "b f ... -> b f" if channels_first else "b ... f -> b f", "mean")
 
 
 def _is_spatial(module: nn.Module) -> bool:
