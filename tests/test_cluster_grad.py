@@ -263,3 +263,24 @@ def test_sample_weights_say_how_samples_count():
                                             means, dims=1))  # fmt: skip
         judge.compare(expected, 1e-10)
         judge.optimizer.step()
+
+
+def test_the_conv1d_of_gpt2_is_a_linear_layer_with_a_transposed_weight():
+    """A stand-in with the name and the arithmetic of ``transformers.pytorch_utils.Conv1D``."""
+
+    class Conv1D(nn.Module):
+        def __init__(self, outputs, inputs):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs)
+            self.bias = nn.Parameter(torch.zeros(outputs))
+
+        def forward(self, x):
+            flat = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+            return flat.view(*x.shape[:-1], -1)
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(7, 6), nn.GELU(), Conv1D(3, 7)).to(F64)
+    judge = Judge(model, LABELS, 5, features="0")
+    assert set(judge.queue.report().values()) == {"clusters (Conv1D)"}
+    judge.steps(square, [torch.randn(9, 4, 6, dtype=F64) for _ in range(5)])
