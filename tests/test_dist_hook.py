@@ -17,10 +17,7 @@ import torch.distributed as dist
 from dist_checks import (
     LENGTH,
     TINY,
-    TwoHeads,
-    batch,
     hooked,
-    mlp,
     queued,
     same_parameters,
     saved,
@@ -28,6 +25,7 @@ from dist_checks import (
     train,
     two_ranks,
 )
+from dist_models import TwoHeads, batch, mlp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 

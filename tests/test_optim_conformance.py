@@ -25,7 +25,7 @@ from optim_cases import (
     values,
 )
 
-from gq_triton import GQSGD, GQAdamW, reference
+from gq_triton import GQSGD, reference
 from gq_triton.testing import assert_ulps, weight_ulps
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -434,25 +434,3 @@ def test_narrow_parameters_follow_the_oracle_and_warm_up_like_torch(variant, bac
         plain.step()
     near = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
-
-
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-@pytest.mark.parametrize(
-    ("ours", "theirs", "options"),
-    [
-        (GQAdamW, torch.optim.AdamW, {"weight_decay": 0.1}),
-        (GQSGD, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
-    ],
-)
-def test_a_first_step_with_zero_gradients_at_rate_0_is_torchs(ours, theirs, options, backend):
-    """A warm-up from learning rate 0 under a head of zeros: the state must go on as torch's."""
-    results = []
-    for make in (lambda p, o: theirs(p, **o), lambda p, o: ours(p, rho=1.0, backend=backend, **o)):
-        param = torch.nn.Parameter(torch.ones(2))
-        optimizer = make([param], {"lr": 0.0, **options})
-        for lr, grad in ((0.0, [0.0, 0.0]), (0.1, [1.0, 2.0]), (0.1, [0.5, -1.0])):
-            optimizer.param_groups[0]["lr"] = lr
-            param.grad = torch.tensor(grad)
-            optimizer.step()
-        results.append(param.detach())
-    assert torch.equal(*results)

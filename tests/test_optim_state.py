@@ -384,3 +384,25 @@ def test_both_are_optimizers_of_torch():
     for kind in (GQSGD, GQAdamW):
         assert issubclass(kind, torch.optim.Optimizer)
         assert "queue_length: 5" in repr(kind(small_parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        (GQAdamW, torch.optim.AdamW, {"weight_decay": 0.1}),
+        (GQSGD, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+    ],
+)
+def test_a_first_step_with_zero_gradients_at_rate_0_is_torchs(ours, theirs, options, backend):
+    """A warm-up from learning rate 0 under a head of zeros: the state must go on as torch's."""
+    results = []
+    for make in (lambda p, o: theirs(p, **o), lambda p, o: ours(p, rho=1.0, backend=backend, **o)):
+        param = torch.nn.Parameter(torch.ones(2))
+        optimizer = make([param], {"lr": 0.0, **options})
+        for lr, grad in ((0.0, [0.0, 0.0]), (0.1, [1.0, 2.0]), (0.1, [0.5, -1.0])):
+            optimizer.param_groups[0]["lr"] = lr
+            param.grad = torch.tensor(grad)
+            optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
