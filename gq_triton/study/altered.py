@@ -68,7 +68,7 @@ class AlteredWeights:
         population = sizes[clusters].to(losses)
         powers = population**self.law.population_power
         length = self._length(losses.mean().detach())
-        totals = torch.zeros(5, dtype=torch.float64)
+        totals = torch.zeros(5, dtype=torch.float64, device=losses.device)
         for number, param in enumerate(self.params):
             means = torch.stack([grads[number] for grads in centroids])
             raw = torch.tensordot(population / len(losses), means, dims=1)
@@ -118,7 +118,7 @@ class AlteredWeights:
             weights = weights.mean(dim=1, keepdim=True)
         elif self.law.kind.endswith("shuffled"):
             order = torch.rand(weights.shape, generator=self.generator).argsort(dim=1)
-            weights = weights.gather(1, order)
+            weights = weights.gather(1, order.to(weights.device))
         return weights.expand(len(means), means[0].numel()).view_as(means)
 
     def _scarcity(self, means: Tensor, newest: Tensor, scales: Tensor) -> Tensor:
@@ -158,7 +158,8 @@ class AlteredWeights:
 def _by_rank(z: Tensor, rho: float) -> Tensor:
     """Return for every ``z (K, P)`` the weight of its rank, one of the same K * P every time."""
     order = z.flatten().argsort(stable=True)  # equal ones in their order
-    share = (torch.arange(len(order), dtype=torch.float64) + 0.5) / len(order)
+    share = torch.arange(len(order), dtype=torch.float64, device=z.device)
+    share = (share + 0.5) / len(order)
     weights = torch.empty_like(share)
     weights[order] = rho ** (2 * share - 1)
     return weights.view_as(z)

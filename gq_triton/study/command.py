@@ -12,6 +12,7 @@ from typing import Any
 from gq_triton.study.arms import ARMS
 from gq_triton.study.config import CONFIG, StudyConfig, read_toml
 from gq_triton.study.controls import CONTROLS
+from gq_triton.study.device import check_device
 from gq_triton.study.protocol import cells, progress
 from gq_triton.study.records import Store
 from gq_triton.tasks import STUDY_TASKS, MissingData
@@ -204,7 +205,8 @@ def _announce_changes(config: StudyConfig, stored: Path) -> None:
 
 
 def _check_runnable(config: StudyConfig, data: Path | None) -> None:
-    """Refuse what would fail later: missing packages, missing data."""
+    """Refuse what would fail later: missing packages, missing data, missing GPUs."""
+    check_device(config.device, config.nproc_per_trial)
     for name in config.arms:
         package = ARMS[name].needs
         if package and find_spec(package) is None:

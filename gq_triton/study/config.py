@@ -9,6 +9,7 @@ from typing import Any
 
 from gq_triton.study.arms import ARMS
 from gq_triton.study.controls import CONTROLS
+from gq_triton.study.device import DEVICES
 from gq_triton.tasks import STUDY_TASKS
 from gq_triton.training.options import Refusal
 
@@ -63,6 +64,11 @@ class StudyConfig:
         "hook; each finds its share of the K clusters, rounded down, at least one, among its own "
         "samples; without arms and controls that change weights or queue inside the hook",
     )
+    device: str = _option(
+        "cpu",
+        "where trials compute, cpu or cuda: the results of one are not those of the other; --jobs "
+        "are spread over the GPUs, and the processes of --nproc-per-trial have one each",
+    )
     targets: dict[str, float] = field(
         default_factory=dict,
         metadata={"help": "score of 'steps to target', by task, in place of the one listed below"},
@@ -87,6 +93,8 @@ class StudyConfig:
         self._check_ranks()
         if self.schedule not in SCHEDULES:
             raise Refusal(f"--schedule must be one of {_list(SCHEDULES)}, got {self.schedule!r}")
+        if self.device not in DEVICES:
+            raise Refusal(f"--device must be one of {_list(DEVICES)}, got {self.device!r}")
         for name in ("lr_sgd", "lr_adam"):
             _check_range(name, getattr(self, name))
         _check_names("targets", tuple(self.targets), STUDY_TASKS)

@@ -112,6 +112,7 @@ class Cell:
             law=law,
             class_weighted=self.arm.class_weighted,
             processes=config.nproc_per_trial,
+            device=config.device,
         )
 
     def choice(self, store: Store) -> Choice | None:

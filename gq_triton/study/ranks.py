@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gq_triton.cluster_grad.clusters import OUTPUT_GRADIENT
 from gq_triton.dist import GradQueueState, register
 from gq_triton.study.arms import Law
+from gq_triton.study.device import take_device
 from gq_triton.study.grouping import Grouping
 from gq_triton.study.laws import Measured
 from gq_triton.study.records import Record, Store, Trial
@@ -89,12 +90,13 @@ class _RankRun(Run):
 
     def _build_law(self) -> _Hook:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.ddp = DistributedDataParallel(self.model)
+        gpu = [torch.cuda.current_device()] if self.device.type == "cuda" else None
+        self.ddp = DistributedDataParallel(self.model, device_ids=gpu)
         self.hook = _Hook(self.ddp, self.trial.law, self.task.features, self.trial.seed)
         return self.hook
 
     def _gradients(self, indices: Tensor) -> float:
-        inputs, labels = (tensor[indices[self.rank :: self.world]] for tensor in self.task.train)
+        inputs, labels = self._samples(indices[self.rank :: self.world])
         outputs = self.ddp(inputs)
         losses = sample_losses(outputs, labels)
         total = losses.detach().double().sum()
@@ -145,9 +147,9 @@ def launch(
 
 
 def _main(path: str, folder: str, data: str | None = None) -> None:
-    torch.set_num_threads(1)
     trial = Trial.of(json.loads(Path(path).read_text(encoding="utf-8")))
-    dist.init_process_group("gloo")
+    take_device(trial.device, int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if trial.device == "cpu" else "nccl")
     try:
         task: ScoredTask = STUDY_TASKS[trial.task].load(trial.seed, Path(data) if data else None)
         record = _RankRun(trial, task).record()

@@ -34,6 +34,7 @@ class Trial:
         law: what is done to the gradient.
         class_weighted: weight the losses by the inverse frequency of the class.
         processes: that share each batch under DDP.
+        device: that it computes on, ``"cpu"`` or ``"cuda"``.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Trial:
     law: Law = NO_LAW
     class_weighted: bool = False
     processes: int = 1
+    device: str = "cpu"
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Trial":
@@ -60,8 +62,9 @@ class Trial:
     def key(self) -> str:
         """Content hash: trials that ask for the same are one, whichever arm they belong to."""
         asked = asdict(self)
-        if self.processes == 1:
-            del asked["processes"]  # came later: records from before keep their names
+        for name in ("processes", "device"):  # came later: records from before keep their names
+            if asked[name] == getattr(Trial, name):
+                del asked[name]
         content = json.dumps([FORMAT, asked], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 

@@ -45,7 +45,12 @@ def run_study(
         Refusal: a worker was killed.
     """
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(
+        jobs,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(cells[0].config.device, context.Value("i", 0)),
+    )
     workers: dict[int, Any] = {}
     open_cells, running = list(cells), {}
     try:
@@ -95,12 +100,15 @@ def _submit(
                 running[pool.submit(_work, trial, folder, data)] = trial
 
 
-def _start_worker() -> None:
+def _start_worker(device: str, started: Any) -> None:
     """Prepare a worker: one thread, deaf to Ctrl-C, and gone when its parent is."""
-    import torch
+    from gq_triton.study.device import take_device
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and stops the workers
-    torch.set_num_threads(1)
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    take_device(device, number)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -46,14 +46,15 @@ class Run:
     """
 
     def __init__(self, trial: Trial, task: ScoredTask) -> None:
-        self.trial, self.task = trial, task
+        self.device = torch.device(trial.device)
+        self.trial, self.task = trial, task.to(self.device)
         self.entry = STUDY_TASKS[trial.task]
         torch.manual_seed(trial.seed)
-        self.model = task.model()
+        self.model = task.model().to(self.device)  # drawn on the CPU: the same weights everywhere
         params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[trial.base](params, trial.lr)
         self.law = self._build_law()
-        self.class_weights = _class_weights(task) if trial.class_weighted else None
+        self.class_weights = _class_weights(self.task) if trial.class_weighted else None
         self.losses: list[float] = []
         self.series: dict[str, list[float]] = {}
         self.curve: list[dict[str, float]] = []
@@ -68,7 +69,7 @@ class Run:
     def record(self) -> Record:
         """Train, score, and return all of it."""
         self._train()
-        return Record(self.trial, self._result(), self._timing(), _environment())
+        return Record(self.trial, self._result(), self._timing(), _environment(self.device))
 
     def _train(self) -> None:
         order = _stream(len(self.task.train[1]), self.trial.batch_size, self.trial.seed)
@@ -78,11 +79,14 @@ class Run:
         for step in range(1, self.trial.steps + 1):
             started = time.perf_counter()
             finite = self._step(step, next(order))
+            look = step % self.trial.looks_every == 0 or step == self.trial.steps
+            if look and self.device.type == "cuda":
+                torch.cuda.synchronize()  # the look's time is not counted, the step's is
             self.seconds += time.perf_counter() - started
             if not finite:
                 self.diverged_at = step
                 return
-            if step % self.trial.looks_every == 0 or step == self.trial.steps:
+            if look:
                 self._look(step)
 
     def _step(self, step: int, indices: Tensor) -> bool:
@@ -110,13 +114,18 @@ class Run:
         Returns:
             The loss, before any weighting by class.
         """
-        inputs, labels = (tensor[indices] for tensor in self.task.train)
+        inputs, labels = self._samples(indices)
         outputs = self.model(inputs)
         losses = sample_losses(outputs, labels)
         loss = losses.mean().item()
         if math.isfinite(loss):
             self.law.backward(outputs, self._weighted(losses, labels), labels)
         return loss
+
+    def _samples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, labels = self.task.train
+        indices = indices.to(self.device)
+        return inputs[indices], labels[indices]
 
     def _weighted(self, losses: Tensor, labels: Tensor) -> Tensor:
         return losses if self.class_weights is None else losses * self.class_weights[labels]
@@ -212,8 +221,10 @@ def _short(value: float) -> float:
 
 
 @cache
-def _environment() -> dict[str, Any]:
+def _environment(device: torch.device) -> dict[str, Any]:
+    gpu = {"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {}
     return {
+        **gpu,
         "gq_triton": gq_triton.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

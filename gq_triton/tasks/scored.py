@@ -1,7 +1,7 @@
 """What a study needs beyond a task: three sets of data, losses per sample, and scores."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,20 @@ class ScoredTask(Task):
     validation: tuple[Tensor, Tensor]
     classes: int | None
     groups: tuple[Tensor, Tensor] | None = None
+
+    def to(self, device: torch.device) -> "ScoredTask":
+        """Return the task with its data on a device."""
+
+        def moved(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return pair[0].to(device), pair[1].to(device)
+
+        return replace(
+            self,
+            train=moved(self.train),
+            validation=moved(self.validation),
+            test=moved(self.test),
+            groups=None if self.groups is None else moved(self.groups),
+        )
 
 
 @dataclass(frozen=True)

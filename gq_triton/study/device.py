@@ -1,0 +1,43 @@
+"""Where trials compute: what a study may ask for, and how a process gets ready for it."""
+
+import os
+
+import torch
+
+from gq_triton.training.options import Refusal
+
+__all__ = ["DEVICES", "check_device", "take_device"]
+
+DEVICES = "cpu", "cuda"
+
+
+def check_device(device: str, processes: int) -> None:
+    """Refuse a device that this machine does not have.
+
+    Args:
+        device: of ``DEVICES``.
+        processes: that share a trial; each needs a GPU of its own.
+
+    Raises:
+        Refusal: there are too few GPUs.
+    """
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < processes:
+        needed = "a GPU" if processes == 1 else f"a GPU for each of {processes} processes"
+        raise Refusal(f"--device cuda needs {needed}, and this machine has {gpus}")
+
+
+def take_device(device: str, number: int) -> None:
+    """Prepare this process, once: one thread, and on a GPU the same bits every time.
+
+    Args:
+        device: of ``DEVICES``.
+        number: of this process; they take the GPUs in turn.
+    """
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(number % torch.cuda.device_count())
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS sums in any order
+        torch.use_deterministic_algorithms(True)
+        # Filling every new tensor finds errors; here it would only take time.
+        torch.utils.deterministic.fill_uninitialized_memory = False
