@@ -160,7 +160,7 @@ def _plus_plus(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor
     so far from cumulated integers: exact in any order of summation, so reproducible on a GPU.
     """
     shape = n_clusters, 2 + int(math.log(n_clusters))
-    draws = torch.rand(shape, generator=generator, dtype=torch.float64)
+    draws = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
     draws = draws.to(x.device, non_blocking=True)  # the host does not wait
     norms = row_norms(x)[:, None]
     chosen = [(draws[0, :1] * len(x)).long()]

@@ -177,7 +177,7 @@ def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     if tensor.is_contiguous() and like.is_contiguous():
         return tensor.view(-1)
     permuted = tensor.permute(_memory_order(like))
-    return permuted.view(-1) if permuted.is_contiguous() else permuted.reshape(-1)
+    return permuted.contiguous().view(-1)  # reshape may return a strided view
 
 
 def write_back_(tensor: Tensor, values: Tensor, like: Tensor | None = None) -> None:
@@ -217,7 +217,8 @@ def record_loss(losses: Tensor, loss: Tensor | float) -> Tensor:
     value = torch.as_tensor(loss).detach()
     if value.numel() != 1:
         raise ValueError(f"loss must be one number, got a tensor of shape {tuple(value.shape)}")
-    return torch.cat([value.to(losses).reshape(1), losses[:-1]])
+    value = value.to(losses, non_blocking=True)
+    return torch.cat([value.reshape(1), losses[:-1]])
 
 
 def effective_length(losses: Tensor, window: int, shortest: int, longest: int) -> Tensor:

@@ -15,7 +15,7 @@ from gq_triton.kernels.gqsgd import gqsgd_
 from gq_triton.kernels.kmeans_assign import nearest_centers
 from gq_triton.kernels.segment_sums import channel_sums, position_sums
 from gq_triton.kernels.statistics import queue_statistics
-from gq_triton.kernels.weigh import weigh_
+from gq_triton.kernels.weigh import push_, weigh_
 
 __all__ = [
     "all_finite",

@@ -144,7 +144,7 @@ def _build(device: torch.device, rows: list[Row], aligned: bool, pin: bool) -> T
     if n_chunks >= 2**31:
         raise ValueError(f"one call covers fewer than 2**31 chunks of {CHUNK}, got {n_chunks}")
     flat = [value for row in rows for value in row] + starts
-    host = torch.tensor(flat, dtype=torch.int64)
+    host = torch.tensor(flat, dtype=torch.int64, device="cpu")  # whatever the default device is
     host = host.pin_memory() if pin else host
     both = host.to(device, non_blocking=True)
     split = len(flat) - len(rows)

@@ -166,7 +166,7 @@ def gqadamw_(
         exp_avg_sqs: N second moments ``(P,)``.
         steps: N counters of updates, 0-d float32, increased by one.
         finite: ``(N,)`` bool, or None where `found_inf` vouches for every gradient.
-        lr: learning rate, a number or a 0-d tensor on the device.
+        lr: learning rate, a number or a 0-d tensor; the host does not wait for one on the device.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the denominator.
@@ -183,7 +183,9 @@ def gqadamw_(
     if not grads:
         return
     vectors = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    lr_tensor = lr if isinstance(lr, Tensor) else None
+    # A number on the host, also in a tensor there, travels as an argument.
+    on_device = isinstance(lr, Tensor) and lr.device == grads[0].device
+    lr_tensor = lr if on_device else None
     with device_guard(grads[0].device):
         ring = RingLaunch(grads, queues, queued, finite, vectors, {"steps": steps})
         for table in ring.tables:
@@ -191,7 +193,7 @@ def gqadamw_(
                 _gqadamw_kernel[(table.n_chunks,)](
                     table.rows, table.starts, table.n_tensors,
                     ring.finite, length, grad_scale, found_inf, lr_tensor,
-                    0.0 if isinstance(lr, Tensor) else float(lr), float(beta1), _log2(beta1),
+                    0.0 if on_device else float(lr), float(beta1), _log2(beta1),
                     float(beta2), _log2(beta2), float(eps), float(weight_decay), 1.0 / rho,
                     float(rho), P_DTYPE=triton_dtype(params), M_DTYPE=triton_dtype(exp_avgs),
                     V_DTYPE=triton_dtype(exp_avg_sqs), MAXIMIZE=maximize,

@@ -146,7 +146,7 @@ def gqsgd_(
         queued: N counters, 0-d int64: gradients queued so far, increased.
         momentum_buffers: N buffers ``(P,)``, or None without momentum.
         finite: ``(N,)`` bool, or None where `found_inf` vouches for every gradient.
-        lr: learning rate, a number or a 0-d tensor on the device.
+        lr: learning rate, a number or a 0-d tensor; the host does not wait for one on the device.
         momentum: decay of the momentum buffer.
         dampening: share of the gradient that does not enter the momentum.
         weight_decay: L2 penalty.
@@ -165,7 +165,9 @@ def gqsgd_(
         return
     buffers = None if momentum == 0 else momentum_buffers
     vectors = {"params": params} | ({} if buffers is None else {"momentum_buffers": buffers})
-    lr_tensor = lr if isinstance(lr, Tensor) else None
+    # A number on the host, also in a tensor there, travels as an argument.
+    on_device = isinstance(lr, Tensor) and lr.device == grads[0].device
+    lr_tensor = lr if on_device else None
     with device_guard(grads[0].device):
         ring = RingLaunch(grads, queues, queued, finite, vectors)
         for table in ring.tables:
@@ -173,7 +175,7 @@ def gqsgd_(
                 _gqsgd_kernel[(table.n_chunks,)](
                     table.rows, table.starts, table.n_tensors,
                     ring.finite, length, grad_scale, found_inf, lr_tensor,
-                    0.0 if isinstance(lr, Tensor) else float(lr), float(momentum),
+                    0.0 if on_device else float(lr), float(momentum),
                     float(1 - dampening), float(weight_decay), 1.0 / rho, float(rho),
                     P_DTYPE=triton_dtype(params),
                     B_DTYPE=None if buffers is None else triton_dtype(buffers),

@@ -85,7 +85,7 @@ def combine(
     clusters = [k for k, value in enumerate(inverse) if value > 0]
     whole = sum(1.0 / inverse[k] for k in clusters)
     weighted, raw = into or (torch.empty_like(sums[0]), torch.empty_like(sums[0]))
-    statistics = torch.zeros(5, dtype=torch.float64)
+    statistics = torch.zeros(5, dtype=torch.float64, device=sums.device)
     for g, total, ring, out in blocks(sums, raw, queue, weighted):
         torch.sum(g, dim=0, out=total)
         spread = spread_of(ring, dtype)
