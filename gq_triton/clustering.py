@@ -12,6 +12,7 @@ Shapes: B samples, F features, K clusters, T candidates per k-means++ draw, M = 
 
 import math
 import operator
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
@@ -52,6 +53,31 @@ class _Frame(NamedTuple):
 def _host_may_read(tensor: Tensor) -> bool:
     """Whether reading a value costs no wait: on the CPU, outside a traced graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _host_may_ask(tensor: Tensor) -> bool:
+    """Whether events may be looked at: on a GPU, outside of traced and of captured graphs."""
+    on_gpu = tensor.is_cuda and not torch.compiler.is_compiling()
+    return on_gpu and not torch.cuda.is_current_stream_capturing()
+
+
+class _Notices:
+    """What a GPU has set by now, looked at without waiting for it."""
+
+    def __init__(self) -> None:
+        self.pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def any_set(self, flag: Tensor) -> bool:
+        """Send for ``flag``, () bool; return whether one that has arrived so far was True."""
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.pending.append((host, event))
+        while self.pending and self.pending[0][1].query():
+            if bool(self.pending.popleft()[0]):
+                return True
+        return False
 
 
 def _check_features(features: Tensor, centers: Tensor | None) -> None:
@@ -139,6 +165,7 @@ def _lloyd(x: Tensor, centers: Tensor, max_iter: int, tol: float) -> tuple[Tenso
     limit = tol * norms.sum() / x.numel()
     done = torch.zeros((), dtype=torch.bool, device=x.device)
     n_iter = torch.zeros((), dtype=torch.int64, device=x.device)
+    notices, may_ask = _Notices(), _host_may_ask(x)
     previous = torch.full_like(norms, -1, dtype=torch.int64)
     for _ in range(max_iter):
         labels, nearest = _assign(x, centers)
@@ -148,7 +175,8 @@ def _lloyd(x: Tensor, centers: Tensor, max_iter: int, tol: float) -> tuple[Tenso
         centers = torch.where(done, centers, moved)
         done = done | (labels == previous).all() | (shift <= limit)
         previous = labels
-        if _host_may_read(done) and bool(done):
+        # Iterations after the last leave the centres as they are: stopping early saves launches.
+        if bool(done) if _host_may_read(done) else may_ask and notices.any_set(done):
             break
     return centers, n_iter
 
@@ -181,8 +209,9 @@ def _plus_plus(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor
 class KMeans:
     """K-means with scikit-learn's names; ``kmeans(features)`` returns labels.
 
-    On a GPU nothing in `fit` waits for the device: all iterations are launched, and once converged
-    they leave the centres as they are. On the CPU the loop ends there, with the same result.
+    On a GPU nothing in `fit` waits for the device: iterations are launched until the host sees that
+    one has converged, and those after it leave the centres as they are. On the CPU the loop ends
+    there, with the same result.
     Autocast has no effect here; TF32, where it is switched on for float32 products, has.
 
     k-means++ draws from this object's own generator (on the CPU for every device) and goes on
