@@ -5,8 +5,9 @@
 
 Each line is a pair: our step and torch's fused step over the same shapes, timed in turns, medians
 of ``--repeats``. The queue is full and every weight is computed. On a GPU the script adds the
-throughput in GB/s, from the bytes that the update must move, and its share of a copy measured in
-the same run.
+time of a step among many without waiting in between, as in training, its throughput in GB/s from
+the bytes that the update must move, the share of a copy measured in the same run, and for how long
+the host is busy: the step returns then, and the device goes on.
 """
 
 import argparse
@@ -51,6 +52,27 @@ def seconds(step: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def host_seconds(step: Callable[[], Any], repeats: int) -> float:
+    """Return the median time until ``step`` returns, the device being idle before."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def device_seconds(step: Callable[[], Any], steps: int) -> float:
+    """Return the time of one of many steps, launched without waiting."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
 
 
 def in_turns(
@@ -100,8 +122,12 @@ def compare(name: str, model: str, args: argparse.Namespace, device: torch.devic
     if device.type == "cuda":
         size = dtype.itemsize
         moved = elements * (OWN_BYTES[name] + (args.queue_length + 1) * size)
-        rate = moved / mine_ms * 1000
+        both = optimizer.step, rival.step
+        flowing = [device_seconds(step, 10 * args.repeats) for step in both]
+        rate = moved / flowing[0]
+        row += [f"{1000 * flowing[0]:.2f}", f"{flowing[0] / flowing[1]:.2f}"]
         row += [f"{rate / 1e9:.0f}", f"{rate / args.copy_rate:.0%}"]
+        row += ["{:.2f} / {:.2f}".format(*(1000 * host_seconds(s, args.repeats) for s in both))]
     return row
 
 
@@ -123,7 +149,9 @@ def main() -> None:
     where = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU"
     title = f"{where}, torch {torch.__version__}, backend {args.backend}, {datetime.date.today()}"
     columns = ["model", "optimizer", "parameters", "threads", "GQ ms", "torch fused ms"]
-    columns += ["ratio", "ratio, range"] + (["GB/s", "of a copy"] if on_gpu else [])
+    columns += ["ratio", "ratio, range"] + (
+        ["back to back ms", "ratio", "GB/s", "of a copy", "host ms, GQ / torch"] if on_gpu else []
+    )
     table = Table(*columns, title=title)
     console = Console()
     for model in args.models:

@@ -10,7 +10,7 @@ Shape legend: N = tensors, L = queue slots, P = elements of one tensor, W = colu
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -59,7 +59,8 @@ class Table:
 
 # Gradients often come back at a few recurring sets of addresses, so a few tables are kept.
 _CACHE_SIZE = 64
-_cache: OrderedDict[tuple[Any, ...], list[Table]] = OrderedDict()
+Cache = OrderedDict[Hashable, list[Table]]
+shared: Cache = OrderedDict()
 # A captured CUDA graph copies from these again at every replay.
 _captured: list[list[Table]] = []
 
@@ -74,11 +75,6 @@ def num_warps(device: torch.device) -> int:
     """Return the warps that make up `THREADS` threads; they have 32 or 64 threads on AMD GPUs."""
     on_gpu = device.type == "cuda"
     return THREADS // (torch.cuda.get_device_properties(device).warp_size if on_gpu else 32)
-
-
-def triton_dtype(tensors: Sequence[Tensor]) -> tl.dtype:
-    """Return Triton's name for the dtype that ``tensors`` share."""
-    return TRITON_DTYPE[tensors[0].dtype]
 
 
 def block_size(*dtypes: torch.dtype, most: int = 4) -> int:
@@ -96,43 +92,48 @@ def block_size(*dtypes: torch.dtype, most: int = 4) -> int:
     return min(VECTOR // widest, most) * THREADS
 
 
+def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return where the tensors start; a sequence may know it already."""
+    known = getattr(tensors, "addresses", None)
+    return tuple(map(Tensor.data_ptr, tensors)) if known is None else known
+
+
 def tables(
     device: torch.device,
-    rows: list[Row],
-    dtypes: tuple[torch.dtype, ...],
-    check: Callable[[], None],
+    key: Hashable,
+    cache: Cache,
+    rows: Callable[[], list[Row]],
     is_aligned: Callable[[Row], bool],
 ) -> list[Table]:
     """Return one table per alignment class that occurs, from the cache where they are there.
 
     Args:
         device: where the tensors are.
-        rows: columns of each tensor.
-        dtypes: of the lists of tensors.
-        check: raises ValueError if a tensor is not as promised; called for new tables only.
+        key: all that the rows depend on, in this cache.
+        cache: of tables.
+        rows: returns the columns of each tensor; called for new tables only.
         is_aligned: whether the fast specialisation may run on a row's tensor.
     """
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     # The copy is ordered with one stream only, so another stream gets a copy of its own.
     stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    key = (device, stream, dtypes, tuple(rows))
-    found = None if capturing else _cache.get(key)
+    key = (stream, key)
+    found = None if capturing else cache.get(key)
     if found is not None:
-        _cache.move_to_end(key)
+        cache.move_to_end(key)
         return found
-    check()
     classes: dict[bool, list[Row]] = {True: [], False: []}
-    for row in rows:
+    for row in rows():
         classes[is_aligned(row)].append(row)
     pin = on_gpu and not capturing
     built = [_build(device, part, aligned, pin) for aligned, part in classes.items() if part]
     if capturing:
         _captured.append(built)
         return built
-    _cache[key] = built
-    if len(_cache) > _CACHE_SIZE:
-        _cache.popitem(last=False)
+    cache[key] = built
+    if len(cache) > _CACHE_SIZE:
+        cache.popitem(last=False)
     return built
 
 
@@ -153,12 +154,11 @@ def _build(device: torch.device, rows: list[Row], aligned: bool, pin: bool) -> T
 
 
 class RingLaunch:
-    """What the launchers with a ring buffer share.
+    """What the launchers with a ring buffer share: all that gradients' addresses do not change.
 
     Attributes:
-        finite: ``(N,)`` uint8 or None.
         constants: the keyword arguments that all their kernels take.
-        tables: one table per alignment class; columns as in `chunks.py`.
+        dtypes: Triton's names of the types, by list.
     """
 
     def __init__(
@@ -166,63 +166,109 @@ class RingLaunch:
         grads: Sequence[Tensor],
         queues: Sequence[Tensor],
         queued: Sequence[Tensor],
-        finite: Tensor | None,
         vectors: dict[str, Sequence[Tensor]],
-        scalars: dict[str, Sequence[Tensor]] | None = None,
+        scalars: dict[str, Sequence[Tensor]],
+        cache: Cache,
     ) -> None:
-        """Collect the addresses; at least one tensor.
-
-        Args:
-            grads: N gradients ``(P,)``.
-            queues: N ring buffers ``(L, P)``.
-            queued: N counters, 0-d int64.
-            finite: ``(N,)`` bool or None.
-            vectors: lists of N tensors ``(P,)`` by name, one per further column.
-            scalars: lists of N 0-d tensors by name, one per further column.
-        """
-        scalars = scalars or {}
+        """Collect the addresses; see `ring_launch`."""
         flat = {"grads": grads, **vectors}
-        dtypes = (queues[0].dtype, *(tensors[0].dtype for tensors in flat.values()))
-        others = (*vectors.values(), *scalars.values())
-        columns = [[t.data_ptr() for t in tensors] for tensors in others]
-        rows = zip(
-            [t.numel() for t in grads],
-            range(len(grads)),
-            [t.data_ptr() for t in grads],
-            [t.data_ptr() for t in queued],
-            [t.data_ptr() for t in queues],
-            [t.stride(0) for t in queues],
-            *columns,
-            strict=True,
-        )
-        itemsize = queues[0].element_size()
-
-        def check() -> None:
-            for name, tensors in flat.items():
-                check_flat(name, tensors, grads)
-            check_queues(queues, grads)
-            check_scalars("queued", queued, grads, torch.int64)
-            for name, tensors in scalars.items():
-                check_scalars(name, tensors, grads, torch.float32)
-
-        def is_aligned(row: Row) -> bool:
-            _, _, grad, _, queue, stride, *others = row
-            vector_pointers = others[: len(vectors)]
-            addresses = (grad, queue, stride * itemsize, *vector_pointers)
-            return all(address % VECTOR == 0 for address in addresses)
-
-        self.tables = tables(grads[0].device, list(rows), dtypes, check, is_aligned)
-        self.finite = None if finite is None else finite.view(torch.uint8)
+        dtypes = {"queues": queues[0].dtype}
+        dtypes |= {name: tensors[0].dtype for name, tensors in flat.items()}
+        self.device = grads[0].device
+        self.dtypes = {name: TRITON_DTYPE.get(dtype) for name, dtype in dtypes.items()}
         self.constants = {
-            "G_DTYPE": triton_dtype(grads),
-            "Q_DTYPE": triton_dtype(queues),
-            "C_DTYPE": tl.float64 if torch.float64 in dtypes else tl.float32,
+            "G_DTYPE": self.dtypes["grads"],
+            "Q_DTYPE": self.dtypes["queues"],
+            "C_DTYPE": tl.float64 if torch.float64 in dtypes.values() else tl.float32,
             "L": queues[0].shape[0],
-            "W": 6 + len(columns),
+            "W": 6 + len(vectors) + len(scalars),
             "CHUNK": CHUNK,
-            "BLOCK": block_size(*dtypes),
-            "num_warps": num_warps(grads[0].device),
+            "BLOCK": block_size(*dtypes.values()),
+            "num_warps": num_warps(self.device),
         }
+        self._row_unit = queues[0].element_size()
+        self._n_vectors, self._cache = len(vectors), cache
+        self._numels = tuple(map(Tensor.numel, grads))
+        self._columns = (
+            addresses(queued), addresses(queues), tuple(q.stride(0) for q in queues),
+            *map(addresses, (*vectors.values(), *scalars.values())),
+        )  # fmt: skip
+        # A cache that launches with other tensors share must tell those apart.
+        own = (self.device, *dtypes.values(), self._numels, self._columns)
+        self._key = own if cache is shared else None
+
+    def tables(self, grads: Sequence[Tensor], check: Callable[[], None] | None) -> list[Table]:
+        """Return one table per alignment class; columns as in `chunks.py`."""
+        starts = addresses(grads)
+
+        def rows() -> list[Row]:
+            if check is not None:
+                check()
+            indices = range(len(starts))
+            return list(zip(self._numels, indices, starts, *self._columns, strict=True))
+
+        return tables(self.device, (self._key, starts), self._cache, rows, self._is_aligned)
+
+    def _is_aligned(self, row: Row) -> bool:
+        _, _, grad, _, queue, stride, *others = row
+        starts = (grad, queue, stride * self._row_unit, *others[: self._n_vectors])
+        return all(start % VECTOR == 0 for start in starts)
+
+
+def ring_launch(
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    vectors: dict[str, Sequence[Tensor]],
+    scalars: dict[str, Sequence[Tensor]] | None = None,
+) -> tuple[RingLaunch, list[Table]]:
+    """Return what a launch takes and its tables, one per alignment class; at least one tensor.
+
+    Lists ``queues`` and ``grads`` may have an attribute ``memo``, a dict, by which their owner
+    vouches for what it was first called with: as long as calls come with that dict, all lists but
+    ``grads`` hold the same memory, and gradients have the lengths, types and device they had.
+
+    Args:
+        grads: N gradients ``(P,)``.
+        queues: N ring buffers ``(L, P)``.
+        queued: N counters, 0-d int64.
+        vectors: lists of N tensors ``(P,)`` by name, one per further column.
+        scalars: lists of N 0-d tensors by name, one per further column.
+
+    Raises:
+        ValueError: tensors are not as they should be.
+    """
+    scalars = scalars or {}
+
+    def check() -> None:
+        for name, tensors in {"grads": grads, **vectors}.items():
+            check_flat(name, tensors, grads)
+        check_queues(queues, grads)
+        check_scalars("queued", queued, grads, torch.int64)
+        for name, tensors in scalars.items():
+            check_scalars(name, tensors, grads, torch.float32)
+
+    memo = memo_of(grads, queues)
+    if memo is None:
+        launch = RingLaunch(grads, queues, queued, vectors, scalars, shared)
+        return launch, launch.tables(grads, check)
+    name = ("ring", *vectors)
+    if name not in memo:
+        check()
+        memo[name] = RingLaunch(grads, queues, queued, vectors, scalars, OrderedDict())
+    launch = memo[name]
+    return launch, launch.tables(grads, None)
+
+
+def memo_of(*lists: Sequence[Tensor]) -> dict[Any, Any] | None:
+    """Return the memo that all lists have in common; see `ring_launch`."""
+    memo = getattr(lists[0], "memo", None)
+    return memo if all(getattr(other, "memo", None) is memo for other in lists) else None
+
+
+def as_bytes(finite: Tensor | None) -> Tensor | None:
+    """Return flags as a kernel takes them."""
+    return None if finite is None else finite.view(torch.uint8)
 
 
 def check_flat(name: str, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

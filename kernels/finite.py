@@ -4,6 +4,7 @@
 Shape legend: N = tensors, P = elements of one tensor.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +14,18 @@ from torch import Tensor
 
 from gq_triton.kernels._launch import (
     CHUNK,
+    TRITON_DTYPE,
     VECTOR,
+    Cache,
+    Row,
+    addresses,
     block_size,
     check_flat,
     device_guard,
+    memo_of,
     num_warps,
+    shared,
     tables,
-    triton_dtype,
 )
 from gq_triton.kernels.chunks import GRAD, INDEX, chunk_bounds, find_tensor, typed
 
@@ -72,21 +78,35 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
     """
     if not grads:
         return torch.ones(0, dtype=torch.bool)
-    device, dtype = grads[0].device, grads[0].dtype
-    rows = [(grad.numel(), index, grad.data_ptr()) for index, grad in enumerate(grads)]
+    memo = memo_of(grads)
+    if memo is None:
+        device, dtype, numels, cache = _settled(grads, shared)
+    else:
+        if "finite" not in memo:
+            check_flat("grads", grads, grads)
+            memo["finite"] = _settled(grads, OrderedDict())
+        device, dtype, numels, cache = memo["finite"]
+    starts = addresses(grads)
+
+    def rows() -> list[Row]:
+        if memo is None:
+            check_flat("grads", grads, grads)
+        return list(zip(numels, range(len(numels)), starts, strict=True))
+
+    key = "finite", device, dtype, numels, starts
     with device_guard(device):
-        flags = torch.ones(len(grads), dtype=torch.uint8, device=device)
-        for table in tables(
-            device,
-            rows,
-            (dtype,),
-            check=lambda: check_flat("grads", grads, grads),
-            is_aligned=lambda row: row[2] % VECTOR == 0,
-        ):
+        flags = torch.ones(len(numels), dtype=torch.uint8, device=device)
+        for table in tables(device, key, cache, rows, lambda row: row[2] % VECTOR == 0):
             if table.n_chunks:
                 _all_finite_kernel[(table.n_chunks,)](
                     table.rows, table.starts, table.n_tensors, flags,
-                    DTYPE=triton_dtype(grads), W=3, ALIGNED=table.aligned,
+                    DTYPE=TRITON_DTYPE[dtype], W=3, ALIGNED=table.aligned,
                     CHUNK=CHUNK, BLOCK=block_size(dtype, most=8), num_warps=num_warps(device),
                 )  # fmt: skip
     return flags.view(torch.bool)
+
+
+def _settled(
+    grads: Sequence[Tensor], cache: Cache
+) -> tuple[torch.device, torch.dtype, tuple[int, ...], Cache]:
+    return grads[0].device, grads[0].dtype, tuple(map(Tensor.numel, grads)), cache

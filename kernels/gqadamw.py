@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import RingLaunch, device_guard, triton_dtype
+from gq_triton.kernels._launch import as_bytes, device_guard, ring_launch
 from gq_triton.kernels.chunks import (
     GRAD,
     QUEUE,
@@ -184,22 +184,24 @@ def gqadamw_(
         return
     vectors = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     # A number on the host, also in a tensor there, travels as an argument.
-    on_device = isinstance(lr, Tensor) and lr.device == grads[0].device
+    device = queued[0].device
+    on_device = isinstance(lr, Tensor) and lr.device == device
     lr_tensor = lr if on_device else None
-    with device_guard(grads[0].device):
-        ring = RingLaunch(grads, queues, queued, finite, vectors, {"steps": steps})
-        for table in ring.tables:
+    with device_guard(device):
+        ring, tables = ring_launch(grads, queues, queued, vectors, {"steps": steps})
+        flags = as_bytes(finite)
+        for table in tables:
             if table.n_chunks:
                 _gqadamw_kernel[(table.n_chunks,)](
                     table.rows, table.starts, table.n_tensors,
-                    ring.finite, length, grad_scale, found_inf, lr_tensor,
+                    flags, length, grad_scale, found_inf, lr_tensor,
                     0.0 if on_device else float(lr), float(beta1), _log2(beta1),
                     float(beta2), _log2(beta2), float(eps), float(weight_decay), 1.0 / rho,
-                    float(rho), P_DTYPE=triton_dtype(params), M_DTYPE=triton_dtype(exp_avgs),
-                    V_DTYPE=triton_dtype(exp_avg_sqs), MAXIMIZE=maximize,
+                    float(rho), P_DTYPE=ring.dtypes["params"], M_DTYPE=ring.dtypes["exp_avgs"],
+                    V_DTYPE=ring.dtypes["exp_avg_sqs"], MAXIMIZE=maximize,
                     ALIGNED=table.aligned, **ring.constants,
                 )  # fmt: skip
-            count_(table, ring.finite, found_inf, step=_STEP.value)
+            count_(table, flags, found_inf, step=_STEP.value)
 
 
 def _log2(beta: float) -> float:

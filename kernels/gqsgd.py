@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import RingLaunch, device_guard, triton_dtype
+from gq_triton.kernels._launch import as_bytes, device_guard, ring_launch
 from gq_triton.kernels.chunks import (
     GRAD,
     QUEUE,
@@ -166,20 +166,22 @@ def gqsgd_(
     buffers = None if momentum == 0 else momentum_buffers
     vectors = {"params": params} | ({} if buffers is None else {"momentum_buffers": buffers})
     # A number on the host, also in a tensor there, travels as an argument.
-    on_device = isinstance(lr, Tensor) and lr.device == grads[0].device
+    device = queued[0].device
+    on_device = isinstance(lr, Tensor) and lr.device == device
     lr_tensor = lr if on_device else None
-    with device_guard(grads[0].device):
-        ring = RingLaunch(grads, queues, queued, finite, vectors)
-        for table in ring.tables:
+    with device_guard(device):
+        ring, tables = ring_launch(grads, queues, queued, vectors)
+        flags = as_bytes(finite)
+        for table in tables:
             if table.n_chunks:
                 _gqsgd_kernel[(table.n_chunks,)](
                     table.rows, table.starts, table.n_tensors,
-                    ring.finite, length, grad_scale, found_inf, lr_tensor,
+                    flags, length, grad_scale, found_inf, lr_tensor,
                     0.0 if on_device else float(lr), float(momentum),
                     float(1 - dampening), float(weight_decay), 1.0 / rho, float(rho),
-                    P_DTYPE=triton_dtype(params),
-                    B_DTYPE=None if buffers is None else triton_dtype(buffers),
+                    P_DTYPE=ring.dtypes["params"],
+                    B_DTYPE=ring.dtypes.get("momentum_buffers"),
                     DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize, FIRST=first,
                     ALIGNED=table.aligned, **ring.constants,
                 )  # fmt: skip
-            count_(table, ring.finite, found_inf)
+            count_(table, flags, found_inf)

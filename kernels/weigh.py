@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import THREADS, RingLaunch, device_guard
+from gq_triton.kernels._launch import THREADS, as_bytes, device_guard, ring_launch
 from gq_triton.kernels.chunks import (
     GRAD,
     INDEX,
@@ -165,13 +165,14 @@ def weigh_(
         return torch.zeros(0, 5)
     device = grads[0].device
     with device_guard(device):
-        ring = RingLaunch(grads, queues, queued, finite, {})
+        ring, tables = ring_launch(grads, queues, queued, {})
+        flags = as_bytes(finite)
         sums = torch.empty(len(grads), 5, device=device)
-        for table in ring.tables:
+        for table in tables:
             partials = torch.empty(table.n_chunks, 5, device=device)
             if table.n_chunks:
                 _weigh_kernel[(table.n_chunks,)](
-                    table.rows, table.starts, table.n_tensors, ring.finite, length, grad_scale,
+                    table.rows, table.starts, table.n_tensors, flags, length, grad_scale,
                     partials, 1.0 / rho, float(rho), ALIGNED=table.aligned,
                     THREADS=THREADS, **ring.constants,
                 )  # fmt: skip
@@ -179,7 +180,7 @@ def weigh_(
                 table.rows, table.starts, table.n_tensors, table.n_chunks, partials, sums,
                 W=ring.constants["W"], BLOCK=128,
             )  # fmt: skip
-            count_(table, ring.finite, None)
+            count_(table, flags, None)
     return sums
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gq_triton.optim.base import Batch, GradQueueOptimizer, Law, State
+from gq_triton.optim.base import GradQueueOptimizer, Law
+from gq_triton.optim.plan import Batch, State
 from gq_triton.ring import local
 
 __all__ = ["GQAdamW"]
@@ -91,18 +92,20 @@ class GQAdamW(GradQueueOptimizer):
             for name in (EXP_AVG, EXP_AVG_SQ):
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
+    def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return STEP, EXP_AVG, EXP_AVG_SQ
+
     def _batch_key(self, group: dict[str, Any], state: State) -> None:
         return None
 
     def _update(
         self, ops: ModuleType, batch: Batch, finite: Tensor | None, group: dict[str, Any], law: Law
     ) -> None:
-        steps = [local(state[STEP]) for state in batch.states]
         names = "lr", "eps", "weight_decay", "maximize"
         beta1, beta2 = group["betas"]
         ops.gqadamw_(
             batch.params, batch.grads, batch.queues, batch.queued,
-            batch.state(EXP_AVG), batch.state(EXP_AVG_SQ), steps, finite,
+            batch.state(EXP_AVG), batch.state(EXP_AVG_SQ), batch.columns[STEP], finite,
             **{name: group[name] for name in names}, **law._asdict(), beta1=beta1, beta2=beta2,
         )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,29 +13,23 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gq_triton.backend import engine
+from gq_triton.optim.plan import QUEUE, QUEUED, Batch, Plan, State
 from gq_triton.ring import (
     check_options,
     effective_length,
-    flat,
     local,
     new_counter,
     new_losses,
     new_queue,
     record_loss,
     rescale_,
-    rows,
     shard_groups,
-    write_back_,
 )
 
-__all__ = ["QUEUE", "QUEUED", "Batch", "GradQueueOptimizer", "Law"]
+__all__ = ["GradQueueOptimizer", "Law"]
 
-# Keys of the state of one parameter.
-QUEUE, QUEUED = "queue", "queued"
 # Key of a parameter group: the losses that the effective length follows.
 LOSSES = "losses"
-
-State = dict[str, Any]
 
 
 class Law(NamedTuple):
@@ -48,44 +41,10 @@ class Law(NamedTuple):
     found_inf: Tensor | None
 
 
-@dataclass
-class Batch:
-    """Parameters that one launch updates together, and flat views of what belongs to them."""
-
-    members: list[Tensor] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    queues: list[Tensor] = field(default_factory=list)
-    queued: list[Tensor] = field(default_factory=list)
-    states: list[State] = field(default_factory=list)
-
-    def add(self, param: Tensor, state: State) -> None:
-        """Take in one parameter with its gradient and state."""
-        assert param.grad is not None
-        shard, grad, queue = local(param), local(param.grad), local(state[QUEUE])
-        self.members.append(param)
-        self.params.append(flat(shard))
-        self.grads.append(flat(grad, like=shard))
-        self.queues.append(rows(queue))
-        self.queued.append(local(state[QUEUED]))
-        self.states.append(state)
-
-    def state(self, key: str) -> list[Tensor]:
-        """Return one entry of every state, flat and in the order of the parameter's memory."""
-        likes = [local(member) for member in self.members]
-        pairs = zip(self.states, likes, strict=True)
-        return [flat(local(state[key]), like=like) for state, like in pairs]
-
-    def write_back(self) -> None:
-        """Copy updated parameters home whose memory has no flat view, such as strided slices."""
-        for member, updated in zip(self.members, self.params, strict=True):
-            write_back_(local(member), updated)
-
-
 class GradQueueOptimizer(Optimizer):
     """A torch optimizer whose gradients pass through the scarcity law first.
 
-    Subclasses provide ``_check_group``, ``_new_state``, ``_batch_key`` and ``_update``.
+    Subclasses provide ``_check_group``, ``_new_state``, ``_keys``, ``_batch_key`` and ``_update``.
     """
 
     # GradScaler then leaves unscaling and skipping to step(), which does both on the device. Both
@@ -97,11 +56,12 @@ class GradQueueOptimizer(Optimizer):
         self._check(defaults)
         super().__init__(params, defaults)
         self._orders: dict[Tensor, tuple[int, ...]] = {}
+        self._plans: dict[int, Plan] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # The state may now lie in another memory order than its parameter; see _init.
-        self._orders = {}
+        self._orders, self._plans = {}, {}
 
     def _check(self, group: dict[str, Any]) -> None:
         names = "queue_length", "min_queue_length", "rho", "loss_window", "queue_dtype", "backend"
@@ -166,16 +126,21 @@ class GradQueueOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        known = [self._planned(number) for number in range(len(self.param_groups))]
+        self._check_gradients(
+            [g for g, b in zip(self.param_groups, known, strict=True) if b is None]
+        )
         if loss is not None:
             self.record_loss(loss)
         probing = not self.state and self._is_probe()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        for group in self.param_groups:
-            batches = self._batches(group)
+        for number, group in enumerate(self.param_groups):
+            batches = known[number]
+            if batches is None:
+                batches = self._plan(number)
             length = self._length(group)
             for batch in batches:
-                device = batch.params[0].device
+                device = batch.shards[0].device
                 scale, found = (_on(value, device) for value in (grad_scale, found_inf))
                 law = Law(group["rho"], length, scale, found)
                 ops = engine(device, group["backend"])
@@ -185,7 +150,7 @@ class GradQueueOptimizer(Optimizer):
                     self._update(ops, batch, nothing, group, law)
                 else:
                     self._step_batch(ops, batch, group, law)
-                batch.write_back()
+                batch.params.write_back()
         return loss
 
     def _step_batch(self, ops: ModuleType, batch: Batch, group: dict[str, Any], law: Law) -> None:
@@ -213,9 +178,9 @@ class GradQueueOptimizer(Optimizer):
             finite = torch.zeros_like(finite)
         self._update(ops, batch, finite, group, law)
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
         """Raise what keeps any group from its step before any group has taken it."""
-        for group in self.param_groups:
+        for group in groups:
             devices = set()
             for param in group["params"]:
                 if param.grad is None:
@@ -230,20 +195,30 @@ class GradQueueOptimizer(Optimizer):
             for device in devices:
                 engine(device, group["backend"])
 
-    def _batches(self, group: dict[str, Any]) -> list[Batch]:
-        """Return the group's parameters that have a gradient, by what one launch can hold."""
-        batches: dict[Any, Batch] = {}
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
+    def _planned(self, number: int) -> list[Batch] | None:
+        """Return the batches of a group's plan, if there is one and it still fits."""
+        plan, group = self._plans.get(number), self.param_groups[number]
+        batches = None if plan is None else plan.batches(group, self.state, self._keys(group))
+        for batch in batches or ():
+            engine(batch.shards[0].device, group["backend"])  # raises where it cannot run
+        return batches
+
+    def _plan(self, number: int) -> list[Batch]:
+        """Plan a group anew: its parameters that have a gradient, by what one launch can hold."""
+        group = self.param_groups[number]
+
+        def key_of(param: Tensor) -> Any:
+            assert param.grad is not None
             state = self.state[param]
-            self._init(param, group, state)
             mesh = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
-            types = param.dtype, grad.dtype, state[QUEUE].dtype
-            key = (param.device, mesh, *types, self._batch_key(group, state))
-            batches.setdefault(key, Batch()).add(param, state)
-        return list(batches.values())
+            types = param.dtype, param.grad.dtype, state[QUEUE].dtype
+            return (param.device, mesh, *types, self._batch_key(group, state))
+
+        for param in group["params"]:
+            if param.grad is not None:
+                self._init(param, group, self.state[param])
+        self._plans[number] = Plan(group, self.state, self._keys(group), key_of)
+        return self._plans[number].take_first()
 
     def _init(self, param: Tensor, group: dict[str, Any], state: State) -> None:
         """Allocate what is missing of a parameter's state."""
@@ -393,6 +368,9 @@ class GradQueueOptimizer(Optimizer):
         raise NotImplementedError
 
     def _new_state(self, param: Tensor, group: dict[str, Any], state: State) -> None:
+        raise NotImplementedError
+
+    def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
 
     def _batch_key(self, group: dict[str, Any], state: State) -> Any:

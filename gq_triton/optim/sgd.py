@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gq_triton.optim.base import Batch, GradQueueOptimizer, Law, State
+from gq_triton.optim.base import GradQueueOptimizer, Law
+from gq_triton.optim.plan import Batch, State
 
 __all__ = ["GQSGD"]
 
@@ -107,6 +108,9 @@ class GQSGD(GradQueueOptimizer):
         self.state[param].setdefault(
             MOMENTUM_BUFFER, torch.zeros_like(param, memory_format=torch.preserve_format)
         )
+
+    def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return (MOMENTUM_BUFFER,) if group["momentum"] != 0 else ()
 
     def _batch_key(self, group: dict[str, Any], state: State) -> bool:
         return group["momentum"] != 0 and MOMENTUM_BUFFER not in state

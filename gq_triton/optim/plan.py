@@ -1,0 +1,289 @@
+"""How the steps of one parameter group are batched, found once and kept while it holds.
+
+Finding it takes the host milliseconds for a model of a hundred tensors: flat views of everything,
+and tables of addresses for the kernels. From step to step only the gradients change, so a step
+looks at every tensor and compares; see `Plan.batches`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, compress, repeat
+from operator import attrgetter, is_, itemgetter
+from typing import Any, overload
+from weakref import ref
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from gq_triton.ring import flat, local, rows, write_back_
+
+__all__ = ["QUEUE", "QUEUED", "Batch", "Flats", "Plan", "State"]
+
+# Keys of the state of one parameter.
+QUEUE, QUEUED = "queue", "queued"
+
+State = dict[str, Any]
+_dtype, _grad = attrgetter("dtype"), attrgetter("grad")
+_NOTHING: State = {}
+
+
+class Flats(Sequence[Tensor]):
+    """Tensors as flat ones: views where their memory allows it, made when one is asked for.
+
+    Attributes:
+        memo: where `gq_triton.kernels` keep what follows from the tensors of a batch, whatever its
+            gradients' addresses; None where that would not hold in the next step.
+        addresses: where the flat tensors start, if they are known.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        likes: Sequence[Tensor],
+        flatten: Callable[[Tensor, Tensor], Tensor],
+        memo: dict[Any, Any] | None = None,
+        addresses: tuple[int, ...] | None = None,
+    ) -> None:
+        self._tensors, self._likes, self._flatten = tensors, likes, flatten
+        self._made: dict[int, Tensor] = {}
+        self.memo, self.addresses = memo, addresses
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(len(self))[index]]
+        index = range(len(self))[index]
+        if index not in self._made:
+            self._made[index] = self._flatten(self._tensors[index], self._likes[index])
+        return self._made[index]
+
+    def write_back(self) -> None:
+        """Copy what is no view home, such as updated parameters that are strided slices."""
+        for index, made in self._made.items():
+            write_back_(self._tensors[index], made)
+
+
+@dataclass
+class Batch:
+    """Parameters that one launch updates together, and flat views of what belongs to them.
+
+    Attributes:
+        members: the parameters.
+        states: their states.
+        columns: shards of the states' tensors by key, as far as all members have them.
+        shards: what this rank holds of the parameters.
+        params, grads, queues: flat.
+    """
+
+    members: Sequence[Tensor]
+    states: Sequence[State]
+    columns: dict[str, Sequence[Tensor]]
+    shards: Sequence[Tensor]
+    params: Flats
+    grads: Sequence[Tensor]
+    queues: Flats
+
+    @property
+    def queued(self) -> Sequence[Tensor]:
+        """The counters of queued gradients, one per member."""
+        return self.columns[QUEUED]
+
+    def state(self, key: str) -> Flats:
+        """Return one entry of every state, flat and in the order of the parameter's memory."""
+        tensors = self.columns.get(key)
+        if tensors is None:  # made after the batch
+            tensors = [local(state[key]) for state in self.states]
+        return Flats(tensors, self.shards, flat)
+
+
+@dataclass
+class _Part:
+    """What a plan knows of one batch.
+
+    Attributes:
+        indices: of its members among those with a gradient.
+        copied: of its gradients that have no flat view in the order of their parameter.
+        memo: see `Flats`.
+    """
+
+    indices: list[int]
+    copied: list[int]
+    memo: dict[Any, Any] | None
+
+
+class Plan:
+    """The batches of one group, and all that they depend on.
+
+    No tensor is held, so memory that a user frees is free: weak references tell the tensors of then
+    from those of now, and addresses tell whether they still lie where they did.
+    """
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        states: Mapping[Tensor, State],
+        keys: Sequence[str],
+        key_of: Callable[[Tensor], Any],
+    ) -> None:
+        """Take in the group's parameters that have a gradient.
+
+        Args:
+            group: of the optimizer.
+            states: of its parameters; queues and counters are there.
+            keys: of the further tensors of a state that a step uses.
+            key_of: what the members of one batch have in common.
+        """
+        params = group["params"]
+        self._params = [ref(param) for param in params]
+        self._present = [param.grad is not None for param in params]
+        members = list(compress(params, self._present))
+        own = [states[member] for member in members]
+        self._keys = (QUEUE, QUEUED, *(key for key in keys if all(key in state for state in own)))
+        kinds = {
+            type(t) for m, state in zip(members, own, strict=True) for t in (m, *state.values())
+        }
+        self._sharded = any(issubclass(kind, DTensor) for kind in kinds)
+        found = _find(members, states, self._keys, self._sharded)
+        self._tensors = [ref(tensor) for tensor in found.tensors]
+        self._layout, self._addresses = found.layout, found.addresses
+        indices: dict[Any, list[int]] = {}
+        for index, member in enumerate(members):
+            indices.setdefault(key_of(member), []).append(index)
+        self._parts = [_part(found, chosen) for chosen in indices.values()]
+        self._first: list[Batch] = self._batches(found)
+
+    def take_first(self) -> list[Batch]:
+        """Return the batches of the step that made the plan, once: they hold tensors."""
+        first, self._first = self._first, []
+        return first
+
+    def batches(
+        self, group: dict[str, Any], states: Mapping[Tensor, State], keys: Sequence[str]
+    ) -> list[Batch] | None:
+        """Return the batches of another step; None if anything they depend on has changed.
+
+        The same parameters must have a gradient; parameters and states must be the same tensors, at
+        the same addresses and of the same types; parameters, queues and gradients must be as long
+        as they were, parameters and gradients have the same strides. Of the gradients only the
+        addresses may differ.
+        """
+        params = group["params"]
+        if (QUEUE, QUEUED, *keys) != self._keys or not _are(params, self._params):
+            return None
+        if [grad is not None for grad in map(_grad, params)] != self._present:
+            return None
+        try:
+            members = list(compress(params, self._present))
+            found = _find(members, states, self._keys, self._sharded)
+        except (KeyError, RuntimeError):  # a state is gone; a sparse gradient has no strides
+            return None
+        if found.layout != self._layout or found.addresses != self._addresses:
+            return None
+        return self._batches(found) if _are(found.tensors, self._tensors) else None
+
+    def _batches(self, found: "_Found") -> list[Batch]:
+        return [_batch(found, part) for part in self._parts]
+
+
+@dataclass
+class _Found:
+    """What a step finds, and what a plan compares of it; one entry per parameter with a gradient.
+
+    Attributes:
+        members: the parameters.
+        states: their states.
+        shards: what this rank holds of the parameters: themselves, or parts of DTensors.
+        grads: shards of the gradients.
+        columns: shards of the states' tensors, by key.
+        tensors: all tensors of the states.
+        layout: types, lengths, strides.
+        addresses: of parameters and states.
+    """
+
+    members: list[Tensor]
+    states: list[State]
+    shards: list[Tensor]
+    grads: list[Tensor]
+    columns: dict[str, Sequence[Tensor]]
+    tensors: list[Tensor]
+    layout: tuple[Any, ...]
+    addresses: list[int]
+
+
+def _find(
+    members: list[Tensor], states: Mapping[Tensor, State], keys: tuple[str, ...], sharded: bool
+) -> _Found:
+    # map() over functions written in C: this runs in every step.
+    own = list(map(states.get, members, repeat(_NOTHING)))  # makes no entry, as [] would
+    grads: list[Any] = list(map(_grad, members))
+    columns: list[Sequence[Tensor]] = list(zip(*map(itemgetter(*keys), own), strict=True))
+    tensors = list(chain.from_iterable(columns))
+    shards, placements = members, None
+    if sharded:
+        placements = [(m.device_mesh, m.placements) for m in members if isinstance(m, DTensor)]
+        shards, grads = list(map(local, members)), list(map(local, grads))
+        columns = [list(map(local, column)) for column in columns]
+    stored = list(chain.from_iterable(columns))
+    layout = (
+        placements, list(map(type, members)), list(map(type, grads)),
+        list(map(_dtype, shards)), list(map(_dtype, grads)), list(map(_dtype, stored)),
+        list(map(Tensor.stride, shards)), list(map(Tensor.stride, grads)),
+        list(map(Tensor.numel, shards)), list(map(Tensor.numel, grads)),
+        list(map(Tensor.numel, columns[0] if columns else ())),
+        list(map(Tensor.get_device, grads)),
+    )  # fmt: skip
+    addresses = list(map(Tensor.data_ptr, chain(shards, stored)))
+    named = dict(zip(keys, columns, strict=bool(members)))
+    return _Found(members, own, shards, grads, named, tensors, layout, addresses)
+
+
+def _part(found: _Found, indices: list[int]) -> _Part:
+    def is_view(tensor: Tensor, index: int) -> bool:
+        return flat(tensor, found.shards[index]).data_ptr() == tensor.data_ptr()
+
+    copied = [at for at, index in enumerate(indices) if not is_view(found.grads[index], index)]
+    columns = [found.shards, *(column for key, column in found.columns.items() if key != QUEUE)]
+    kept = all(is_view(c[index], index) for c in columns for index in indices if c[index].dim())
+    # The address of another kind of tensor says nothing.
+    plain = {type(found.grads[index]) for index in indices} <= {Tensor, Parameter}
+    return _Part(indices, copied, {} if kept and plain else None)
+
+
+def _batch(found: _Found, part: _Part) -> Batch:
+    def pick(column: Sequence[Any]) -> Sequence[Any]:
+        return column if len(part.indices) == len(column) else [column[i] for i in part.indices]
+
+    shards, grads, memo = pick(found.shards), list(pick(found.grads)), part.memo
+    for at in part.copied:
+        grads[at] = flat(grads[at], shards[at])
+    columns = {key: pick(column) for key, column in found.columns.items()}
+    addresses = None if memo is None else tuple(map(Tensor.data_ptr, grads))
+    return Batch(
+        pick(found.members), pick(found.states), columns, shards,
+        params=Flats(shards, shards, flat, memo),
+        grads=Flats(grads, shards, _flat_grad, memo, addresses),
+        queues=Flats(columns[QUEUE], shards, _flat_ring, memo),
+    )  # fmt: skip
+
+
+def _are(tensors: Sequence[Tensor], references: list[ref[Tensor]]) -> bool:
+    """Return whether the tensors are the ones that were referred to."""
+    if len(tensors) != len(references):
+        return False
+    return all(map(is_, tensors, [reference() for reference in references]))
+
+
+def _flat_grad(grad: Tensor, like: Tensor) -> Tensor:
+    # One that was copied is flat, whatever the parameter's order.
+    return grad if grad.dim() == 1 and grad.is_contiguous() else flat(grad, like)
+
+
+def _flat_ring(queue: Tensor, _: Tensor) -> Tensor:
+    return rows(queue)
