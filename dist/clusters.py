@@ -19,7 +19,7 @@ from gq_triton.cluster_grad.clusters import Clusters
 from gq_triton.cluster_grad.sites import in_backward
 from gq_triton.dist.buckets import Rooms
 from gq_triton.dist.clustered_slices import ClusteredSlices
-from gq_triton.queues import Queues
+from gq_triton.queues import Queues, in_use
 from gq_triton.ring import flat, rescale_
 
 if TYPE_CHECKING:
@@ -294,6 +294,7 @@ class LocalClusters:
         table[0, 0], table[0, 1] = raw, weighted
         if seen is not None:
             table[0, 2:] = seen[2:] * self._shares[1]
+            in_use(seen)
         return table
 
     def _match_norm(self, grad: Tensor, table: Tensor, raw: Tensor, weighted: Tensor) -> None:

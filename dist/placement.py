@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gq_triton.backend import engine
 from gq_triton.dist.collectives import all_gather, slice_size
-from gq_triton.queues import LOSSES, Queues
+from gq_triton.queues import LOSSES, Queues, in_use
 from gq_triton.ring import flat, new_queue, rescale_, rows
 
 __all__ = ["SlicedQueues", "cut"]
@@ -241,11 +241,12 @@ class SlicedQueues(Queues):
 
     def _hold(self, name: str, ring: Tensor, queued: Tensor) -> None:
         """Keep a ring and its counter; nothing of a parameter that has no elements here."""
-        self._queue.pop(name, None)
-        self._queued.pop(name, None)
+        counter = queued.to(ring.device, copy=True)
+        for earlier in (self._queue.pop(name, None), self._queued.pop(name, None)):
+            if earlier is not None:
+                in_use(earlier)  # copied from, or left out, in the stream of the hook
         if ring.numel():
-            self._queue[name] = ring
-            self._queued[name] = queued.to(ring.device, copy=True)
+            self._queue[name], self._queued[name] = ring, counter
 
     def _allocate(self, name: str, device: torch.device) -> None:
         """Leave it to ``place``, which knows the bucket."""

@@ -13,6 +13,7 @@ from gq_triton.dist.clustered_slices import ClusteredSlices
 from gq_triton.dist.clusters import LocalClusters
 from gq_triton.dist.collectives import all_gather, completed, reduce_scatter
 from gq_triton.dist.placement import SlicedQueues
+from gq_triton.queues import in_use
 
 if TYPE_CHECKING:
     from gq_triton.dist.state import GradQueueState
@@ -87,6 +88,7 @@ def _average_slices(
             )  # fmt: skip
             for name, piece in zip(plain, state.buckets.split(plain, others), strict=True):
                 slices[name].copy_(piece)
+            in_use(others)
         return buffer
 
     if weighed is not None:
@@ -107,8 +109,6 @@ def _queue_slices(
         raw: their raw gradients on this rank, flat.
     """
     assert isinstance(state.queues, ClusteredSlices)
-    if raw.is_cuda:
-        raw.record_stream(state.streams.of(raw.device))
     # Without the lock, which callbacks wait for in threads that this exchange may need: no callback
     # touches the slices.
     with state.streams.after_current(raw.device, wait=False):
@@ -118,6 +118,7 @@ def _queue_slices(
             grad_scale=state.loss_scale(raw.device), skip_zeros=_skips_zeros(state),
         )  # fmt: skip
         squares.update(zip(names, norms, strict=True))
+        in_use(raw)
     return completed(raw)
 
 

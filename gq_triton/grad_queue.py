@@ -229,10 +229,10 @@ class GradQueue:
     @torch.no_grad()
     def _weigh(self, optimizer: Optimizer) -> None:
         """Weight what the optimizer is about to use, and queue the raw gradients."""
-        done = self._push_clustered()
-        # Set by GradScaler during a step that unscales by itself (fused optimizers).
+        # Set by GradScaler in the steps of optimizers that unscale and skip by themselves (fused).
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
+        done = self._push_clustered(found_inf)
         batches: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -250,10 +250,13 @@ class GradQueue:
             for (_, grad, like), value in zip(batch, values, strict=True):
                 write_back_(grad, value, like)
 
-    def _push_clustered(self) -> set[str]:
+    def _push_clustered(self, found_inf: Tensor | None) -> set[str]:
         """Queue the raw gradients that the backward pass kept; return the names it weighted.
 
         Any other parameter with a gradient is weighted as one cluster.
+
+        Args:
+            found_inf: non-zero where the step is skipped, on the device, or None.
         """
         if self._clusters is None:
             return set()
@@ -264,7 +267,9 @@ class GradQueue:
             raise RuntimeError(
                 'mode="microbatch" needs GradQueue.backward(losses) in place of loss.backward()'
             )
-        self._queues.push(raw, session.statistics, grad_scale=session.grad_scale())
+        self._queues.push(
+            raw, session.statistics, grad_scale=session.grad_scale(), found_inf=found_inf
+        )
         return set(raw)
 
     def _check_dense(self, param: Tensor) -> None:

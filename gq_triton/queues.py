@@ -25,7 +25,7 @@ from gq_triton.ring import (
     shard_groups,
 )
 
-__all__ = ["Queues", "sha"]
+__all__ = ["Queues", "in_use", "sha"]
 
 # The losses' name among those of the parameters.
 LOSSES = "(losses)"
@@ -116,7 +116,7 @@ class Queues:
             dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
             finite = votes.bool()
         if found_inf is not None:
-            finite = finite & (found_inf == 0)
+            finite = finite & (found_inf == 0).to(finite.device)
         statistics = self._weigh_rings(names, grads, finite, grad_scale)
         for group in groups:
             dist.all_reduce(statistics, group=group)
@@ -207,6 +207,7 @@ class Queues:
         statistics: Mapping[str, Tensor],
         *,
         grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         """Queue raw gradients that were weighted elsewhere.
 
@@ -214,10 +215,13 @@ class Queues:
             raw: gradients by name, in the shape of their parameters.
             statistics: what ``combine`` returned for them.
             grad_scale: the loss scale the gradients carry, or None.
+            found_inf: non-zero where none of them is to be queued, one number, or None.
         """
         for name, grad in raw.items():
-            value = flat(grad, like=self.params[name])
-            self.push_one(name, value, statistics[name].reshape(1, 5), grad_scale=grad_scale)
+            self.push_one(
+                name, flat(grad, like=self.params[name]), statistics[name].reshape(1, 5),
+                grad_scale=grad_scale, found_inf=found_inf,
+            )  # fmt: skip
 
     def push_one(
         self,
@@ -235,13 +239,13 @@ class Queues:
             raw: its gradient, flat, in the memory order of the parameter.
             statistics: what the weighting did, ``(1, 5)``.
             grad_scale: the loss scale the gradient carries, or None.
-            found_inf: non-zero where it is not to be queued, 0-d, or None.
+            found_inf: non-zero where it is not to be queued, one number, or None.
         """
         self._allocate(name, raw.device)
         ops = engine(raw.device, self.backend)
         finite = ops.all_finite([raw])
         if found_inf is not None:
-            finite = finite & (found_inf == 0)
+            finite = finite & (found_inf == 0).to(finite.device)
         ring = rows(local(self._queue[name]))
         ops.push_(raw, ring, self._queued[name], finite, grad_scale)
         self._keep_statistics((name,), statistics)
@@ -256,6 +260,7 @@ class Queues:
         fresh = new_queue(param, self.queue_length, self.queue_dtype)
         if queue is not None:
             fresh.copy_(queue)
+            in_use(queue)
         self._queue[name] = fresh
         counter = self._queued.get(name, new_counter(param))
         self._queued[name] = counter.to(local(fresh).device)
@@ -271,9 +276,11 @@ class Queues:
         if self._losses is None:
             device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
             self._losses = new_losses(self.loss_window, self.queue_length, device)
-        if isinstance(loss, Tensor):
-            self._losses = self._losses.to(loss.device)  # loaded ones may lie elsewhere
-        self._losses = record_loss(self._losses, loss)
+        earlier = self._losses
+        # Loaded ones may lie elsewhere.
+        losses = earlier.to(loss.device) if isinstance(loss, Tensor) else earlier
+        self._losses = record_loss(losses, loss)
+        in_use(earlier, losses)
 
     def effective_length(
         self, device: torch.device | None = None, coming: Tensor | None = None
@@ -420,6 +427,17 @@ class Queues:
                     f"the saved queue of {name!r} is for shape {tuple(queue.shape[1:])}, the "
                     f"parameter has {tuple(self.params[name].shape)}: it belongs to another model"
                 )
+
+
+def in_use(*tensors: Tensor) -> None:
+    """Have the memory of tensors given away only after what the current stream does with them.
+
+    A stream allocates for itself: memory that is let go while another one still reads it may be
+    written to at once. On the CPU this does nothing.
+    """
+    for tensor in map(local, tensors):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def sha(name: str, *contents: Tensor) -> bytes:

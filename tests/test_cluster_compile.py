@@ -67,6 +67,21 @@ def test_one_graph_and_the_oracles_numbers(case):
     assert not counters["graph_break"]
 
 
+def unannounced(graph, inputs):
+    """Trace as torch does before 2.13, and threads of the engine may: no flag says so."""
+    flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
+    try:
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    finally:
+        torch.compiler._is_compiling_flag = flag
+
+
+def test_a_trace_that_no_flag_announces():
+    judge = judged(lambda: ResNet(lambda c: nn.GroupNorm(2, c)))
+    compiled = torch.compile(judge.model, fullgraph=True, backend=unannounced)
+    compiled_steps(judge, compiled, images)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["mlp", "resnet"])
 def test_inductor(case):

@@ -56,6 +56,51 @@ def test_whole_models_agree_with_one_pass_per_cluster(case, backend):
     Judge(make().to(F64), LABELS, 5, backend=backend).steps(run, batches())
 
 
+class Small(nn.Module):
+    """A weight gradient, a table's rows, and sums of a channel: what every engine has to give."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(5, 4), nn.GroupNorm(2, 4)
+        self.features = nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.features(torch.tanh(self.norm(self.table(tokens).transpose(1, 2))).mean(dim=2))
+
+
+# The interpreter computes both sides of a choice: the weight of a constant queue is z / 0 there.
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("match_norm", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+def test_every_backend_runs_the_whole_plug_in(backend, match_norm):
+    """Triton's on the CPU by its interpreter."""
+    torch.manual_seed(0)
+    models = [Small().to(F64)]
+    models.append(copy.deepcopy(models[0]))
+    options = {"clusterer": lambda f: LABELS, "loss_window": 2, "match_norm": match_norm}
+    runs = []
+    for model, engine in zip(models, (backend, "torch"), strict=True):
+        queue = GradQueue(model, n_clusters=5, features="features", queue_length=3,
+                          min_queue_length=2, backend=engine, **options)  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        queue.attach(optimizer)
+        for batch in tokens():
+            optimizer.zero_grad()
+            loss = square(model, batch % 5).mean()
+            queue.record_loss(loss.detach())
+            loss.backward()
+            optimizer.step()
+        metrics = queue.metrics()
+        assert metrics.pop("cluster_sizes") == [4, 0, 4, 0, 1]
+        runs.append((dict(model.named_parameters()), metrics))
+    assert runs[0][1]["mean_weight"] != 1
+    # A kernel hands its sums over in float32: 2**-24 each, half of it in the root of a norm.
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-6)
+    rtol = 1e-6 if match_norm else 1e-10
+    for name, param in runs[0][0].items():
+        torch.testing.assert_close(param, runs[1][0][name], rtol=rtol, atol=rtol)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"population_power": 0.0}, {"centroid_scale": "standard_error"}, {"population_power": 0.5}],

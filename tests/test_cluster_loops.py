@@ -183,6 +183,33 @@ def test_grad_scaler_changes_no_number():
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_an_optimizer_that_skips_by_itself_queues_nothing_then(unscaled):
+    """A fused one learns on the device that its step is to be skipped, and every step is taken."""
+    model = make()
+    queue = GradQueue(
+        model, n_clusters=5, features="features", queue_length=3, clusterer=lambda f: LABELS
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    queue.attach(optimizer, scaler)
+    for number, batch in enumerate(batches()):
+        before = queue.digest(), [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        scaler.scale(square(model, batch).mean()).backward()
+        if number == 4:
+            model.head.weight.grad[0, 0] = torch.inf  # the other parameters' are finite
+        if unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert queue.digest() == before[0]
+    assert set(map(int, queue.state_dict()["queued"].values())) == {4}
+    for param, value in zip(model.parameters(), before[1], strict=True):
+        assert torch.equal(param, value)
+
+
 @pytest.mark.parametrize("kind", [MLP, GPT, lambda: ResNet(lambda c: nn.GroupNorm(2, c))])
 def test_autocast_bfloat16(kind):
     """The weighted gradient is float32 and near that of float32, as plain autocast's is."""

@@ -13,6 +13,7 @@ from cluster_cases import MLP, Judge
 from torch import nn
 
 from gq_triton import GradQueue
+from gq_triton.cluster_grad import Groups, Step
 
 F64 = torch.float64
 LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])
@@ -196,6 +197,17 @@ def test_rms_norm_of_half_types_is_torchs_own(dtype):
     expected = model(x)
     plug(model, features="0")
     assert torch.equal(model(x), expected)
+
+
+def test_labels_of_the_host_go_to_the_features(monkeypatch):
+    """Those of scikit-learn lie there; ``meta`` stands for a GPU."""
+    queue, _, _ = plug(make())
+    clusters = queue._clusters
+    seen = []
+    monkeypatch.setattr(Groups, "of", lambda *args: seen.append(args))
+    clusters.kmeans = object()  # no look at the labels
+    clusters.assign(Step(clusters.assign, features=torch.zeros(9, 6, device="meta")))
+    assert seen[0][0].device.type == "meta"
 
 
 def test_a_refused_state_changes_nothing():

@@ -225,6 +225,28 @@ def test_a_saved_queue_continues_bit_for_bit(tmp_path):
         assert torch.equal(actual, expected)
 
 
+def test_loaded_memory_waits_for_the_stream_that_reads_it(monkeypatch):
+    """The hook's stream copies what another one has loaded; only a GPU would show the race."""
+    released = []
+    monkeypatch.setattr("gq_triton.queues.in_use", lambda *tensors: released.extend(tensors))
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    queue = GradQueue(model, loss_window=2)
+    queue.attach(optimizer)
+    for step in range(2):
+        queue.record_loss(backward(model, step))
+        optimizer.step()
+    queue.load_state_dict(queue.state_dict())
+    loaded = [*queue._queues._queue.values(), queue._queues._losses]
+    released.clear()
+    queue.record_loss(backward(model, 2))
+    optimizer.step()
+    kept = [*queue._queues._queue.values(), queue._queues._losses]
+    for tensor in loaded:
+        assert not any(tensor is other for other in kept)
+        assert any(tensor is other for other in released)
+
+
 def test_a_queue_of_another_model_is_refused_and_nothing_changes():
     model = make_model()
     queue = GradQueue(model)

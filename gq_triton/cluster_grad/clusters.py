@@ -126,6 +126,7 @@ class Clusters:
                 f"the clusterer must return ({len(step.features)},) integers, got "
                 f"{tuple(labels.shape)} of {labels.dtype}"
             )
+        labels = labels.to(step.features.device)  # scikit-learn's lie on the CPU
         clusters = self.n_clusters
         if not self.kmeans:
             lowest, highest = labels.aminmax()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gq_triton.cluster_grad.linear import accumulation_type
 from gq_triton.cluster_grad.session import Block
-from gq_triton.cluster_grad.sites import Call, Site, param_grads, traced_whole
+from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
 from gq_triton.cluster_grad.step import Step
 from gq_triton.ring import flat
 
@@ -43,6 +43,7 @@ class _Conv(torch.autograd.Function):
         return out
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight = ctx.saved_tensors

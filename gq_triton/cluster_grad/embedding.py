@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.linear import accumulation_type, samples
-from gq_triton.cluster_grad.sites import Call, Site, param_grads, traced_whole
+from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
 from gq_triton.cluster_grad.step import Step
 from gq_triton.ring import flat
 
@@ -27,6 +27,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(indices, weight, padding_idx)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return None, *param_grads(ctx, grad_outputs[0], ctx.saved_tensors[0]), None, None
 

@@ -9,6 +9,7 @@ gradient.
 Shapes: B samples, N scales, K clusters.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from gq_triton import eager
 from gq_triton.backend import engine
 from gq_triton.cluster_grad.linear import accumulation_type, check_rows
-from gq_triton.cluster_grad.sites import Call, Site, param_grads, traced_whole
+from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
 from gq_triton.cluster_grad.step import Step
 
 __all__ = [
@@ -73,6 +74,25 @@ def _by_channel(
     return result
 
 
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """Return a tensor as autocast hands it to ``group_norm``: in float32 but on the CPU.
+
+    It does so itself for ``layer_norm`` and ``rms_norm``. Its list lacks the function that gives
+    the mean and the deviation of a ``group_norm``.
+    """
+    device = tensor.device.type
+    on = device != "cpu" and torch.is_autocast_enabled(device)
+    return tensor.to(accumulation_type(tensor.dtype)) if on else tensor
+
+
+def _widened(tensor: Tensor, grad: Tensor) -> Tensor:
+    """Return a saved tensor in the type that autocast gave it, which the output's gradient shows.
+
+    It is saved as it came, which takes less memory.
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, grad.dtype))
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -84,14 +104,16 @@ class _LayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        grad_x = None
+        x, weight, grad_x = _widened(x, grad), _widened(weight, grad), None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.aten.native_layer_norm_backward(
-                grad, x, weight.shape, mean, rstd, weight, bias, [True, False, False]
-            )[0]
+                grad, x, weight.shape, mean, rstd, weight,
+                None if bias is None else _widened(bias, grad), [True, False, False],
+            )[0]  # fmt: skip
         return grad_x, *param_grads(ctx, grad, x, mean, rstd), None, None
 
 
@@ -115,6 +137,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.nn.functional.rms_norm(x, weight.shape, weight, given)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight, rstd = ctx.saved_tensors
@@ -139,20 +162,26 @@ def rms_norm_gradients(
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, call: Call
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps: float,
+        call: Call,
+    ) -> Tensor:  # fmt: skip
         ctx.call, ctx.params, ctx.groups = call, (weight, bias), groups
-        size = len(x), x.shape[1], x[0, 0].numel()
+        size = len(x), x.shape[1], math.prod(x.shape[2:])
         x = x.contiguous()
-        out, mean, rstd = torch.native_group_norm(x, weight, bias, *size, groups, eps)
+        shift = None if bias is None else _as_autocast(bias)
+        out, mean, rstd = torch.native_group_norm(
+            _as_autocast(x), _as_autocast(weight), shift, *size, groups, eps
+        )
         ctx.save_for_backward(x, weight, mean, rstd)
         return out
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight, mean, rstd = ctx.saved_tensors
-        size = len(x), x.shape[1], x[0, 0].numel()
+        x, weight = _widened(x, grad), _widened(weight, grad)
+        size = len(x), x.shape[1], math.prod(x.shape[2:])
         grad, grad_x = grad.contiguous(), None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.aten.native_group_norm_backward(
@@ -192,6 +221,7 @@ class _BatchNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @exact
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight, mean, var, saved_mean, saved_rstd = ctx.saved_tensors
@@ -226,7 +256,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float | None, call: Call) -> Tenso
 
 @traced_whole
 def _group_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, call: Call
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps: float, call: Call
 ) -> Tensor:
     return _GroupNorm.apply(x, weight, bias, groups, eps, call)  # pyright: ignore[reportReturnType]
 

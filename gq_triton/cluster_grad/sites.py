@@ -7,6 +7,7 @@ the rest when they run. Operations without a result write to a *clock*: nothing 
 reason to keep them, in their order. Outside a compiled graph the functions are called as they are.
 """
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -28,6 +29,7 @@ __all__ = [
     "begin",
     "capture",
     "end",
+    "exact",
     "in_backward",
     "number",
     "param_grads",
@@ -170,6 +172,23 @@ def _param_grads(
     return where.family.gradients(where, step, tensors, wanted)
 
 
+def exact(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a backward pass compute in the types of its tensors, also where autocast is on.
+
+    ``loss.backward()`` inside autocast would narrow sums that are to be formed in float32.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grad_outputs: Tensor) -> Any:
+        device = grad_outputs[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grad_outputs)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grad_outputs)
+
+    return run
+
+
 _whole: list[Callable[..., Any]] = []
 
 
@@ -291,7 +310,9 @@ def param_grads(ctx: Any, *tensors: Tensor) -> list[Tensor | None]:
     if not wanted:
         return result
     params = [ctx.params[i] for i in wanted]
-    if torch.compiler.is_compiling():
+    # A graph is traced with tensors of the compiler's own. Its flag alone does not tell: before
+    # torch 2.13 it is set while Dynamo reads Python, and not while backward passes are traced.
+    if torch.compiler.is_compiling() or type(token) is not Tensor:
         grads = _param_grads_op(token, site, list(tensors), params, wanted)
     elif torch.is_grad_enabled():
         raise RuntimeError(
