@@ -3,12 +3,14 @@
     python benchmarks/distributed.py
     python benchmarks/distributed.py --models small --steps 1
     python benchmarks/distributed.py --cases hook shard_queue
+    python benchmarks/distributed.py --device cuda --world-size 1 --side 224
 
-Starts gloo ranks on this machine's CPU, one thread each. Plain DDP and the cases take their steps
-in turns on the same batch: forward, backward and SGD with momentum; the queue is full. The ranks
-start each step together, and the slowest of them counts. Beside the times: the queue's memory on
-rank 0, and what a rank sends in one step, counted from the collectives that c10d is given, DDP's
-own among them, and from how much of its payload each sends on a ring.
+Starts gloo ranks on this machine's CPU, one thread each, or NCCL ranks with a GPU each. Plain
+DDP and the cases take their steps in turns on the same batch: forward, backward and SGD with
+momentum; the queue is full. The ranks start each step together, and the slowest of them counts.
+Beside the times: the queue's memory on rank 0, and what a rank sends in one step, counted from the
+collectives that c10d is given, DDP's own among them, and from how much of its payload each sends on
+a ring.
 """
 
 import argparse
@@ -45,7 +47,6 @@ CASES: dict[str, dict[str, Any]] = {
     "clusters": {"n_clusters": 4, "features": "features"},
     "clusters_shard_queue": {"n_clusters": 4, "features": "features", "shard_queue": True},
 }
-SIDE = 64
 FILL = 7  # steps that fill the queue: from the sixth on every weight is computed
 
 # What a rank sends of n bytes on a ring of W, in units of (W - 1) / W * n. In a broadcast the last
@@ -72,10 +73,13 @@ class Wire(TorchDispatchMode):
 
 
 def make_step(
-    model: nn.Module, options: dict[str, Any] | None, batch: tuple[Tensor, Tensor]
+    model: nn.Module,
+    options: dict[str, Any] | None,
+    batch: tuple[Tensor, Tensor],
+    group: dist.ProcessGroup | None,
 ) -> tuple[Callable[[], None], GradQueueState | None]:
     """Return one training step, and the state of its hook; ``options`` None is plain DDP."""
-    ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model, process_group=group)
     state = None if options is None else register(ddp, **options)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, momentum=0.9)
 
@@ -83,6 +87,8 @@ def make_step(
         optimizer.zero_grad()
         nn.functional.cross_entropy(ddp(batch[0]), batch[1]).backward()
         optimizer.step()
+        if batch[0].is_cuda:
+            torch.cuda.synchronize()
 
     return step, state
 
@@ -123,13 +129,20 @@ def row(case: str, taken: list[float], plain: list[float], queue: int, wire: flo
 
 def compare(rank: int, name: str, args: argparse.Namespace) -> None:
     """Be one rank; the first prints the table."""
+    device, group = torch.device(args.device), None
+    if args.device == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        group = dist.new_group(backend="nccl")
+        assert isinstance(group, dist.ProcessGroup)
     torch.manual_seed(0)
-    model = MODELS[name]()
+    model = MODELS[name]().to(device)
     torch.manual_seed(1 + rank)
-    batch = torch.randn(args.batch, 3, SIDE, SIDE), torch.randint(10, (args.batch,))
+    images = torch.randn(args.batch, 3, args.side, args.side, device=device)
+    batch = images, torch.randint(10, (args.batch,), device=device)
     every: dict[str, dict[str, Any] | None] = {PLAIN: None}
     every |= {case: {"backend": args.backend, **CASES[case]} for case in args.cases}
-    made = [make_step(copy.deepcopy(model), options, batch) for options in every.values()]
+    made = [make_step(copy.deepcopy(model), options, batch, group) for options in every.values()]
     steps = [step for step, _ in made]
     for step in steps:
         for _ in range(FILL):
@@ -139,9 +152,8 @@ def compare(rank: int, name: str, args: argparse.Namespace) -> None:
     if rank != 0:
         return
     elements = sum(param.numel() for param in model.parameters())
-    title = f"{name} ({elements / 1e6:.1f} M parameters), {args.batch} images of {SIDE} x {SIDE} "
-    title += f"per rank, {args.world_size} gloo ranks with {torch.get_num_threads()} thread each, "
-    title += f"{platform.machine()} CPU with {os.cpu_count()} cores, torch {torch.__version__}, "
+    title = f"{name} ({elements / 1e6:.1f} M parameters), {args.batch} images of {args.side} x "
+    title += f"{args.side} per rank, {_where(args)}, torch {torch.__version__}, "
     title += f"backend {args.backend}, turns: {args.steps}, {datetime.date.today()}"
     columns = ["case", "median ms", "ratio to plain DDP, median", "ratio, range"]
     columns += ["queue per rank, MiB", "sent per rank and step, as on a ring, MiB"]
@@ -152,18 +164,31 @@ def compare(rank: int, name: str, args: argparse.Namespace) -> None:
     Console().print(table)
 
 
+def _where(args: argparse.Namespace) -> str:
+    if args.device == "cuda":
+        return f"{args.world_size} NCCL ranks, {torch.cuda.get_device_name()}"
+    cpu = f"{platform.machine()} CPU with {os.cpu_count()} cores"
+    return f"{args.world_size} gloo ranks with {torch.get_num_threads()} thread each, {cpu}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet50"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=15, help="timed, of each case")
     parser.add_argument("--batch", type=int, default=32, help="images per rank")
+    parser.add_argument("--side", type=int, default=64, help="of an image, in pixels")
     parser.add_argument("--world-size", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--backend", choices=["auto", "triton", "numba", "torch"], default="auto")
     args = parser.parse_args()
-    for name in ("steps", "batch", "world_size"):
+    for name in ("steps", "batch", "side", "world_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.device == "cuda" and torch.cuda.device_count() < args.world_size:
+        parser.error(
+            f"--device cuda needs {args.world_size} GPUs, found {torch.cuda.device_count()}"
+        )
     for name in args.models:
         spawn(args.world_size, compare, name, args, timeout=3600.0)
 

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch.utils import deterministic
 
 from gq_triton.training.options import Refusal
 
@@ -40,4 +41,4 @@ def take_device(device: str, number: int) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS sums in any order
         torch.use_deterministic_algorithms(True)
         # Filling every new tensor finds errors; here it would only take time.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        deterministic.fill_uninitialized_memory = False  # pyright: ignore  (torch has no stub)
