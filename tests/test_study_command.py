@@ -188,3 +188,6 @@ def test_a_changed_study_says_what_changed(tmp_path, capsys):
     assert "and is now 3; finished trials are kept" in said
     assert cli.main(["study", "run", *short, "--arms", "sgdm", "--steps", "3"]) == 0
     assert "is now" not in capsys.readouterr().err
+    assert cli.main(["study", "run", *short, "--arms", "adamw", "sgdm"]) == 0
+    assert "arms was sgdm in" in (said := capsys.readouterr().err)
+    assert "and is now adamw sgdm; finished" in said

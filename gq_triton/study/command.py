@@ -199,9 +199,14 @@ def _announce_changes(config: StudyConfig, stored: Path) -> None:
     before, now = StudyConfig.of(read_toml(stored)).to_dict(), config.to_dict()
     for name in (name for name in now if now[name] != before[name]):
         sys.stderr.write(
-            f"gq-triton study: {name.replace('_', '-')} was {before[name]} in {stored} and is now "
-            f"{now[name]}; finished trials are kept, those that no longer belong are not reported\n"
+            f"gq-triton study: {name.replace('_', '-')} was {_shown(before[name])} in {stored} and is "
+            f"now {_shown(now[name])}; finished trials are kept, those that no longer belong are not "
+            "reported\n"
         )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def _check_runnable(config: StudyConfig, data: Path | None) -> None:
