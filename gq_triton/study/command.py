@@ -198,10 +198,10 @@ def _announce_changes(config: StudyConfig, stored: Path) -> None:
         return
     before, now = StudyConfig.of(read_toml(stored)).to_dict(), config.to_dict()
     for name in (name for name in now if now[name] != before[name]):
+        was, is_now = _shown(before[name]), _shown(now[name])
         sys.stderr.write(
-            f"gq-triton study: {name.replace('_', '-')} was {_shown(before[name])} in {stored} and is "
-            f"now {_shown(now[name])}; finished trials are kept, those that no longer belong are not "
-            "reported\n"
+            f"gq-triton study: {name.replace('_', '-')} was {was} in {stored} and is now {is_now}; "
+            "finished trials are kept, those that no longer belong are not reported\n"
         )
 
 
