@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 __all__ = ["main"]
 
@@ -19,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_usage())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        sys.stdout.write(f"gq_triton {version('gq_triton')}\n")
+        return 0
     if arguments[0] not in COMMANDS:
         listed = ", ".join(COMMANDS)
         sys.stderr.write(f"gq-triton: no command {arguments[0]!r}; there are {listed}\n")

@@ -118,7 +118,8 @@ def check_report(out):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tasks", "lines"], "no 'lines'; there are lines-disc"),
+        (["--tasks", "lines"], "no 'lines'; did you mean lines-disc? There are lines-disc"),
+        (["--tasks", "physics"], "no 'physics'; there are lines-disc"),
         (["--batch-sizes", "0"], "--batch-sizes must be a whole number >= 1"),
         (["--batch-sizes", "many"], "invalid int value: 'many'"),
         (["--target", "lines-disc:1"], "must be TASK=NUMBER"),
@@ -146,7 +147,30 @@ def test_a_folder_without_a_study_is_refused(tmp_path, capsys):
     assert cli.main(["nothing"]) == 2
     assert "no command 'nothing'; there are study" in capsys.readouterr().err
     assert cli.main(["--help"]) == 0
+    assert cli.main(["--version"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_of_nothing_replaces_nothing(tmp_path, capsys):
+    # As the folders of docs/study: an earlier report, and no records.
+    (tmp_path / "study.toml").write_text('tasks = ["lines-disc"]\narms = ["sgdm"]\n'
+                                         "batch_sizes = [4]\n")  # fmt: skip
+    (tmp_path / "results.csv").write_text("kept")
+    assert cli.main(["study", "report", str(tmp_path)]) == 2
+    assert "holds no finished trial" in capsys.readouterr().err
+    assert (tmp_path / "results.csv").read_text() == "kept"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_arm_without_its_baseline_is_said_to_get_no_verdict(tmp_path, capsys):
+    file = tmp_path / "options.toml"
+    file.write_text('tasks = ["lines-disc"]\narms = ["sgdm", "gq-sgdm", "gq-adamw"]\n'
+                    'batch_sizes = [4]\nsteps = 2\ntrials = 1\ncontrols = "none"\n')  # fmt: skip
+    out = str(tmp_path / "out")
+    assert cli.main(["study", "run", "--config", str(file), "--out", out, "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "gq-adamw gets no verdict, since the study lacks adamw" in said
+    assert said.count("\n") == 1
 
 
 def test_dry_run_counts_and_estimates_and_writes_nothing(tmp_path, capsys):

@@ -164,7 +164,7 @@ def _config(given: argparse.Namespace) -> StudyConfig:
         if hasattr(given, option.name):
             value = getattr(given, option.name)
             values[option.name] = dict(value) if option.name == "targets" else value
-    if values.get("controls") in (["none"], ("none",)):
+    if values.get("controls") in ("none", ["none"], ("none",)):
         values["controls"] = []
     return StudyConfig.of(values)
 
@@ -180,6 +180,7 @@ def _run(given: argparse.Namespace) -> int:
     every = cells(config)
     if not every:
         raise Refusal("no arm makes sense for these tasks: text has no classes to weight")
+    _warn_of_missing_baselines(config)
     store = Store(out)
     damaged = store.load()
     finished, total = progress(every, store)
@@ -190,6 +191,16 @@ def _run(given: argparse.Namespace) -> int:
     _make_folder(out)
     _announce_changes(config, out / CONFIG)
     return watch(every, store, out, given.jobs, given.data, damaged)
+
+
+def _warn_of_missing_baselines(config: StudyConfig) -> None:
+    for name in config.arms:
+        baseline = ARMS[name].baseline
+        if baseline is not None and baseline not in config.arms:
+            sys.stderr.write(
+                f"gq-triton study: {name} gets no verdict, since the study lacks {baseline}: "
+                "add it to --arms\n"
+            )
 
 
 def _announce_changes(config: StudyConfig, stored: Path) -> None:

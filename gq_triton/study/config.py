@@ -1,5 +1,6 @@
 """What a study is: every option once, with its type, its limits and its sentence of help."""
 
+import difflib
 import math
 import sys
 from collections.abc import Mapping
@@ -188,7 +189,9 @@ _KINDS = {int: "a whole number", str: "a text", float: "a number"}
 def _check_names(option: str, names: tuple[str, ...], known: Mapping[str, Any]) -> None:
     for name in names:
         if name not in known:
-            raise Refusal(f"--{_flag(option)}: no {name!r}; there are {_list(known)}")
+            near = difflib.get_close_matches(name, known, n=3)
+            listed = f"did you mean {' or '.join(near)}? There" if near else "there"
+            raise Refusal(f"--{_flag(option)}: no {name!r}; {listed} are {_list(known)}")
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

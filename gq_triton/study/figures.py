@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gq_triton.study.results import Group
-from gq_triton.study.statistics import interval, median_interval
+from gq_triton.study.statistics import Comparison, interval, median_interval
 from gq_triton.study.verdict import Finding
 from gq_triton.tasks import STUDY_TASKS
 
@@ -138,8 +138,10 @@ def steps_to_target(groups: Sequence[Group], task: str, target: float) -> bytes:
         else:
             panel.clear()
             panel.set_yticks([])
+            panel.set_title(heading if place is None else place, loc="left",
+                            fontsize=12 if place is None else 9)  # fmt: skip
             _batch_axis(panel, groups, labelled=place is None)
-            panel.text(0.5, 0.5, "no run has reached the target", ha="center", va="center",
+            panel.text(0.5, 0.5, f"no run has reached {target:g}", ha="center", va="center",
                        transform=panel.transAxes)  # fmt: skip
         _finish(panel)
     _legend(figure, panels)
@@ -241,6 +243,7 @@ def forest(found: Sequence[Finding], task: str, arm: str) -> bytes:
             panel.plot([comparison.sure_low, comparison.sure_high], [place, place], color=colour,
                        linewidth=0.8)  # fmt: skip
             panel.plot([comparison.mean], [place], marker=marker, color=colour, markersize=7)
+        _clip(panel, list(finding.against.values()))
         panel.set_yticks(range(len(rows)), [f"against {name}" for name in rows])
         panel.set_ylim(len(rows) - 0.4, -0.6)
         panel.set_title(f"batch {finding.group.cell.batch_size}", fontsize=10)
@@ -255,6 +258,14 @@ def forest(found: Sequence[Finding], task: str, arm: str) -> bytes:
     return _png(figure)
 
 
+def _clip(panel: Any, drawn: Sequence[Comparison]) -> None:
+    """Keep the level of the verdict, endless with two or three seeds, from hiding the rest."""
+    reach = 4 * max((max(abs(c.low), abs(c.high)) for c in drawn), default=0.0)
+    low, high = panel.get_xlim()
+    if reach > 0:
+        panel.set_xlim(max(low, -reach), min(high, reach))
+
+
 _SIGNS = {1: (_COLOURS[0], ">"), 0: ("#555555", "o"), -1: (_COLOURS[1], "<")}
 
 
@@ -266,7 +277,9 @@ def weights(groups: Sequence[Group], task: str) -> bytes | None:
     if not arms:
         return None
     sizes = sorted({group.cell.batch_size for some in arms.values() for group in some})
-    figure = _figure(2.4 + 2.9 * len(sizes), 8.4)
+    figure = _figure(2.4 + 2.9 * len(sizes), 8.8)
+    heading = f"{task}: what the law does over the steps (mean over seeds)"
+    figure.suptitle(heading, x=0.01, ha="left")
     panels = figure.subplots(len(_PANELS), len(sizes), sharex=True, sharey="row", squeeze=False)
     for row, (title, names) in zip(panels, _PANELS, strict=True):
         for panel, size in zip(row, sizes, strict=True):

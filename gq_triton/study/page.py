@@ -69,9 +69,12 @@ on the score stays at the target to the end of the run.</p>
 few seeds (Hesterberg 2015); they cover the choice of seed, not that of the tuned settings. A
 verdict uses intervals that share 5&nbsp;% over all Grad Queue arms and batch sizes of a task
 (Bonferroni), each the wider of the bootstrap's and Student's.
-<i>Helps</i> means: better than its tuned baseline and better than a plain step longer by the
-measured norm ratio. <i>No difference</i> means that these seeds cannot tell; the interval says how
-large a difference may still hide.</p>
+<i>Helps</i> means: better than its tuned baseline and better than the primary control: on SGD a
+plain step longer by the measured norm ratio, on Adam, which divides by the gradient's size, the
+same learning rate without Grad Queue. <i>Hurts</i> means worse than the tuned baseline.
+<i>Undecided</i> means that the difference's own 95&nbsp;% interval excludes 0, but not the wider
+one of the verdict. <i>No difference</i> means that these seeds show none; the interval says how
+large one may still hide.</p>
 <p>Controls are not tuned: they run at the arm's own tuned settings with one thing changed. What an
 arm does no better than is listed after "not beyond".</p>
 <details><summary>Controls</summary><table>

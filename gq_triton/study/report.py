@@ -18,6 +18,7 @@ from gq_triton.study.statistics import interval, median_interval
 from gq_triton.study.verdict import Finding, findings, task_verdict
 from gq_triton.tasks import STUDY_TASKS
 from gq_triton.training.files import whole_file
+from gq_triton.training.options import Refusal
 
 __all__ = ["write_report"]
 
@@ -31,11 +32,19 @@ def write_report(config: StudyConfig, folder: Path) -> list[str]:
 
     Returns:
         Lines for the terminal: the verdicts and where the page is.
+
+    Raises:
+        Refusal: no trial is finished; what an earlier report has written stays.
     """
     store = Store(folder)
     damaged = store.load()
     every = cells(config)
     finished, total = progress(every, store)
+    if not finished:
+        raise Refusal(
+            f"{store.folder} holds no finished trial of this study: there is nothing to report, "
+            "and nothing was written"
+        )
     groups = collect(every, store)
     lines, tasks = [], []
     for name in config.tasks:
@@ -52,7 +61,7 @@ def write_report(config: StudyConfig, folder: Path) -> list[str]:
         arms=config.arms,
         finished=finished,
         total=total,
-        notes=_notes(config, environment, damaged, finished, total),
+        notes=_notes(config, environment, damaged, finished, total) + _flat(groups),
         tasks=tasks,
         controls=[(name, CONTROLS[name].text) for name in config.controls],
         toml=write_toml(config),
@@ -181,6 +190,20 @@ def _environment(groups: Sequence[Group]) -> dict[str, list[str]]:
             for name, value in record.environment.items():
                 found.setdefault(name, {})[str(value)] = None
     return {name: sorted(values) for name, values in found.items()}
+
+
+def _flat(groups: Sequence[Group]) -> list[str]:
+    """Return where every run of every arm scored the same, so that nothing was compared."""
+    found: dict[tuple[str, int], set[float]] = {}
+    for group in groups:
+        cell = group.cell
+        found.setdefault((cell.task, cell.batch_size), set()).update(group.scores)
+    return [
+        f"{task} at batch {size}: every run scored {scores.pop():.4g}, so this tells no arm from "
+        "another; more steps or other learning rates may."
+        for (task, size), scores in found.items()
+        if len(scores) == 1
+    ]
 
 
 def _notes(
