@@ -278,8 +278,6 @@ def weights(groups: Sequence[Group], task: str) -> bytes | None:
         return None
     sizes = sorted({group.cell.batch_size for some in arms.values() for group in some})
     figure = _figure(2.4 + 2.9 * len(sizes), 8.8)
-    heading = f"{task}: what the law does over the steps (mean over seeds)"
-    figure.suptitle(heading, x=0.01, ha="left")
     panels = figure.subplots(len(_PANELS), len(sizes), sharex=True, sharey="row", squeeze=False)
     for row, (title, names) in zip(panels, _PANELS, strict=True):
         for panel, size in zip(row, sizes, strict=True):
@@ -300,8 +298,10 @@ def weights(groups: Sequence[Group], task: str) -> bytes | None:
     found = [panel.get_legend_handles_labels() for panel in panels[0]]
     legend = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
     figure.legend(
-        legend.values(), legend, loc="outside upper left", frameon=False, fontsize=9, ncols=3
-    )
+        legend.values(), legend, loc="outside upper left", frameon=False, fontsize=9, ncols=3,
+        title=f"{task}: what the law does over the steps (mean over seeds)", title_fontsize=11,
+        alignment="left",
+    )  # fmt: skip
     return _png(figure)
 
 
