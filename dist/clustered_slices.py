@@ -80,10 +80,9 @@ class ClusteredSlices(SlicedQueues):
         squares = torch.zeros(len(names), dtype=torch.float64, device=part.device)
         unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.double()
         places = {name: index for index, name in enumerate(names)}
-        for index, (name, mean) in enumerate(zip(held, means, strict=True)):
-            ops.push_(
-                mean, self._queue[name], self._queued[name], accepted[index : index + 1], grad_scale
-            )
+        rings, counters = ([kept[n] for n in held] for kept in (self._queue, self._queued))
+        ops.push_(means, rings, counters, accepted, grad_scale=grad_scale)
+        for name, mean in zip(held, means, strict=True):
             wide = torch.promote_types(mean.dtype, torch.float32)
             norm = torch.linalg.vector_norm(mean, dtype=wide).double() * unscale
             squares[places[name]] = norm.square()

@@ -252,12 +252,13 @@ class LocalClusters:
         """
         assert isinstance(self._queues, ClusteredQueues)
         inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.double()
+        tables = []
         for name, grad, mean in zip(names, slices, raw, strict=True):
             squares = [_square(values, inverse) for values in (mean, grad)]
-            table = self._table(name, *squares)
-            self._match_norm(grad, table, *squares)
-            absent = mean.abs().sum() == 0 if skip_zeros else None
-            self._queues.push_one(name, mean, table, grad_scale=grad_scale, found_inf=absent)
+            tables.append(self._table(name, *squares))
+            self._match_norm(grad, tables[-1], *squares)
+        absent = torch.stack([mean.abs().sum() == 0 for mean in raw]) if skip_zeros else None
+        self._queues.push_batch(names, raw, tables, grad_scale=grad_scale, found_inf=absent)
 
     def finish_slices(
         self,
@@ -293,7 +294,7 @@ class LocalClusters:
         table = torch.zeros(1, 5, dtype=torch.float64, device=raw.device)
         table[0, 0], table[0, 1] = raw, weighted
         if seen is not None:
-            table[0, 2:] = seen[2:] * self._shares[1]
+            table[0, 2:] = seen[:, 2:].sum(dim=0) * self._shares[1]
             in_use(seen)
         return table
 

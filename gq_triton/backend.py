@@ -1,7 +1,7 @@
 """Which engine runs an operation: the only module that asks whether Triton or Numba can run.
 
 Three engines offer the same functions (``all_finite``, ``weigh_``, ``gqsgd_``, ``gqadamw_``,
-``combine``, ``nearest_centers``):
+``combine``, ``push_``, ``position_sums``, ``channel_sums``, ``nearest_centers``):
 ``kernels`` (Triton), ``compiled`` (Numba, CPU) and ``eager`` (plain torch, any device).
 """
 

@@ -174,7 +174,7 @@ class Queues:
             into: where to write the weighted and the raw gradient, flat; None allocates.
 
         Returns:
-            The weighted and the raw gradient of the part, flat, and its statistics.
+            The weighted and the raw gradient of the part, flat; ``(C, 5)`` statistics to add up.
         """
         queue, queued = self._read(name, sums.device)
         if isinstance(part, Tensor):
@@ -209,7 +209,7 @@ class Queues:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Queue raw gradients that were weighted elsewhere.
+        """Queue raw gradients that were weighted elsewhere: as few launches as there are types.
 
         Args:
             raw: gradients by name, in the shape of their parameters.
@@ -217,38 +217,48 @@ class Queues:
             grad_scale: the loss scale the gradients carry, or None.
             found_inf: non-zero where none of them is to be queued, one number, or None.
         """
+        batches: dict[Any, list[str]] = {}
         for name, grad in raw.items():
-            self.push_one(
-                name, flat(grad, like=self.params[name]), statistics[name].reshape(1, 5),
-                grad_scale=grad_scale, found_inf=found_inf,
-            )  # fmt: skip
+            stored = self.queue_dtype or self.params[name].dtype
+            batches.setdefault((grad.device, grad.dtype, stored), []).append(name)
+        for names in batches.values():
+            self.push_batch(
+                names,
+                [flat(raw[name], like=self.params[name]) for name in names],
+                [statistics[name] for name in names],
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )
 
-    def push_one(
+    def push_batch(
         self,
-        name: str,
-        raw: Tensor,
-        statistics: Tensor,
+        names: Sequence[str],
+        raw: Sequence[Tensor],
+        statistics: Sequence[Tensor],
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Queue one raw gradient that was weighted elsewhere.
+        """Queue raw gradients of one type, on one device, that were weighted elsewhere.
 
         Args:
-            name: the parameter's name.
-            raw: its gradient, flat, in the memory order of the parameter.
-            statistics: what the weighting did, ``(1, 5)``.
-            grad_scale: the loss scale the gradient carries, or None.
-            found_inf: non-zero where it is not to be queued, one number, or None.
+            names: the parameters' names, whose rings are of one type.
+            raw: their gradients, flat, in the memory order of the parameter.
+            statistics: what the weighting of each did, ``(C, 5)`` to be added up.
+            grad_scale: the loss scale the gradients carry, or None.
+            found_inf: non-zero where one is not to be queued, 0-d or ``(1,)`` for all or ``(N,)``
+                one per gradient, or None.
         """
-        self._allocate(name, raw.device)
-        ops = engine(raw.device, self.backend)
-        finite = ops.all_finite([raw])
+        for name, grad in zip(names, raw, strict=True):
+            self._allocate(name, grad.device)
+        ops = engine(raw[0].device, self.backend)
+        finite = ops.all_finite(raw)
         if found_inf is not None:
             finite = finite & (found_inf == 0).to(finite.device)
-        ring = rows(local(self._queue[name]))
-        ops.push_(raw, ring, self._queued[name], finite, grad_scale)
-        self._keep_statistics((name,), statistics)
+        rings = [rows(local(self._queue[name])) for name in names]
+        counters = [self._queued[name] for name in names]
+        ops.push_(raw, rings, counters, finite, grad_scale=grad_scale)
+        self._keep_statistics(tuple(names), torch.cat(list(statistics)))
 
     def _allocate(self, name: str, device: torch.device) -> None:
         """Give a parameter its ring, or bring a loaded one to the device and memory order."""

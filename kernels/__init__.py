@@ -3,8 +3,8 @@
 The launchers that end in an underscore, and `all_finite`, take lists of flat tensors that share a
 device and, list by list, a dtype, and reach all of them in one launch per alignment class;
 `combine` takes one parameter. `gq_triton.eager` offers the same functions with the same signatures,
-without those that nothing uses yet: `cluster_weight_grad`, `position_sums`, `channel_sums`. Bytes
-and oracles: README.md in this folder.
+without the one that nothing uses yet, `cluster_weight_grad`. Bytes and oracles: README.md in this
+folder.
 """
 
 from gq_triton.kernels.cluster_combine import combine

@@ -39,7 +39,7 @@ CHUNK = 4096
 @triton.jit(do_not_specialize=["n_clusters"])
 def _combine_kernel(
     sums, stride_sums, queue, stride_queue, queued_ptr, length_ptr, grad_scale_ptr,
-    inverse_shares, mixture, sigma_scales, weighted, raw, partials, finite, n, n_clusters,
+    inverse_shares, mixture, sigma_scales, weighted, raw, partials, flags, n, n_clusters,
     low: tl.float64, high: tl.float64,
     C_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, REPAIR: tl.constexpr,
@@ -49,15 +49,21 @@ def _combine_kernel(
     Without ``queued_ptr`` the two rows of ``queue`` are the mean and 1 / sigma of a ring of
     Q_DTYPE; where 1 / sigma is NaN every weight is 1.
 
-    The first launch takes the gradient for finite and clears the byte ``finite`` where it is not.
-    The second one, with REPAIR, returns at once if the byte is still set; else every weight is 1.
+    The first launch writes into the chunk's byte of ``flags`` whether the gradient is not finite
+    there. The second one, with REPAIR, returns at once if no byte is set; else every weight is 1.
 
     Example: L = 4, rows 1, 1, 1, 5 (mu = 2, sigma = sqrt(3)), rho = 3, two clusters with a share of
     1/2 each and sums 2.5 and 1, so means 5 and 2: weights 1.732 and 1/3, weighted
     (8.66 + 0.667) / 2 = 4.66, raw 3.5; statistics 12.25, 21.8, 1.03, 0 and 0.5.
     """
     if REPAIR:
-        if tl.load(finite) != 0:
+        n_chunks = tl.cdiv(n, CHUNK)
+        found = tl.full((), 0, tl.int32)
+        for at in range(0, n_chunks, THREADS):
+            flag = at + tl.arange(0, THREADS)
+            some = tl.load(flags + flag, mask=flag < n_chunks, other=0)
+            found = tl.maximum(found, tl.max(some.to(tl.int32)))
+        if found == 0:
             return
     chunk = tl.program_id(0).to(tl.int64)
     first = chunk * CHUNK
@@ -136,8 +142,7 @@ def _combine_kernel(
     tl.store(out + 3, tl.sum(at_high).to(tl.float64) / whole)
     tl.store(out + 4, tl.sum(at_low).to(tl.float64) / whole)
     if not REPAIR:
-        if tl.max(bad) > 0:
-            tl.store(finite, tl.full((), 0, tl.uint8))
+        tl.store(flags + chunk, tl.max(bad).to(tl.uint8))
 
 
 def check_clusters(clusters: int, device: torch.device, **vectors: Tensor) -> None:
@@ -200,8 +205,8 @@ def combine(
 
     Returns:
         The weighted gradient ``(P,)`` and the raw one ``(P,)``, both with the loss scale and in the
-        type of ``sums``; and ``(5,)`` float64 as in ``weigh_``, the last three mean over clusters
-        by population.
+        type of ``sums``; and ``(C, 5)`` float64, whose sum over the chunks is as in ``weigh_``, the
+        last three mean over clusters by population.
 
     Raises:
         ValueError: the tensors disagree in shape, dtype, layout or device.
@@ -223,15 +228,15 @@ def combine(
         weighted, raw = into or (sums.new_empty(n), sums.new_empty(n))
         check_outputs(sums, weighted, raw)
         partials = torch.empty(chunks, 5, dtype=torch.float64, device=device)
-        finite = torch.ones(1, dtype=torch.uint8, device=device)
+        flags = torch.empty(chunks, dtype=torch.uint8, device=device)
         for repair in (False, True):
             if chunks:
                 _combine_kernel[(chunks,)](
                     sums, sums.stride(0), queue, queue.stride(0), queued, length, grad_scale,
-                    inverse_shares, mixture, sigma_scales, weighted, raw, partials, finite, n,
+                    inverse_shares, mixture, sigma_scales, weighted, raw, partials, flags, n,
                     clusters, 1.0 / rho, float(rho), C_DTYPE=wide,
                     Q_DTYPE=TRITON_DTYPE[queue_dtype or queue.dtype], L=queue.shape[0],
                     CHUNK=CHUNK, BLOCK=block_size(*dtypes), THREADS=THREADS, REPAIR=repair,
                     num_warps=num_warps(device),
                 )  # fmt: skip
-        return weighted, raw, partials.sum(dim=0)
+        return weighted, raw, partials

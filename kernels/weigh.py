@@ -23,7 +23,15 @@ from gq_triton.kernels.chunks import (
     ring_turn,
     typed,
 )
-from gq_triton.kernels.law import fold, inverse_scale, load, store, weigh_and_queue
+from gq_triton.kernels.law import (
+    fold,
+    inverse_scale,
+    load,
+    ring_row,
+    store,
+    to_queue,
+    weigh_and_queue,
+)
 
 __all__ = ["push_", "weigh_"]
 
@@ -184,16 +192,66 @@ def weigh_(
     return sums
 
 
+@triton.jit(do_not_specialize=["n_tensors"])
+def _push_kernel(
+    rows, starts, n_tensors, finite_ptr, grad_scale_ptr,
+    G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, C_DTYPE: tl.constexpr, L: tl.constexpr,
+    W: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write one chunk of a gradient over the oldest row of its ring.
+
+    Example: L = 2, rows 1 (oldest) and 2, g = 3 under a loss scale of 4: rows 0.75 and 2.
+    """
+    chunk = tl.program_id(0)
+    tensor = find_tensor(starts, n_tensors, chunk)
+    row = rows + tensor.to(tl.int64) * W
+    first, count = chunk_bounds(starts, row, tensor, chunk, CHUNK)
+    slot, _, queue_it = ring_turn(row, finite_ptr, L)
+    if queue_it:
+        g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
+        ring = typed(tl.load(row + QUEUE), Q_DTYPE, ALIGNED) + first
+        oldest = ring_row(ring, tl.load(row + STRIDE), slot, L - 1, L, ALIGNED)
+        unscale = inverse_scale(grad_scale_ptr, C_DTYPE)
+        full = count // BLOCK * BLOCK
+        for at in range(0, full, BLOCK):
+            offsets = at + tl.arange(0, BLOCK)
+            g = load(g_ptr + offsets, True, C_DTYPE) * unscale
+            tl.store(oldest + offsets, to_queue(g, Q_DTYPE))
+        if full < count:
+            offsets = full + tl.arange(0, BLOCK)
+            g = load(g_ptr + offsets, offsets < count, C_DTYPE) * unscale
+            tl.store(oldest + offsets, to_queue(g, Q_DTYPE), mask=offsets < count)
+
+
 def push_(
-    raw: Tensor, queue: Tensor, queued: Tensor, accept: Tensor, grad_scale: Tensor | None = None
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    finite: Tensor,
+    *,
+    grad_scale: Tensor | None = None,
 ) -> None:
-    """Queue a gradient that was weighted elsewhere: the law with rho = 1.
+    """Queue gradients that were weighted elsewhere: one slot is written, no other is read.
 
     Args:
-        raw: ``(P,)``, with the loss scale if there is one.
-        queue: the ring ``(L, P)``, changed in place.
-        queued: gradients queued so far, 0-d int64, changed in place.
-        accept: ``(1,)`` bool: whether it is queued.
-        grad_scale: the loss scale the gradient carries, 0-d float32, or None.
+        grads: N gradients ``(P,)``, with the loss scale if there is one; read only.
+        queues: N rings ``(L, P)``; the oldest row is replaced by the unscaled gradient.
+        queued: N counters, 0-d int64: gradients queued so far, increased by `finite`.
+        finite: ``(N,)`` bool; where False the gradient is not queued.
+        grad_scale: the loss scale the gradients carry, 0-d float32, or None.
+
+    Raises:
+        ValueError: the lists disagree in length, shape, dtype or layout.
     """
-    weigh_([raw], [queue], [queued], accept, rho=1.0, grad_scale=grad_scale)
+    if not grads:
+        return
+    with device_guard(grads[0].device):
+        ring, tables = ring_launch(grads, queues, queued, {})
+        flags = as_bytes(finite)
+        for table in tables:
+            if table.n_chunks:
+                _push_kernel[(table.n_chunks,)](
+                    table.rows, table.starts, table.n_tensors, flags, grad_scale,
+                    ALIGNED=table.aligned, **ring.constants,
+                )  # fmt: skip
+            count_(table, flags, None)

@@ -66,7 +66,7 @@ RING_CASES = {
 COMBINE = {
     "sums": "*fp32:16", "stride_sums": "i32:16", "queue": "*fp32:16", "stride_queue": "i32:16",
     "queued_ptr": "*i64", "inverse_shares": "*fp64", "mixture": "*fp64", "sigma_scales": "*fp64",
-    "weighted": "*fp32:16", "raw": "*fp32:16", "partials": "*fp64", "finite": "*u8", "n": "i32:16",
+    "weighted": "*fp32:16", "raw": "*fp32:16", "partials": "*fp64", "flags": "*u8", "n": "i32:16",
     "n_clusters": "i32",
 }  # fmt: skip
 COMBINED = {
@@ -187,6 +187,7 @@ def cases():
     """Yield (kernel name, case name, kernel, runtime types, constants)."""
     for name, kernel, width in (
         ("weigh", weigh._weigh_kernel, 6),
+        ("push", weigh._push_kernel, 6),
         ("gqsgd", gqsgd._gqsgd_kernel, 8),
         ("gqadamw", gqadamw._gqadamw_kernel, 10),
     ):

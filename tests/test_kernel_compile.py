@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
-RINGS = ("weigh", "gqsgd", "gqadamw")
+RINGS = ("weigh", "push", "gqsgd", "gqadamw")
 SUMS = ("position_sums", "channel_sums")
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def test_nothing_spills():
 
 def test_float32_loads_and_stores_are_16_bytes_wide():
     """One access of 16 bytes per tensor and row, in the loop over full blocks."""
-    tensors = {"weigh": (6, 2), "gqsgd": (8, 3), "gqadamw": (9, 4)}
+    tensors = {"weigh": (6, 2), "push": (1, 1), "gqsgd": (8, 3), "gqadamw": (9, 4)}
     for entry in select(kernels=RINGS, case="float32"):
         loads, stores = tensors[entry["kernel"]]
         assert entry["accesses"]["ld.global.v4.b32"] == loads

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICES, QUIET, Guarded
 from torch import Tensor
 
+from gq_triton import compiled, eager, kernels
 from gq_triton.kernels import channel_sums, position_sums
 from gq_triton.kernels.segment_sums import MOST_COLUMNS, ROWS, TILE, TILE_M, TILE_N
 
@@ -201,8 +202,9 @@ def test_any_call(device, layout, sizes, shape, seed):
     layer.check(layer.run())
 
 
+@pytest.mark.parametrize("ops", [kernels, compiled, eager], ids=lambda ops: ops.__name__)
 @pytest.mark.parametrize("norm", ["layer", "rms", "group", "batch"])
-def test_gradients_of_scale_and_shift(device, norm):
+def test_gradients_of_scale_and_shift(device, ops, norm):
     """One backward pass of torch per cluster, in float64, over its samples' outputs alone."""
     labels, order, offsets = grouping("cpu", [4, 0, 7, 1])
     x, dy = (torch.randn(12, 8, 5, dtype=torch.float64) for _ in range(2))
@@ -222,7 +224,8 @@ def test_gradients_of_scale_and_shift(device, norm):
     else:
         out, mean, rstd = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, 1e-5)
         statistics |= {"mean": mean[None], "rstd": rstd[None]}
-    function = channel_sums if norm in ("group", "batch") else position_sums
+    device = "cpu" if ops is compiled else device
+    function = ops.channel_sums if norm in ("group", "batch") else ops.position_sums
     statistics = {name: t.detach().to(device) for name, t in statistics.items()}
     both = function(dy.to(device), order.to(device), offsets.to(device), **statistics)
     for k in range(4):

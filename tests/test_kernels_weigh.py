@@ -17,6 +17,7 @@ from kernel_cases import (
     truncated,
 )
 
+from gq_triton import eager, kernels
 from gq_triton.kernels import all_finite, weigh_
 from gq_triton.kernels._launch import CHUNK, block_size
 
@@ -264,3 +265,27 @@ def test_wrong_inputs_are_named(device):
         weigh_(grads, queues, [queued[0].int()], None, rho=3.0)
     with pytest.raises(ValueError, match="shorter"):
         weigh_(grads, queues, [], None, rho=3.0)
+
+
+@pytest.mark.parametrize("ops", [kernels, eager], ids=lambda ops: ops.__name__)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_push_writes_the_oldest_row_of_what_is_accepted(device, ops, stored, scale):
+    guarded = Guarded(device, shift=1)
+    grads, queues = guarded.lists(SIZES), guarded.rings(SIZES, 3, stored)
+    # Short enough for bfloat16, whose rounding the interpreter leaves out.
+    for grad in grads:
+        grad.copy_((grad * 16).round().clamp_(-64, 64))
+    counters = [torch.tensor(turn, device=device) for turn in range(len(SIZES))]
+    accepted = torch.tensor([index % 3 != 1 for index in range(len(SIZES))], device=device)
+    grad_scale = None if scale is None else torch.tensor(scale, device=device)
+    expected = [queue.clone() for queue in queues]
+    for index, (rows, grad) in enumerate(zip(expected, grads, strict=True)):
+        if index % 3 != 1:
+            rows[index % 3] = (grad / (scale or 1.0)).to(stored)
+    before = [grad.clone() for grad in grads]
+    ops.push_(grads, queues, counters, accepted, grad_scale=grad_scale)
+    for mine, theirs in zip([*queues, *grads], [*expected, *before], strict=True):
+        assert torch.equal(mine, theirs)
+    assert [int(c) for c in counters] == [i + (i % 3 != 1) for i in range(len(SIZES))]
+    guarded.check()

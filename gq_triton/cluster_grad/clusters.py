@@ -129,10 +129,10 @@ class Clusters:
         labels = labels.to(step.features.device)  # scikit-learn's lie on the CPU
         clusters = self.n_clusters
         if not self.kmeans:
-            lowest, highest = labels.aminmax()
+            lowest, highest = torch.stack(labels.aminmax()).tolist()
             if lowest < 0:
-                raise ValueError(f"the clusterer must return labels >= 0, got {int(lowest)}")
-            clusters = int(highest) + 1
+                raise ValueError(f"the clusterer must return labels >= 0, got {lowest}")
+            clusters = highest + 1
         self.last = step
         whole = self.whole_batch(len(labels))
         return Groups.of(labels, clusters, self.mixing, self.sample_weights, whole)
@@ -273,7 +273,7 @@ class Clusters:
         sums: list[Tensor | None] = [None] * len(params)
         clusters = [k for k, size in enumerate(groups.sizes) if size]
         for number, k in enumerate(clusters):
-            part = (losses * groups.one_hot[k].to(losses)).sum() / (count * scale)
+            part = (losses * groups.members[k].to(losses)).sum() / (count * scale)
             more = number + 1 < len(clusters)
             grads = torch.autograd.grad(part, params, retain_graph=more, allow_unused=True)
             for index, grad in enumerate(grads):

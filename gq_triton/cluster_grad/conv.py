@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad.linear import accumulation_type
+from gq_triton.backend import engine
+from gq_triton.cluster_grad.linear import accumulation_type, launches_cost
 from gq_triton.cluster_grad.session import Block
 from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
 from gq_triton.cluster_grad.step import Step
@@ -70,7 +71,9 @@ def conv_gradients(
         param = site.param(position)
         if position == 0:
             total = site.session.scratch(len(groups.sizes), param.numel(), grad, dtype)
-            pairs = zip(groups.each(grad), groups.each(x), strict=True)
+            # Where launches cost, sorting once is worth a copy of all samples.
+            parts = groups.sorted if launches_cost(grad) else groups.each
+            pairs = zip(parts(grad), parts(x), strict=True)
             weight, geometry = param.detach().to(dtype), _geometry(site.module)
             for k, (dy, images) in enumerate(pairs):
                 if len(dy):
@@ -81,7 +84,12 @@ def conv_gradients(
                 else:
                     total[k] = 0
         else:
-            total = groups.sums(grad.flatten(2).sum(dim=2, dtype=dtype))
+            ops = engine(grad.device, site.session.queues.backend)
+            images = grad.flatten(2)
+            # With channels last in memory the positions come first.
+            last = not images.is_contiguous() and images.mT.is_contiguous()
+            sums = ops.position_sums if last else ops.channel_sums
+            total = sums(images.mT if last else images, groups.order, groups.offsets)[0]
         blocks: Iterator[Block] = iter([(0, param.numel(), total)])
         result.append(site.session.give(step, param, blocks, dtype))
     return result

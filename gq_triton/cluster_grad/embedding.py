@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gq_triton.cluster_grad.linear import accumulation_type, samples
 from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
-from gq_triton.cluster_grad.step import Step
+from gq_triton.cluster_grad.step import Groups, Step
 from gq_triton.ring import flat
 
 __all__ = ["embedding_forward", "embedding_gradients"]
@@ -46,22 +46,30 @@ def embedding_gradients(
             "expand positions that all samples share, torch.arange(T).expand(B, T)"
         )
     rows = samples(grad.reshape(len(indices), -1, grad.shape[-1]), groups, site.name)
-    touched, where = indices.reshape(len(rows), -1).unique(return_inverse=True)
-    dtype = accumulation_type(grad.dtype)
-    shape = len(groups.sizes), len(touched), rows.shape[2]
-    sums = torch.zeros(shape, dtype=dtype, device=grad.device)
-    pairs = zip(groups.each(rows), groups.each(where), strict=True)
-    for k, (dy, row) in enumerate(pairs):
-        sums[k].index_add_(0, row.flatten(), dy.flatten(0, 1).to(dtype))
-    if padding_idx is not None:
-        sums[:, touched == padding_idx] = 0
-    if step.uses.get(session.names[param], 1) == 1 and param.is_contiguous():
+    where = indices.reshape(len(rows), -1)
+    once = step.uses.get(session.names[param], 1) == 1
+    if once and param.is_contiguous() and param.shape[0] > where.numel():
+        touched, where = where.unique(return_inverse=True)
+        sums = _row_sums(groups, rows, where, len(touched))
+        if padding_idx is not None:
+            sums.masked_fill_((touched == padding_idx)[:, None], 0)
         return [session.combine_rows(step, param, touched, sums.flatten(1))]
-    # A tied table: the other use's gradient is dense, so this one's becomes dense too.
-    dense = torch.zeros(len(groups.sizes), *param.shape, dtype=dtype, device=grad.device)
-    dense[:, touched] = sums
-    blocks = iter([(0, param.numel(), torch.stack([flat(s, like=param) for s in dense]))])
-    return [session.give(step, param, blocks, dtype)]
+    # As many lookups as rows, or a tied table, whose other use has a dense gradient: all of it.
+    sums = _row_sums(groups, rows, where, param.shape[0])
+    if padding_idx is not None:
+        sums[:, padding_idx] = 0
+    dense = param.is_contiguous()
+    total = sums.flatten(1) if dense else torch.stack([flat(s, like=param) for s in sums])
+    return [session.give(step, param, iter([(0, param.numel(), total)]), sums.dtype)]
+
+
+def _row_sums(groups: Groups, rows: Tensor, where: Tensor, count: int) -> Tensor:
+    """Add up ``rows`` (B, T, d) by cluster and by row of the table: ``(K, count, d)``."""
+    shape = len(groups.sizes), count, rows.shape[2]
+    sums = rows.new_zeros(shape, dtype=accumulation_type(rows.dtype))
+    target = where + groups.labels[:, None] * count
+    sums.view(-1, shape[2]).index_add_(0, target.flatten(), rows.flatten(0, 1).to(sums.dtype))
+    return sums
 
 
 @traced_whole

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gq_triton.backend import engine
 from gq_triton.cluster_grad.session import Block
 from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
 from gq_triton.cluster_grad.step import Groups, Step
@@ -19,6 +20,8 @@ __all__ = ["conv1d_forward", "conv1d_gradients", "linear_forward", "linear_gradi
 
 # Bytes of sums worked on at a time on the CPU; more would leave the cache before they are weighted.
 ROOM = 1 << 24
+# What a GPU does in a second, on the safe side, and the seconds that a launch costs the host.
+OPERATIONS, BYTES, LAUNCH = 2e13, 1e12, 2e-5
 
 
 def samples(tensor: Tensor, groups: Groups, layer: str) -> Tensor:
@@ -46,13 +49,45 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Write ``left.T @ right``, summed in float32 at least: ``(R, M), (R, N) -> (M, N)``."""
+    """Write ``left.T @ right``, summed in float32 at least.
+
+    ``(R, M), (R, N) -> (M, N)``, or one more dimension in front for as many products.
+    """
+    multiply = torch.mm if out.dim() == 2 else torch.bmm
     if left.dtype == out.dtype:
-        torch.mm(left.t(), right, out=out)
+        multiply(left.mT, right, out=out)
     elif left.is_cuda:
-        out.copy_(torch.mm(left.t(), right, out_dtype=out.dtype))
+        out.copy_(multiply(left.mT, right, out_dtype=out.dtype))
     else:
-        torch.mm(left.to(out.dtype).t(), right.to(out.dtype), out=out)
+        multiply(left.to(out.dtype).mT, right.to(out.dtype), out=out)
+
+
+def launches_cost(tensor: Tensor) -> bool:
+    """Return whether an operation costs the host time while the device could go on."""
+    return tensor.device.type != "cpu"
+
+
+def pays_padding(groups: Groups, left: Tensor, right: Tensor) -> bool:
+    """Return whether one product of clusters that all get the room of the largest is cheaper.
+
+    It is four launches, and some work in vain; else there are two, and one per cluster.
+    """
+    clusters, (batch, positions, height), width = len(groups.sizes), left.shape, right.shape[2]
+    added = (clusters * max(groups.sizes) - batch) * positions
+    moved = added * (height + width) * 2 * left.element_size()
+    work = 2 * added * height * width / OPERATIONS + moved / BYTES
+    return work < (clusters - 2) * LAUNCH
+
+
+def products_of_all(groups: Groups, left: Tensor, right: Tensor, products: Tensor) -> None:
+    """Write ``left.T @ right`` of each cluster, ``(K, M, N)``, with few launches."""
+    if pays_padding(groups, left, right):
+        # What is not finite in a sample that is repeated is not finite in the sum either.
+        a, b = groups.blank_(groups.padded(left)), groups.padded(right)
+        product_into(products, a.flatten(1, 2), b.flatten(1, 2))
+        return
+    for out, a, b in zip(products, groups.sorted(left), groups.sorted(right), strict=True):
+        product_into(out, a.flatten(0, 1), b.flatten(0, 1))  # zero for an empty cluster
 
 
 def weight_blocks(
@@ -74,11 +109,15 @@ def weight_blocks(
     height, width, clusters = left.shape[2], right.shape[2], len(groups.sizes)
     dtype = accumulation_type(left.dtype)
     step = max(1, ROOM // max(1, clusters * width * dtype.itemsize))
-    if step >= height or left.is_cuda or not param.is_contiguous():
+    few = launches_cost(left)
+    if few or step >= height or not param.is_contiguous():
         sums = scratch(clusters, height * width, param, dtype)
         products = sums.view(clusters, height, width)
-        for out, a, b in zip(products, groups.each(left), groups.each(right), strict=True):
-            product_into(out, a.flatten(0, 1), b.flatten(0, 1))  # zero for an empty cluster
+        if few:
+            products_of_all(groups, left, right, products)
+        else:
+            for out, a, b in zip(products, groups.each(left), groups.each(right), strict=True):
+                product_into(out, a.flatten(0, 1), b.flatten(0, 1))
         if not param.is_contiguous():
             sums = torch.stack([flat(s, like=param) for s in products])
         yield 0, param.numel(), sums
@@ -131,7 +170,9 @@ def _gradients(
             left, right = (inputs, rows) if transposed else (rows, inputs)
             blocks = weight_blocks(groups, left, right, param, site.session.scratch)
         else:
-            blocks = iter([(0, param.numel(), groups.sums(rows.sum(dim=1, dtype=dtype)))])
+            ops = engine(rows.device, site.session.queues.backend)
+            sums = ops.position_sums(rows, groups.order, groups.offsets)[0]
+            blocks = iter([(0, param.numel(), sums)])
         result.append(site.session.give(step, param, blocks, dtype))
     return result
 

@@ -13,10 +13,8 @@ import math
 from typing import Any
 
 import torch
-from einops import repeat
 from torch import Tensor, nn
 
-from gq_triton import eager
 from gq_triton.backend import engine
 from gq_triton.cluster_grad.linear import accumulation_type, check_rows
 from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
@@ -38,40 +36,58 @@ __all__ = [
 Running = tuple[Tensor | None, Tensor | None, bool, float, float]
 
 
-def _by_position(
-    site: Site, step: Step, wanted: list[int], grad: Tensor, normalised: Tensor
+def _weighted(
+    site: Site, step: Step, wanted: list[int], sums: tuple[Tensor, Tensor | None]
 ) -> list[Tensor]:
-    """Return the weighted gradients of scale (0) and shift (1), ``(B, ..., *normalised)``."""
-    check_rows(grad, step.groups, site.name)
-    batch = step.groups.labels.numel()
-    dtype = accumulation_type(grad.dtype)
-    wide, result = grad.to(dtype), []
+    """Return the weighted gradients of scale (0) and shift (1) from those of shift and scale."""
+    result = []
     for position in wanted:
-        param = site.param(position)
-        values = wide * normalised.to(dtype) if position == 0 else wide
-        per_sample = values.reshape(batch, -1, param.numel()).sum(dim=1)
-        blocks = iter([(0, param.numel(), step.groups.sums(per_sample))])
-        result.append(site.session.give(step, param, blocks, dtype))
+        param, values = site.param(position), sums[1 - position]
+        assert values is not None
+        blocks = iter([(0, param.numel(), values)])
+        result.append(site.session.give(step, param, blocks, values.dtype))
     return result
+
+
+def _by_position(
+    site: Site, step: Step, wanted: list[int], grad: Tensor, x: Tensor, **statistics: Tensor
+) -> list[Tensor]:
+    """Return the weighted gradients of scale (0) and shift (1).
+
+    Args:
+        site: the layer.
+        step: the forward pass.
+        wanted: which of them.
+        grad: ``(B, ..., *normalised)``, or rows ``(B T, *normalised)`` sample after sample.
+        x: the layer's input, in the same shape.
+        statistics: ``rstd`` and, unless it is 0, ``mean`` of each row of x.
+    """
+    groups = step.groups
+    check_rows(grad, groups, site.name)
+    batch, columns = groups.labels.numel(), site.param(0).numel()
+    dy, x = (t.reshape(batch, -1, columns) for t in (grad, x))
+    known = {name: _wide(value).reshape(batch, -1) for name, value in statistics.items()}
+    ops = engine(grad.device, site.session.queues.backend)
+    sums = ops.position_sums(dy, groups.order, groups.offsets, x=x, **known)
+    return _weighted(site, step, wanted, sums)
 
 
 def _by_channel(
     site: Site, step: Step, wanted: list[int], grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 ) -> list[Tensor]:
-    """Return the weighted gradients of scale (0) and shift (1); mean and rstd ``(B or 1, C)``."""
-    check_rows(grad, step.groups, site.name)
-    batch = step.groups.labels.numel()
+    """Return the weighted gradients of scale (0) and shift (1); mean and rstd ``(B or 1, G)``."""
+    groups = step.groups
+    check_rows(grad, groups, site.name)
+    # Two dimensions: each sample may have several rows, each with statistics of its own.
+    order = groups.rows(len(grad) // groups.labels.numel())
+    dy, x = (t.reshape(*t.shape[:2], -1) for t in (grad, x))
     ops = engine(grad.device, site.session.queues.backend)
-    # kernels.channel_sums would do both sums at once: not before a GPU has shown it faster.
-    sample_sums = getattr(ops, "sample_sums", eager.sample_sums)
-    per_sample = sample_sums(grad, x, mean, rstd)
-    result = []
-    for position in wanted:
-        param = site.param(position)
-        sums = step.groups.sums(per_sample[position].view(batch, -1, param.numel()).sum(dim=1))
-        blocks = iter([(0, param.numel(), sums)])
-        result.append(site.session.give(step, param, blocks, sums.dtype))
-    return result
+    sums = ops.channel_sums(dy, *order, x=x, mean=_wide(mean), rstd=_wide(rstd))
+    return _weighted(site, step, wanted, sums)
+
+
+def _wide(statistic: Tensor) -> Tensor:
+    return statistic.to(accumulation_type(statistic.dtype))
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:
@@ -122,7 +138,7 @@ def layer_norm_gradients(
 ) -> list[Tensor]:
     """Return the weighted gradients of scale and shift."""
     grad, x, mean, rstd = tensors
-    return _by_position(site, step, wanted, grad, (x - mean) * rstd)
+    return _by_position(site, step, wanted, grad, x, mean=mean, rstd=rstd)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -156,7 +172,7 @@ def rms_norm_gradients(
 ) -> list[Tensor]:
     """Return the weighted gradient of the scale."""
     grad, x, rstd = tensors
-    return _by_position(site, step, wanted, grad, x.to(rstd.dtype) * rstd)
+    return _by_position(site, step, wanted, grad, x, rstd=rstd)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -195,8 +211,6 @@ def group_norm_gradients(
 ) -> list[Tensor]:
     """Return the weighted gradients of scale and shift."""
     grad, x, mean, rstd = tensors
-    width = x.shape[1] // mean.shape[1]
-    mean, rstd = (repeat(t, "b g -> b (g w)", w=width) for t in (mean, rstd))
     return _by_channel(site, step, wanted, grad, x, mean, rstd)
 
 

@@ -181,12 +181,12 @@ class Session:
         weighted = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
         raw = torch.empty_like(weighted)
         out, mean = flat(weighted, like=param), flat(raw, like=param)
-        statistics = torch.zeros(5, dtype=torch.float64, device=param.device)
+        tables = []
         for start, stop, sums in blocks:
             into = out[start:stop], mean[start:stop]
-            statistics += self._weigh(step, name, (start, stop), sums, into)[2]
-        self.statistics[name] = statistics
-        return self._rescaled(weighted, statistics).to(param.dtype), raw
+            tables.append(self._weigh(step, name, (start, stop), sums, into)[2])
+        table = tables[0] if len(tables) == 1 else torch.cat(tables)
+        return self._rescaled(name, weighted, table).to(param.dtype), raw
 
     def _weigh(
         self, step: Step, name: str, part: tuple[int, int] | Tensor, sums: Tensor,
@@ -212,16 +212,21 @@ class Session:
         name = self.names[param]
         part = self._weigh(step, name, rows, sums)
         weighted, raw = (torch.zeros_like(param, dtype=sums.dtype) for _ in range(2))
-        weighted[rows], raw[rows] = (t.view(len(rows), -1) for t in part[:2])
-        self.statistics[name] = part[2]
+        for table, values in zip((weighted, raw), part[:2], strict=True):
+            table.index_copy_(0, rows, values.view(len(rows), -1))
         self._keep(step, name, raw)
-        return self._rescaled(weighted, part[2]).to(param.dtype)
+        return self._rescaled(name, weighted, part[2]).to(param.dtype)
 
-    def _rescaled(self, weighted: Tensor, statistics: Tensor) -> Tensor:
-        """Give a weighted gradient the norm of the raw one where ``match_norm`` asks for it."""
+    def _rescaled(self, name: str, weighted: Tensor, statistics: Tensor) -> Tensor:
+        """Give a weighted gradient the norm of the raw one where ``match_norm`` asks for it.
+
+        Also keep what the law did to it, ``(C, 5)``: nobody waits for the sum.
+        """
         if self.match_norm:
-            rescale_([weighted], statistics[None])
-            statistics[1] = statistics[0]
+            statistics = statistics.sum(dim=0, keepdim=True)
+            rescale_([weighted], statistics)
+            statistics[:, 1] = statistics[:, 0]
+        self.statistics[name] = statistics
         return weighted
 
     def _keep(self, step: Step, name: str, raw: Tensor) -> None:

@@ -1,8 +1,10 @@
 """What one forward pass leaves for its backward pass: features, then the samples' clusters."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from einops import reduce
@@ -51,7 +53,7 @@ class Groups:
         labels: cluster of every sample, ``(B,)`` int64.
         order: samples sorted by cluster, ``(B,)`` int64.
         sizes: samples in each cluster, K integers on the host.
-        one_hot: ``(K, B)`` in float32 or float64; times per-sample rows it sums them by cluster.
+        members: ``(K, B)`` bool: who belongs to which cluster.
         unit: what a gradient of the loss is divided by to be the mean over samples.
         inverse_shares: ``(K,)``: a sum over a cluster times this is the cluster's mean gradient,
             in the unit the queue holds; 0 for an empty cluster.
@@ -64,7 +66,7 @@ class Groups:
     labels: Tensor
     order: Tensor
     sizes: list[int]
-    one_hot: Tensor
+    members: Tensor
     unit: float
     inverse_shares: Tensor
     mixture: Tensor
@@ -95,33 +97,86 @@ class Groups:
                 f"set_sample_weights must give one weight to each of the {batch} samples, got "
                 f"{tuple(sample_weights.shape)}"
             )
-        sizes = torch.bincount(labels, minlength=clusters)
-        one_hot = torch.nn.functional.one_hot(labels, clusters).t()
-        weights = torch.ones_like(labels, dtype=torch.float64)
+        device, wide = labels.device, torch.float64
+        members = labels == torch.arange(clusters, device=device)[:, None]
+        # All that the host needs to know comes in one transfer, and all that follows from it goes
+        # back in one: numbers per cluster are not worth a launch each.
+        facts = [members.sum(dim=1).to(wide)]
         if sample_weights is not None:
-            weights = sample_weights.to(weights)
-        population = one_hot.to(weights) @ weights
-        share = population / (weights.sum() * mixing.accumulation_steps)
-        occupied = sizes > 0
-        power = torch.where(occupied, population**mixing.population_power, 0.0)
+            facts.append(members.to(wide) @ sample_weights.to(facts[0]))
+        if isinstance(whole_batch, Tensor):
+            facts.append(whole_batch.to(facts[0]).reshape(1))
+        known = (torch.cat(facts) if len(facts) > 1 else facts[0]).cpu()
+        sizes = known[:clusters]
+        population = sizes if sample_weights is None else known[clusters : 2 * clusters]
+        whole = float(known[-1]) if isinstance(whole_batch, Tensor) else whole_batch or batch
+        share = population / (population.sum() * mixing.accumulation_steps)
+        power = torch.where(sizes > 0, population**mixing.population_power, 0.0)
         # The queue holds means over samples; a summed loss has B times larger gradients.
         unit = float(batch) if mixing.loss_reduction == "sum" else 1.0
+        inverse = torch.where((sizes > 0) & (share > 0), 1.0 / (share * unit), 0.0)
+        mixture = power / power.sum() / mixing.accumulation_steps * unit
         scales = torch.ones_like(share)
         if mixing.centroid_scale == "standard_error":
-            whole = batch if whole_batch is None else whole_batch
-            whole = torch.as_tensor(whole, dtype=torch.float64, device=labels.device)
             scales = (whole * mixing.accumulation_steps / sizes.clamp(min=1)).sqrt()
+        # Rows of an even length start at multiples of 16 bytes: kernels are compiled for that once.
+        table = torch.zeros(4, max(2, clusters + clusters % 2), dtype=wide, device="cpu")
+        for row, vector in zip(table, (inverse, mixture, scales), strict=False):
+            row[:clusters] = vector
+        table[3, 0], table[3, 1] = power.sum(), population.sum()
+        table = table.to(device, non_blocking=True)
+        inverse, mixture, scales = table[:3, :clusters].unbind()
         return Groups(
             labels=labels,
             order=torch.argsort(labels, stable=True),
-            sizes=sizes.tolist(),
-            one_hot=one_hot,
+            sizes=[int(size) for size in sizes.tolist()],
+            members=members,
             unit=unit,
-            inverse_shares=torch.where(occupied & (share > 0), 1.0 / (share * unit), 0.0),
-            mixture=power / power.sum() / mixing.accumulation_steps * unit,
+            inverse_shares=inverse,
+            mixture=mixture,
             sigma_scales=scales,
-            mass=torch.stack([power.sum(), weights.sum()]),
+            mass=table[3, :2],
         )
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """``(K + 1,)`` int64: cluster k has the samples ``order[offsets[k]:offsets[k + 1]]``."""
+        ends = list(itertools.accumulate(self.sizes, initial=0))
+        return torch.tensor(ends, device="cpu").to(self.labels.device, non_blocking=True)
+
+    @cached_property
+    def padding(self) -> tuple[Tensor, Tensor]:
+        """Give every cluster the room of the largest: K rooms, one after the other.
+
+        Returns:
+            ``(K * room,)`` samples, the first one where a room is not full; whether that is so.
+        """
+        room, begin, places = max(self.sizes), 0, []
+        for size in self.sizes:
+            places += [*range(begin, begin + size), *[-1] * (room - size)]
+            begin += size
+        where = torch.tensor(places, device="cpu").to(self.order.device, non_blocking=True)
+        return self.order.index_select(0, where.clamp(min=0)), where < 0
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """Return ``(K, largest size, ...)`` from ``(B, ...)``; what is too much repeats a sample.
+
+        Gathered, not scattered: that is fast where torch computes deterministically too.
+        """
+        return rows.index_select(0, self.padding[0]).unflatten(0, (len(self.sizes), -1))
+
+    def blank_(self, padded: Tensor) -> Tensor:
+        """Put zeros where ``padded`` has too much."""
+        absent = self.padding[1].view(*padded.shape[:2], *[1] * (padded.dim() - 2))
+        return padded.masked_fill_(absent, 0)
+
+    def rows(self, per_sample: int) -> tuple[Tensor, Tensor]:
+        """Return order and offsets of rows of which each sample has some, side by side."""
+        if per_sample == 1:
+            return self.order, self.offsets
+        within = torch.arange(per_sample, device=self.order.device)
+        order = (self.order[:, None] * per_sample + within).flatten()
+        return order, self.offsets * per_sample
 
     def sorted(self, rows: Tensor) -> list[Tensor]:
         """Split ``(B, ...)`` into the rows of each cluster: K views of one sorted copy."""
@@ -139,7 +194,7 @@ class Groups:
 
     def sums(self, per_sample: Tensor) -> Tensor:
         """Sum ``(B, N)`` rows by cluster, ``(K, N)``, in a fixed order."""
-        return self.one_hot.to(per_sample.dtype) @ per_sample
+        return self.members.to(per_sample.dtype) @ per_sample
 
 
 @dataclass(eq=False)

@@ -7,18 +7,19 @@ bit for bit ``torch.optim``. Numba comes with the extra ``gq_triton[cpu]``.
 
 from gq_triton.compiled.bucket import weigh_
 from gq_triton.compiled.combine import combine, queue_statistics
-from gq_triton.compiled.norms import sample_sums
+from gq_triton.compiled.norms import channel_sums
 from gq_triton.compiled.optimizers import gqadamw_, gqsgd_
-from gq_triton.eager import all_finite, nearest_centers, push_
+from gq_triton.eager import all_finite, nearest_centers, position_sums, push_
 
 __all__ = [
     "all_finite",
+    "channel_sums",
     "combine",
     "gqadamw_",
     "gqsgd_",
     "nearest_centers",
+    "position_sums",
     "push_",
     "queue_statistics",
-    "sample_sums",
     "weigh_",
 ]

@@ -213,7 +213,7 @@ def combine(
     # What is not finite in any cluster is not in the sum of squares of their sums either.
     if not math.isfinite(statistics[0]):
         return plain()
-    return weighted, raw, torch.from_numpy(statistics)
+    return weighted, raw, torch.from_numpy(statistics)[None]
 
 
 def _used(

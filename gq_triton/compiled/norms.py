@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gq_triton import eager
 from gq_triton.compiled.law import DTYPES, sums
 from gq_triton.compiled.threads import run
+from gq_triton.eager import norms
 
-__all__ = ["sample_sums"]
+__all__ = ["channel_sums"]
 
 
 @sums()
@@ -29,12 +29,29 @@ def _rows(start, stop, grad, x, mean, rstd, scale, shift):
         shift[row] = total
 
 
-def sample_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over positions what a scale and a shift get from a sample; see ``eager.sample_sums``."""
+def channel_sums(
+    dy: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    *,
+    x: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum what scales and shifts get by cluster and channel; see ``eager.channel_sums``."""
+    if x is None or mean is None or rstd is None:
+        return norms.channel_sums(dy, order, offsets)
+    mean, rstd = (norms.per_channel(t, dy.shape[1]) for t in (mean, rstd))
+    scale, shift = _sample_sums(dy, x, mean, rstd)
+    return norms.by_cluster(shift, order, offsets), norms.by_cluster(scale, order, offsets)
+
+
+def _sample_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over positions what a scale and a shift get from a sample; see ``norms.sample_sums``."""
     tensors = grad, x, mean, rstd
     known = all(t.dtype == grad.dtype and t.dtype in DTYPES for t in tensors)
     if not (known and grad.is_contiguous() and x.is_contiguous() and grad.numel()):
-        return eager.sample_sums(grad, x, mean, rstd)
+        return norms.sample_sums(grad, x, mean, rstd)
     batch, channels = grad.shape[:2]
     count = batch * channels
     per_row = [t.expand(batch, channels).reshape(count).numpy() for t in (mean, rstd)]

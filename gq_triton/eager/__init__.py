@@ -9,19 +9,20 @@ from gq_triton.distances import nearest_centers
 from gq_triton.eager.bucket import all_finite, push_, weigh_
 from gq_triton.eager.combine import combine, queue_statistics
 from gq_triton.eager.law import BLOCK, scarcity_weight, to_queue
-from gq_triton.eager.norms import sample_sums
+from gq_triton.eager.norms import channel_sums, position_sums
 from gq_triton.eager.optimizers import gqadamw_, gqsgd_
 
 __all__ = [
     "BLOCK",
     "all_finite",
+    "channel_sums",
     "combine",
     "gqadamw_",
     "gqsgd_",
     "nearest_centers",
+    "position_sums",
     "push_",
     "queue_statistics",
-    "sample_sums",
     "scarcity_weight",
     "to_queue",
     "weigh_",

@@ -68,19 +68,26 @@ def weigh_(
 
 
 def push_(
-    raw: Tensor, queue: Tensor, queued: Tensor, accept: Tensor, grad_scale: Tensor | None = None
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    finite: Tensor,
+    *,
+    grad_scale: Tensor | None = None,
 ) -> None:
-    """Queue a gradient that was weighted elsewhere.
+    """Queue gradients that were weighted elsewhere.
 
     Args:
-        raw: ``(P,)``, with the loss scale if there is one.
-        queue: the ring ``(L, P)``, changed in place.
-        queued: gradients queued so far, 0-d int64, changed in place.
-        accept: whether it is queued: one bool.
-        grad_scale: the loss scale the gradient carries, 0-d, or None.
+        grads: N gradients ``(P,)``, with the loss scale if there is one; read only.
+        queues: N rings ``(L, P)``; the oldest row is replaced by the unscaled gradient.
+        queued: N counters, 0-d int64: gradients queued so far.
+        finite: ``(N,)`` bool; where False the gradient is not queued.
+        grad_scale: the loss scale the gradients carry, 0-d, or None.
     """
-    slot = Turn(queue, queued, bool(accept), 1.0, None).slot
-    if slot is not None:
-        value = raw if grad_scale is None else raw * (1.0 / float(grad_scale))
-        queue[slot].copy_(to_queue(value, queue.dtype))
-        queued += 1
+    inverse_scale = None if grad_scale is None else 1.0 / float(grad_scale)
+    for grad, queue, count, accept in zip(grads, queues, queued, finite.tolist(), strict=True):
+        slot = Turn(queue, count, accept, 1.0, None).slot
+        if slot is not None:
+            value = grad if inverse_scale is None else grad * inverse_scale
+            queue[slot].copy_(to_queue(value, queue.dtype))
+            count.add_(1)

@@ -75,8 +75,8 @@ def combine(
 
     Returns:
         The weighted gradient ``(P,)`` and the raw one ``(P,)``, both with the loss scale and in the
-        type of ``sums``; and ``(5,)`` float64 as in ``weigh_``, the last three averaged over the
-        clusters by population.
+        type of ``sums``; and ``(C, 5)`` float64, one row per part of the work (here one), whose sum
+        is as in ``weigh_``, the last three averaged over the clusters by population.
     """
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     spread_of = _spreads(queue, queued, math.isfinite(sums.sum()), rho, length)
@@ -106,7 +106,7 @@ def combine(
         out.copy_(result)
         statistics[0] += total.double().square().sum() * unscale**2
         statistics[1] += result.double().square().sum() * unscale**2
-    return weighted, raw, statistics
+    return weighted, raw, statistics[None]
 
 
 def _spreads(
