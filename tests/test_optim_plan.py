@@ -22,7 +22,9 @@ from optim_cases import (
     train,
     values,
 )
+from torch import nn
 
+from gq_triton import GQSGD
 from gq_triton.optim import base
 from gq_triton.optim.plan import Plan
 
@@ -283,6 +285,60 @@ def test_a_parameter_that_became_shorter_is_refused(backend):
         with pytest.raises((ValueError, RuntimeError)):
             train(optimizer, params, 1, start=4)
         assert torch.equal(whole[3:], rest)
+
+
+@planned
+def test_a_parameter_may_be_swapped(backend):
+    """torch refuses to swap a tensor that anything refers to weakly; FSDP2 swaps in ``.cpu()``."""
+    ends = []
+    for forgets in (False, True):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(6))
+        optimizer = GQSGD([param], lr=0.1, momentum=0.9, queue_length=2, backend=backend)
+        for step in range(6):
+            param.grad = torch.randn(6)
+            forget(optimizer, forgets)
+            optimizer.step()
+            param.grad = None
+            if step == 3:
+                torch.utils.swap_tensors(param, nn.Parameter(torch.randn(6)))
+        ends.append(param.detach().clone())
+    assert torch.equal(*ends)
+
+
+@planned
+def test_another_shape_at_the_same_address_is_seen(backend):
+    """Two slices of one tensor with as many elements and the same strides, not the same memory."""
+    ends = []
+    for forgets in (False, True):
+        torch.manual_seed(0)
+        whole, gradient = torch.randn(8, 6), torch.empty(8, 6)
+        param = nn.Parameter(torch.empty(0))
+        param.data = whole[:2]
+        optimizer = GQSGD([param], lr=0.1, momentum=0.9, queue_length=2, backend=backend)
+        for step in range(6):
+            if step == 4:
+                param.grad = None
+                param.data = whole[:3, :4]
+            gradient.normal_()
+            param.grad = gradient[:2] if step < 4 else gradient[:3, :4]
+            forget(optimizer, forgets)
+            optimizer.step()
+        ends.append(whole)
+    assert torch.equal(*ends)
+
+
+@planned
+def test_a_momentum_that_became_shorter_is_refused(backend):
+    param = nn.Parameter(torch.randn(6))
+    optimizer = GQSGD([param], lr=0.1, momentum=0.9, queue_length=2, backend=backend)
+    for _ in range(4):
+        param.grad = torch.randn(6)
+        optimizer.step()
+    momentum = optimizer.state[param]["momentum_buffer"]
+    momentum.data = momentum.data[:3]
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.step()
 
 
 @both_optimizers

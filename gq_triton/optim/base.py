@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gq_triton.backend import engine
-from gq_triton.optim.plan import QUEUE, QUEUED, Batch, Plan, State
+from gq_triton.optim.plan import QUEUE, QUEUED, Batch, Found, Plan, State
 from gq_triton.ring import (
     check_options,
     effective_length,
@@ -128,16 +128,16 @@ class GradQueueOptimizer(Optimizer):
                 loss = closure()
         known = [self._planned(number) for number in range(len(self.param_groups))]
         self._check_gradients(
-            [g for g, b in zip(self.param_groups, known, strict=True) if b is None]
+            [g for g, f in zip(self.param_groups, known, strict=True) if f is None]
         )
         if loss is not None:
             self.record_loss(loss)
         probing = not self.state and self._is_probe()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for number, group in enumerate(self.param_groups):
-            batches = known[number]
-            if batches is None:
-                batches = self._plan(number)
+            found = known[number]
+            known[number] = None
+            batches = self._plan(number) if found is None else self._plans[number].batches(found)
             length = self._length(group)
             for batch in batches:
                 device = batch.shards[0].device
@@ -195,13 +195,13 @@ class GradQueueOptimizer(Optimizer):
             for device in devices:
                 engine(device, group["backend"])
 
-    def _planned(self, number: int) -> list[Batch] | None:
-        """Return the batches of a group's plan, if there is one and it still fits."""
+    def _planned(self, number: int) -> Found | None:
+        """Return what a group's plan needs of this step, if there is one and it still fits."""
         plan, group = self._plans.get(number), self.param_groups[number]
-        batches = None if plan is None else plan.batches(group, self.state, self._keys(group))
-        for batch in batches or ():
-            engine(batch.shards[0].device, group["backend"])  # raises where it cannot run
-        return batches
+        found = None if plan is None else plan.found(group, self.state, self._keys(group))
+        for device in {} if found is None else {shard.device: None for shard in found.shards}:
+            engine(device, group["backend"])  # raises where it cannot run
+        return found
 
     def _plan(self, number: int) -> list[Batch]:
         """Plan a group anew: its parameters that have a gradient, by what one launch can hold."""
@@ -217,8 +217,10 @@ class GradQueueOptimizer(Optimizer):
         for param in group["params"]:
             if param.grad is not None:
                 self._init(param, group, self.state[param])
-        self._plans[number] = Plan(group, self.state, self._keys(group), key_of)
-        return self._plans[number].take_first()
+        plan = self._plans[number] = Plan(group, self.state, self._keys(group), key_of)
+        found = plan.found(group, self.state, plan.keys)
+        assert found is not None
+        return plan.batches(found)
 
     def _init(self, param: Tensor, group: dict[str, Any], state: State) -> None:
         """Allocate what is missing of a parameter's state."""

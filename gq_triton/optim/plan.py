@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import chain, compress, repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Any, overload
-from weakref import ref
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -24,7 +23,7 @@ __all__ = ["QUEUE", "QUEUED", "Batch", "Flats", "Plan", "State"]
 QUEUE, QUEUED = "queue", "queued"
 
 State = dict[str, Any]
-_dtype, _grad = attrgetter("dtype"), attrgetter("grad")
+_dtype, _grad, _shape = attrgetter("dtype"), attrgetter("grad"), attrgetter("shape")
 _NOTHING: State = {}
 
 
@@ -121,8 +120,9 @@ class _Part:
 class Plan:
     """The batches of one group, and all that they depend on.
 
-    No tensor is held, so memory that a user frees is free: weak references tell the tensors of then
-    from those of now, and addresses tell whether they still lie where they did.
+    Of the parameters it holds the objects, as their group does. Of the states it holds no tensor,
+    so that memory which a user frees is free, and no weak reference either, with which
+    ``torch.utils.swap_tensors`` refuses a tensor: what a step needs of them is all compared.
     """
 
     def __init__(
@@ -137,63 +137,56 @@ class Plan:
         Args:
             group: of the optimizer.
             states: of its parameters; queues and counters are there.
-            keys: of the further tensors of a state that a step uses.
+            keys: of the further tensors of a state that a step uses, as far as they are there.
             key_of: what the members of one batch have in common.
         """
         params = group["params"]
-        self._params = [ref(param) for param in params]
+        self._params = list(params)
         self._present = [param.grad is not None for param in params]
         members = list(compress(params, self._present))
         own = [states[member] for member in members]
-        self._keys = (QUEUE, QUEUED, *(key for key in keys if all(key in state for state in own)))
+        self.keys = tuple(key for key in keys if all(key in state for state in own))
         kinds = {
-            type(t) for m, state in zip(members, own, strict=True) for t in (m, *state.values())
+            type(t)
+            for member, state in zip(members, own, strict=True)
+            for t in (member, member.grad, *state.values())
         }
         self._sharded = any(issubclass(kind, DTensor) for kind in kinds)
-        found = _find(members, states, self._keys, self._sharded)
-        self._tensors = [ref(tensor) for tensor in found.tensors]
+        found = _find(members, states, self.keys, self._sharded)
         self._layout, self._addresses = found.layout, found.addresses
         indices: dict[Any, list[int]] = {}
         for index, member in enumerate(members):
             indices.setdefault(key_of(member), []).append(index)
         self._parts = [_part(found, chosen) for chosen in indices.values()]
-        self._first: list[Batch] = self._batches(found)
 
-    def take_first(self) -> list[Batch]:
-        """Return the batches of the step that made the plan, once: they hold tensors."""
-        first, self._first = self._first, []
-        return first
-
-    def batches(
+    def found(
         self, group: dict[str, Any], states: Mapping[Tensor, State], keys: Sequence[str]
-    ) -> list[Batch] | None:
-        """Return the batches of another step; None if anything they depend on has changed.
+    ) -> "Found | None":
+        """Return what a step finds; None if anything that its batches depend on has changed.
 
-        The same parameters must have a gradient; parameters and states must be the same tensors, at
-        the same addresses and of the same types; parameters, queues and gradients must be as long
-        as they were, parameters and gradients have the same strides. Of the gradients only the
-        addresses may differ.
+        The same parameters must have a gradient; all tensors must be of the types, shapes and
+        strides they were, and parameters and states at the same addresses.
         """
         params = group["params"]
-        if (QUEUE, QUEUED, *keys) != self._keys or not _are(params, self._params):
+        if tuple(keys) != self.keys or not _are(params, self._params):
             return None
         if [grad is not None for grad in map(_grad, params)] != self._present:
             return None
         try:
             members = list(compress(params, self._present))
-            found = _find(members, states, self._keys, self._sharded)
+            found = _find(members, states, self.keys, self._sharded)
         except (KeyError, RuntimeError):  # a state is gone; a sparse gradient has no strides
             return None
-        if found.layout != self._layout or found.addresses != self._addresses:
-            return None
-        return self._batches(found) if _are(found.tensors, self._tensors) else None
+        same = found.layout == self._layout and found.addresses == self._addresses
+        return found if same else None
 
-    def _batches(self, found: "_Found") -> list[Batch]:
+    def batches(self, found: "Found") -> list[Batch]:
+        """Return the batches of a step; gradients in another memory order are copied."""
         return [_batch(found, part) for part in self._parts]
 
 
 @dataclass
-class _Found:
+class Found:
     """What a step finds, and what a plan compares of it; one entry per parameter with a gradient.
 
     Attributes:
@@ -202,8 +195,7 @@ class _Found:
         shards: what this rank holds of the parameters: themselves, or parts of DTensors.
         grads: shards of the gradients.
         columns: shards of the states' tensors, by key.
-        tensors: all tensors of the states.
-        layout: types, lengths, strides.
+        layout: types, shapes, strides.
         addresses: of parameters and states.
     """
 
@@ -212,19 +204,18 @@ class _Found:
     shards: list[Tensor]
     grads: list[Tensor]
     columns: dict[str, Sequence[Tensor]]
-    tensors: list[Tensor]
     layout: tuple[Any, ...]
     addresses: list[int]
 
 
 def _find(
     members: list[Tensor], states: Mapping[Tensor, State], keys: tuple[str, ...], sharded: bool
-) -> _Found:
+) -> Found:
     # map() over functions written in C: this runs in every step.
+    keys = QUEUE, QUEUED, *keys
     own = list(map(states.get, members, repeat(_NOTHING)))  # makes no entry, as [] would
     grads: list[Any] = list(map(_grad, members))
     columns: list[Sequence[Tensor]] = list(zip(*map(itemgetter(*keys), own), strict=True))
-    tensors = list(chain.from_iterable(columns))
     shards, placements = members, None
     if sharded:
         placements = [(m.device_mesh, m.placements) for m in members if isinstance(m, DTensor)]
@@ -233,30 +224,40 @@ def _find(
     stored = list(chain.from_iterable(columns))
     layout = (
         placements, list(map(type, members)), list(map(type, grads)),
-        list(map(_dtype, shards)), list(map(_dtype, grads)), list(map(_dtype, stored)),
-        list(map(Tensor.stride, shards)), list(map(Tensor.stride, grads)),
-        list(map(Tensor.numel, shards)), list(map(Tensor.numel, grads)),
-        list(map(Tensor.numel, columns[0] if columns else ())),
+        *(list(map(fact, tensors)) for fact in (_dtype, _shape, Tensor.stride)
+          for tensors in (shards, grads, stored)),
         list(map(Tensor.get_device, grads)),
     )  # fmt: skip
     addresses = list(map(Tensor.data_ptr, chain(shards, stored)))
     named = dict(zip(keys, columns, strict=bool(members)))
-    return _Found(members, own, shards, grads, named, tensors, layout, addresses)
+    return Found(members, own, shards, grads, named, layout, addresses)
 
 
-def _part(found: _Found, indices: list[int]) -> _Part:
+def _part(found: Found, indices: list[int]) -> _Part:
+    for key, column in found.columns.items():
+        for index in indices:
+            shape, own = column[index].shape, found.shards[index].shape
+            size = (shape[1:] if key == QUEUE else shape).numel()
+            if size not in (1, own.numel()):
+                raise ValueError(
+                    f"the state {key!r} of a parameter of shape {tuple(own)} has shape "
+                    f"{tuple(shape)}: it was altered, load a checkpoint or clear the state"
+                )
+
     def is_view(tensor: Tensor, index: int) -> bool:
         return flat(tensor, found.shards[index]).data_ptr() == tensor.data_ptr()
 
     copied = [at for at, index in enumerate(indices) if not is_view(found.grads[index], index)]
     columns = [found.shards, *(column for key, column in found.columns.items() if key != QUEUE)]
-    kept = all(is_view(c[index], index) for c in columns for index in indices if c[index].dim())
+    kept = all(
+        is_view(c[index], index) for c in columns for index in indices if c[index].numel() > 1
+    )
     # The address of another kind of tensor says nothing.
     plain = {type(found.grads[index]) for index in indices} <= {Tensor, Parameter}
     return _Part(indices, copied, {} if kept and plain else None)
 
 
-def _batch(found: _Found, part: _Part) -> Batch:
+def _batch(found: Found, part: _Part) -> Batch:
     def pick(column: Sequence[Any]) -> Sequence[Any]:
         return column if len(part.indices) == len(column) else [column[i] for i in part.indices]
 
@@ -273,11 +274,9 @@ def _batch(found: _Found, part: _Part) -> Batch:
     )  # fmt: skip
 
 
-def _are(tensors: Sequence[Tensor], references: list[ref[Tensor]]) -> bool:
-    """Return whether the tensors are the ones that were referred to."""
-    if len(tensors) != len(references):
-        return False
-    return all(map(is_, tensors, [reference() for reference in references]))
+def _are(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Return whether the tensors are the same objects."""
+    return len(tensors) == len(others) and all(map(is_, tensors, others))
 
 
 def _flat_grad(grad: Tensor, like: Tensor) -> Tensor:
