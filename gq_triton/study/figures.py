@@ -123,7 +123,9 @@ def steps_to_target(groups: Sequence[Group], task: str, target: float) -> bytes:
     values = [s for some in arms.values() for g in some for s in g.steps if math.isfinite(s)]
     top = 2 * max(values, default=1)
     unit = f"steps to validation {STUDY_TASKS[task].score.replace('_', ' ')} {target:g}"
-    heading = f"{task}: steps to target (median, 95 % interval over seeds; dashes: perfect scaling)"
+    heading = f"{task}: steps to target (median, 95 % interval over seeds)"
+    if len(arms) > _FEW:  # no legend says it
+        heading += "; dashes: perfect scaling"
     figure, panels = _canvas(arms, heading, unit)
     for place, panel in panels.items():
         for number, (name, some) in enumerate(arms.items()):
