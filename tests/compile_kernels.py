@@ -78,7 +78,7 @@ WGRAD = {
     key: COMBINE[key] for key in COMBINE if key in cluster_wgrad._cluster_wgrad_kernel.arg_names
 }
 WGRAD |= {
-    "dy": "*bf16:16", "stride_dy": "i32:16", "x": "*bf16:16", "stride_x": "i32:16",
+    "finite": "*u8", "dy": "*bf16:16", "stride_dy": "i32:16", "x": "*bf16:16", "stride_x": "i32:16",
     "row_offsets": "*i64", "center": "*fp32:16", "rate": "*fp32:16", "n_o": "i32:16",
     "n_i": "i32:16", "width_o": "i32:16", "width_i": "i32:16",
 }  # fmt: skip
