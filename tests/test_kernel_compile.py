@@ -100,7 +100,9 @@ def test_means_are_rounded_before_they_are_compared():
 
 def test_float64_loads_are_16_bytes_wide():
     for entry in select(kernels=RINGS, case="float64"):
-        assert entry["accesses"]["ld.global.v2.b64"] >= 6
+        # A push reads the gradient alone.
+        least = 1 if entry["kernel"] == "push" else 6
+        assert entry["accesses"]["ld.global.v2.b64"] >= least
 
 
 def test_unaligned_tensors_get_no_vector_access():
