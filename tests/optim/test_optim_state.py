@@ -51,6 +51,7 @@ def test_tgq18_a_state_dict_continues_bit_for_bit(variant, backend, copied):
     assert_same(snapshot(resumed), snapshot(optimizer))
 
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 RESUME = """
 import sys, torch
 from optim_cases import resume
@@ -68,9 +69,7 @@ def test_tgq18_also_in_another_process(tmp_path):
         train_on_losses(optimizer, params, range(6, 9))
         save(params, optimizer, tmp_path / f"{name}-here.pt")
     command = [sys.executable, "-c", RESUME, str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=HELPERS, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for name in PAIR:
         here = torch.load(tmp_path / f"{name}-here.pt", weights_only=True)

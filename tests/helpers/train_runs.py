@@ -16,7 +16,7 @@ import torch
 
 from gq_triton.training.files import load_newest_checkpoint, read_metrics
 
-SCRIPT = Path(__file__).resolve().parents[1] / "launch" / "train.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 # 6 steps per epoch, the last of them smaller and, with 2 ranks, of unequal shares.
 SHORT = ("--device", "cpu", "--epochs", "4", "--batch-size", "256", "--loss-window", "3")
 

@@ -2,7 +2,8 @@
 """Compile every kernel ahead of time and print one JSON line per kernel, case and architecture.
 
 Run in a process of its own, without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
-No GPU is needed. ``python tests/compile_kernels.py`` prints what ``test_kernel_compile.py`` judges.
+No GPU is needed. ``python tests/engines/compile_kernels.py`` prints what
+``test_kernel_compile.py`` judges.
 """
 
 import json

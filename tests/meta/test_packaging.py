@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Where the files of a package lie in the repository, and what it is called once installed.
 PLACES = {"gq_triton": "gq_triton", "kernels": "gq_triton.kernels", "dist": "gq_triton.dist"}

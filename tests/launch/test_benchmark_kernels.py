@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_cases import DEVICES, QUIET
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "kernels.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels.py"
 pytestmark = QUIET
 
 

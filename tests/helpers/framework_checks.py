@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gq_triton.dist import GradQueueState, register
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "frameworks.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "frameworks.md"
 OPTIONS: dict[str, Any] = {"rho": 3.0, "queue_length": 3, "backend": "torch"}
 EPOCH = 5  # steps of each rank
 Result = tuple[nn.Module, GradQueueState]
