@@ -1,7 +1,7 @@
 """Time the kernels of the clustered backward pass against what they would replace, in one run.
 
     python benchmarks/kernels.py
-    python benchmarks/kernels.py --cases "weight gradient" --repeats 50
+    python benchmarks/kernels.py --cases LayerNorm --repeats 50
 
 Needs a CUDA device. Each line is a pair over the same tensors, timed in turns, medians of
 ``--repeats`` measurements of ``--calls`` calls each. A ratio below 1 means that ours is faster.
@@ -20,14 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gq_triton import clustering, distances
-from gq_triton.backend import engine
-from gq_triton.cluster_grad.linear import weight_blocks
 from gq_triton.cluster_grad.step import Groups, Mixing
-from gq_triton.clustering import KMeans
-
-QUEUE_LENGTH = 5
-RHO = 3.0
 
 
 @dataclass
@@ -49,48 +42,6 @@ def grouped(device: torch.device, batch: int, clusters: int) -> tuple[Groups, Te
     """Return samples in clusters of about the same size, and the clusters' ends on the device."""
     groups = Groups.of(torch.randint(clusters, (batch,), device=device), clusters, Mixing(), None)
     return groups, torch.tensor([0, *groups.sizes], device=device).cumsum(0)
-
-
-def weight_gradient(
-    device: torch.device, backend: str, rows: int = 16384, outputs: int = 4096, inputs: int = 4096,
-    clusters: int = 8,
-) -> Case:  # fmt: skip
-    """The kernel against plain cuBLAS and against K products and `combine`: bfloat16 rows."""
-    from gq_triton.kernels import cluster_weight_grad
-
-    groups, ends = grouped(device, rows, clusters)
-    dy = torch.randn(rows, outputs, device=device, dtype=torch.bfloat16) / rows
-    x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
-    weight = torch.empty(outputs, inputs, device=device)
-    queue = torch.randn(QUEUE_LENGTH, outputs * inputs, device=device) / rows**0.5
-    queued = torch.tensor(QUEUE_LENGTH, device=device)
-    law = {
-        "inverse_shares": groups.inverse_shares, "mixture": groups.mixture,
-        "sigma_scales": groups.sigma_scales, "rho": RHO,
-    }  # fmt: skip
-    sorted_dy, sorted_x = (torch.cat(groups.sorted(t)) for t in (dy, x))
-
-    def room(k: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty(k, elements, dtype=dtype, device=like.device)
-
-    def kernel() -> tuple[Tensor, ...]:
-        return cluster_weight_grad(sorted_dy, sorted_x, ends, queue, queued, **law)
-
-    def with_sorting() -> tuple[Tensor, ...]:
-        left, right = (t.index_select(0, groups.order) for t in (dy, x))
-        return cluster_weight_grad(left, right, ends, queue, queued, **law)
-
-    def per_layer() -> tuple[Tensor, ...]:
-        ops, parts = engine(device, backend), []
-        for begin, end, sums in weight_blocks(groups, dy[:, None], x[:, None], weight, room):
-            parts.append(ops.combine(sums, queue[:, begin:end], queued, **law)[:2])
-        return tuple(torch.cat(part).view_as(weight) for part in zip(*parts, strict=True))
-
-    steps = {"kernel": kernel, "sorting, kernel": with_sorting}
-    steps |= {"sorting, K products, combine": per_layer, "cuBLAS": lambda: dy.t() @ x}
-    shape = f"bfloat16, {rows} rows, {outputs} x {inputs}, K = {clusters}"
-    pairs = [(name, "cuBLAS") for name in steps if name != "cuBLAS"]
-    return Case(shape, steps, [*pairs, ("sorting, kernel", "sorting, K products, combine")])
 
 
 def layer_norm(
@@ -155,52 +106,10 @@ def group_norm(
     return Case(shape, steps, [("channel_sums", "torch")])
 
 
-def assignment(
-    device: torch.device, points: int = 16384, features: int = 1024, clusters: int = 8
-) -> Case:
-    """One assignment of k-means: float32 points."""
-    from gq_triton.kernels import nearest_centers
-
-    x = torch.randn(points, features, device=device)
-    centers = torch.randn(clusters, features, device=device)
-    every = torch.ones(clusters, dtype=torch.bool, device=device)
-    steps = {
-        "nearest_centers": lambda: nearest_centers(x, centers, every),
-        "torch": lambda: distances.nearest_centers(x, centers, every),
-        "torch.cdist": lambda: torch.cdist(x, centers).square().min(dim=1)[::-1],
-    }
-    shape = f"float32, {points} x {features}, K = {clusters}"
-    pairs = [("nearest_centers", "torch"), ("nearest_centers", "torch.cdist")]
-    return Case(shape, steps, pairs)
-
-
-def fit(device: torch.device, points: int = 16384, features: int = 1024, clusters: int = 8) -> Case:
-    """Ten iterations of `KMeans` from given centres: what `clustering.ASSIGN_BACKEND` decides."""
-    x = torch.randn(points, features, device=device)
-
-    def by(backend: str) -> Callable[[], tuple[Tensor, ...]]:
-        def step() -> tuple[Tensor, ...]:
-            before, clustering.ASSIGN_BACKEND = clustering.ASSIGN_BACKEND, backend
-            try:
-                kmeans = KMeans(clusters, init=x[:clusters], warm_start=False, tol=0.0)
-                return kmeans(x), kmeans.cluster_centers_
-            finally:
-                clustering.ASSIGN_BACKEND = before
-
-        return step
-
-    steps = {"triton": by("triton"), "torch": by("torch")}
-    shape = f"KMeans.fit, float32, {points} x {features}, K = {clusters}"
-    return Case(shape, steps, [("triton", "torch")])
-
-
 CASES: dict[str, Callable[[torch.device], Case]] = {
-    "weight gradient": lambda device: weight_gradient(device, "triton"),
     "bias": bias,
     "LayerNorm": layer_norm,
     "GroupNorm": group_norm,
-    "k-means assign": assignment,
-    "k-means": fit,
 }
 
 

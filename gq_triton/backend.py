@@ -1,8 +1,8 @@
 """Which engine runs an operation: the only module that asks whether Triton or Numba can run.
 
 Three engines offer the same functions (``all_finite``, ``weigh_``, ``gqsgd_``, ``gqadamw_``,
-``combine``, ``push_``, ``position_sums``, ``channel_sums``, ``nearest_centers``):
-``kernels`` (Triton), ``compiled`` (Numba, CPU) and ``eager`` (plain torch, any device).
+``combine``, ``queue_statistics``, ``push_``, ``position_sums``, ``channel_sums``): ``kernels``
+(Triton), ``compiled`` (Numba, CPU) and ``eager`` (plain torch, any device).
 """
 
 import importlib.util

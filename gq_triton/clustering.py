@@ -19,12 +19,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
-from gq_triton.backend import engine
-from gq_triton.distances import cost, row_norms
-
-# Which engine finds the nearest centres, on every device. "auto" would take the Triton kernel on a
-# GPU: only once benchmarks/kernels.py has shown it faster there than the product of plain torch.
-ASSIGN_BACKEND = "torch"
+from gq_triton.distances import cost, nearest_centers, row_norms
 
 _CENTERS = "cluster_centers"
 _GENERATOR = "generator"
@@ -121,7 +116,7 @@ def _assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     reach = 64 * torch.finfo(x.dtype).eps * centers.abs().amax(1, keepdim=True)
     same = torch.cdist(centers, centers, p=math.inf) <= reach
     distinct = same.int().argmax(1) == torch.arange(len(centers), device=x.device)
-    return engine(x.device, ASSIGN_BACKEND).nearest_centers(x, centers, distinct)
+    return nearest_centers(x, centers, distinct)
 
 
 def _relocate(

@@ -9,7 +9,7 @@ from gq_triton.compiled.bucket import weigh_
 from gq_triton.compiled.combine import combine, queue_statistics
 from gq_triton.compiled.norms import channel_sums
 from gq_triton.compiled.optimizers import gqadamw_, gqsgd_
-from gq_triton.eager import all_finite, nearest_centers, position_sums, push_
+from gq_triton.eager import all_finite, position_sums, push_
 
 __all__ = [
     "all_finite",
@@ -17,7 +17,6 @@ __all__ = [
     "combine",
     "gqadamw_",
     "gqsgd_",
-    "nearest_centers",
     "position_sums",
     "push_",
     "queue_statistics",

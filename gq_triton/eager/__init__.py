@@ -5,7 +5,6 @@ that intermediates stay in cache. ``kernels`` and ``compiled`` offer the same fu
 same signatures; ``backend.engine`` chooses.
 """
 
-from gq_triton.distances import nearest_centers
 from gq_triton.eager.bucket import all_finite, push_, weigh_
 from gq_triton.eager.combine import combine, queue_statistics
 from gq_triton.eager.law import BLOCK, scarcity_weight, to_queue
@@ -19,7 +18,6 @@ __all__ = [
     "combine",
     "gqadamw_",
     "gqsgd_",
-    "nearest_centers",
     "position_sums",
     "push_",
     "queue_statistics",

@@ -23,11 +23,9 @@ from triton.compiler import ASTSource
 from gq_triton.kernels import (
     chunks,
     cluster_combine,
-    cluster_wgrad,
     finite,
     gqadamw,
     gqsgd,
-    kmeans_assign,
     segment_sums,
     statistics,
     weigh,
@@ -75,31 +73,6 @@ COMBINED = {
     "THREADS": THREADS, "REPAIR": False, "Q_DTYPE": F32,
 }  # fmt: skip
 F64_COMBINE = dict.fromkeys(("sums", "queue", "weighted", "raw"), "*fp64:16")
-WGRAD = {
-    key: COMBINE[key] for key in COMBINE if key in cluster_wgrad._cluster_wgrad_kernel.arg_names
-}
-WGRAD |= {
-    "finite": "*u8", "dy": "*bf16:16", "stride_dy": "i32:16", "x": "*bf16:16", "stride_x": "i32:16",
-    "row_offsets": "*i64", "center": "*fp32:16", "rate": "*fp32:16", "n_o": "i32:16",
-    "n_i": "i32:16", "width_o": "i32:16", "width_i": "i32:16",
-}  # fmt: skip
-TILES = {
-    "DOT_DTYPE": BF16, "TILE_O": cluster_wgrad.TILE_O, "TILE_I": cluster_wgrad.TILE_I,
-    "TILE_R": cluster_wgrad.DEPTH // 2, "L": 5, "GROUP": cluster_wgrad.GROUP, "REPAIR": False,
-}  # fmt: skip
-F32_TILES = {"DOT_DTYPE": F32, "TILE_R": cluster_wgrad.DEPTH // 4}
-F32_ROWS = {"dy": "*fp32:16", "x": "*fp32:16"}
-UNALIGNED = {"n_o": "i32", "n_i": "i32"}
-WGRAD_CASES = {
-    "bfloat16": ({}, {}),
-    "float32": (F32_TILES, F32_ROWS),
-    "float16": ({"DOT_DTYPE": tl.float16}, {"dy": "*fp16:16", "x": "*fp16:16"}),
-    "unaligned weight": ({}, UNALIGNED),
-    "float32, unaligned weight": (F32_TILES, F32_ROWS | UNALIGNED),
-    "loss scaler, bfloat16 queue": ({}, AMP | {"queue": "*bf16:16"}),
-    "loss scaler, unaligned weight": ({}, AMP | UNALIGNED),
-    "repair": ({"REPAIR": True}, {}),
-}
 STATISTICS = {
     "queue": "*fp32:16", "stride_queue": "i32:16", "queued_ptr": "*i64", "length_ptr": "*i64",
     "center": "*fp32:16", "rate": "*fp32:16", "n": "i32:16",
@@ -155,28 +128,6 @@ TOTAL_PARTS = {
     "parts": "*fp32:16", "offsets": "*i64", "sums": "*fp32:16", "n": "i32:16", "n_parts": "i32",
     "n_clusters": "i32", "unit": "i32",
 }  # fmt: skip
-ASSIGN = {
-    "x": "*fp32:16", "stride_x": "i32:16", "centers": "*fp32:16", "stride_centers": "i32:16",
-    "distinct": "*u8", "labels": "*i64", "distances": "*fp32", "n_points": "i32",
-    "n_features": "i32:16", "n_clusters": "i32",
-}  # fmt: skip
-ASSIGNED = {
-    "C_DTYPE": F32, "TILE_B": kmeans_assign.TILE_B, "TILE_F": kmeans_assign.TILE_F,
-    "TILE_K": kmeans_assign.LEAST_K,
-}  # fmt: skip
-MANY = {"TILE_K": kmeans_assign.MOST_K}
-F64_POINTS = dict.fromkeys(("x", "centers"), "*fp64:16") | {"distances": "*fp64"}
-ASSIGN_CASES = {
-    "float32": ({}, {}),
-    "bfloat16": ({}, {"x": "*bf16:16"}),
-    "float16": ({}, {"x": "*fp16:16"}),
-    "float64": ({"C_DTYPE": F64}, F64_POINTS),
-    "32 clusters": (MANY, {}),
-    "32 clusters, float64": (MANY | {"C_DTYPE": F64}, F64_POINTS),
-    "unaligned": (
-        {}, dict.fromkeys(("stride_x", "stride_centers", "n_features"), "i32")
-    ),
-}  # fmt: skip
 
 
 def scalars(kernel: triton.JITFunction) -> dict[str, str]:
@@ -202,15 +153,11 @@ def cases():
         merged = (COMBINE | scalars(kernel) | used).items()
         types = {key: text for key, text in merged if text is not None}
         yield "combine", case, kernel, types, COMBINED | constants
-    kernel = cluster_wgrad._cluster_wgrad_kernel
-    for case, (constants, extra) in WGRAD_CASES.items():
-        used = {key: value for key, value in extra.items() if key in kernel.arg_names}
-        yield "cluster_wgrad", case, kernel, WGRAD | scalars(kernel) | used, TILES | constants
     settled = {"L": 5, "BLOCK": statistics.BLOCK, "C_DTYPE": F32}
     for case, (constants, changed) in STATISTICS_CASES.items():
         types = STATISTICS | changed
         yield "statistics", case, statistics._statistics_kernel, types, settled | constants
-    yield from clustering_cases()
+    yield from sums_cases()
     flags = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")} | {"flags": "*u8"}
     wide = {"BLOCK": block_size(torch.float32, most=8), "W": 3}
     yield "all_finite", "float32", finite._all_finite_kernel, flags, FULL | wide
@@ -224,8 +171,8 @@ def cases():
     yield "total", "float32", weigh._total_kernel, total, {"W": 6, "BLOCK": 128}
 
 
-def clustering_cases():
-    """Yield the cases of the sums by cluster and of k-means."""
+def sums_cases():
+    """Yield the cases of the sums by cluster."""
     for name, kernel, types, tiles, narrow in (
         ("position_sums", segment_sums._position_kernel, SUMS, ROW_TILES, NARROW_ROWS),
         ("channel_sums", segment_sums._channel_kernel, SUMS | IMAGES, IMAGE_TILES, NARROW_IMAGES),
@@ -238,9 +185,6 @@ def clustering_cases():
     yield "total_parts", "float32", segment_sums._total_parts_kernel, TOTAL_PARTS, tiles
     wide = TOTAL_PARTS | dict.fromkeys(("parts", "sums"), "*fp64:16")
     yield "total_parts", "float64", segment_sums._total_parts_kernel, wide, tiles
-    for case, (constants, types) in ASSIGN_CASES.items():
-        kernel = kmeans_assign._nearest_centers_kernel
-        yield "nearest_centers", case, kernel, ASSIGN | types, ASSIGNED | constants
 
 
 def compile_for(target: GPUTarget, kernel: triton.JITFunction, types: dict, constants: dict):
@@ -260,12 +204,8 @@ def compile_for(target: GPUTarget, kernel: triton.JITFunction, types: dict, cons
     )
     warps = 4 if constants.get("CHUNK") is None else THREADS // target.warp_size
     options = {"num_warps": warps}
-    if "TILE_R" in constants:
-        options = {"num_warps": cluster_wgrad.NUM_WARPS, "num_stages": cluster_wgrad.NUM_STAGES}
     if "PART" in constants:
         options = {"num_warps": segment_sums.NUM_WARPS}
-    if "TILE_F" in constants:
-        options = {"num_warps": kmeans_assign.NUM_WARPS, "num_stages": kmeans_assign.NUM_STAGES}
     return triton.compile(source, target=target, options=options)
 
 
@@ -293,12 +233,6 @@ def main() -> None:
                 line |= resources(compiled.asm["cubin"])
                 accesses = re.findall(r"(?:ld|st)\.global[\w.:]*", compiled.asm["ptx"])
                 line["accesses"] = Counter(accesses)
-                products = re.findall(
-                    r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"]
-                )
-                line["tensor_cores"] = len(products) > 0
-                line["differences"] = compiled.asm["ptx"].count("sub.f32")
-                line["copies"] = compiled.asm["ptx"].count("cp.async.cg")
             sys.stdout.write(json.dumps(line) + "\n")
 
 

@@ -13,8 +13,8 @@ pytestmark = QUIET
 ENGINES = [kernels, compiled, eager]
 # What the rest of the package asks an engine for.
 OPERATIONS = [
-    "all_finite", "channel_sums", "combine", "gqadamw_", "gqsgd_", "nearest_centers",
-    "position_sums", "push_", "queue_statistics", "weigh_",
+    "all_finite", "channel_sums", "combine", "gqadamw_", "gqsgd_", "position_sums", "push_",
+    "queue_statistics", "weigh_",
 ]  # fmt: skip
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled here, for CUDA.")
 BACKENDS = ["torch", "numba", pytest.param("triton", marks=interpreted)]

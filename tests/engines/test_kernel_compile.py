@@ -42,7 +42,7 @@ def select(*, kernels=None, case=None, archs=NVIDIA):
 @pytest.mark.parametrize("arch", [*NVIDIA, "gfx942"])
 def test_every_kernel_compiles(arch):
     kernels = {entry["kernel"] for entry in select(archs=(arch,))}
-    clustered = {"combine", "cluster_wgrad", "statistics", "nearest_centers", *SUMS, "total_parts"}
+    clustered = {"combine", "statistics", *SUMS, "total_parts"}
     assert kernels == {*RINGS, *clustered, "all_finite", "count", "total"}
 
 
@@ -77,25 +77,6 @@ def test_sums_by_cluster_load_16_bytes():
         assert entry["accesses"]["ld.global.v4.b32"] == 2
     for entry in select(kernels=SUMS, case="unaligned"):
         assert "ld.global.v4.b32" not in entry["accesses"]
-
-
-def test_points_are_copied_ahead_of_the_product():
-    """Asynchronous copies of 16 bytes where rows are aligned."""
-    for entry in select(kernels=("nearest_centers",)):
-        assert (entry["copies"] > 0) == (entry["case"] != "unaligned")
-
-
-def test_products_run_on_tensor_cores():
-    """Whatever the weight's size: rows that are not a multiple of 16 long are padded."""
-    for entry in select(kernels=("cluster_wgrad",)):
-        assert entry["tensor_cores"] == ("float32" not in entry["case"])
-        assert entry["copies"] > 0
-
-
-def test_means_are_rounded_before_they_are_compared():
-    """One difference per element of a tile; fused with the product, there would be none."""
-    for entry in select(kernels=("cluster_wgrad",)):
-        assert (entry["differences"] > 0) == (entry["case"] != "repair")
 
 
 def test_float64_loads_are_16_bytes_wide():

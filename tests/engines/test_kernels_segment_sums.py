@@ -101,8 +101,8 @@ class Layer:
     def check(self, actual, *, bits=None):
         """Check the sums, neither of which may hold a NaN.
 
-        A sum of n terms may be off by ``4 + sqrt(n)`` eps of the sum of their sizes, as in
-        `cluster_weight_grad`: a term has three roundings, the rest is the sum's.
+        A sum of n terms may be off by ``4 + sqrt(n)`` eps of the sum of their sizes:
+        a term has three roundings, the rest is the sum's.
         """
         clusters = len(self.offsets) - 1
         members = F.one_hot(self.labels, clusters).double()
