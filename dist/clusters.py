@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad import Groups, Mixing, Step
+from gq_triton.cluster_grad import Groups, Mixing
 from gq_triton.cluster_grad.clusters import Clusters
 from gq_triton.cluster_grad.sites import in_backward
 from gq_triton.dist.buckets import Rooms
@@ -92,19 +92,17 @@ class LocalClusters:
         self._clusters = Clusters(
             model, names, queues, n_clusters=n_clusters, features=features, clusterer=clusterer,
             mixing=mixing, mode="one_backward", strict=strict,
+            match_norm=False,  # the norms of the means over all ranks count
+            before_assign=lambda: self._state.take_loss(),
+            whole_batch=self._whole_batch if mixing.centroid_scale == "standard_error" else int,
+            sizes_only=clusterer is _one_cluster,
         )  # fmt: skip
-        self._clusters.sizes_only = clusterer is _one_cluster
         queues.clustered = self._clusters.covered()
         self._session = self._clusters.session
-        self._session.match_norm = False  # the norms of the means over all ranks count
-        self._session.grad_scale = lambda: self._state.loss_scale(self._device)
-        self._session.assign = self._assign
-        if mixing.centroid_scale == "standard_error":
-            self._clusters.whole_batch = self._whole_batch
         self._shares = torch.ones(2, dtype=torch.float64)
         self._rooms = Rooms()
         self._passes, self._warned = mixing.accumulation_steps, False
-        self._clusters.install()
+        self._clusters.install(lambda: self._state.loss_scale(self._device))
 
     @property
     def _state(self) -> "GradQueueState":
@@ -151,10 +149,6 @@ class LocalClusters:
     def set_sample_weights(self, weights: Tensor | None) -> None:
         """Say how much each sample ``(B,)`` of the next batches counts; None for equal."""
         self._clusters.sample_weights = weights
-
-    def _assign(self, step: Step) -> Groups:
-        self._state.take_loss()
-        return self._clusters.assign(step)
 
     def _whole_batch(self, size: int) -> Tensor:
         """Return how many samples all ranks have; a centroid's standard error needs it."""

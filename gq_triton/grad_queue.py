@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,9 +176,8 @@ class GradQueue:
             return (optimizer, weighing, *args[2:]), rest
 
         hook = optimizer.register_step_pre_hook(before_step)
-        restore = self._clusters.install() if self._clusters else None
-        if self._clusters and grad_scaler is not None:
-            self._clusters.session.grad_scale = lambda: _scale_of(grad_scaler)
+        scale = partial(_scale_of, grad_scaler)
+        restore = self._clusters.install(scale) if self._clusters else None
 
         def undo() -> None:
             hook.remove()
@@ -373,5 +373,6 @@ class GradQueue:
 
 
 def _scale_of(grad_scaler: Any) -> Tensor | None:
-    """Return a GradScaler's scale on its device, None where it does not scale."""
-    return grad_scaler._get_scale_async() if grad_scaler.is_enabled() else None
+    """Return a GradScaler's scale on its device; None without one, or where it does not scale."""
+    scales = grad_scaler is not None and grad_scaler.is_enabled()
+    return grad_scaler._get_scale_async() if scales else None

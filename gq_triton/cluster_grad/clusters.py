@@ -42,6 +42,11 @@ class Clusters:
         mixing: how the clusters are weighted.
         mode: ``"one_backward"`` or ``"microbatch"``.
         strict: refuse trainable layers that one backward pass cannot cluster.
+        match_norm: whether the backward pass gives each weighted gradient the norm of the raw one;
+            None is what the queues say.
+        before_assign: called before the clusters of a step are found.
+        whole_batch: from this process's number of samples to that of the whole batch.
+        sizes_only: the clusterer looks at no feature, so none is kept.
 
     Raises:
         ValueError: an option that cannot hold, or a layer that is refused.
@@ -59,6 +64,10 @@ class Clusters:
         mixing: Mixing,
         mode: str,
         strict: bool,
+        match_norm: bool | None = None,
+        before_assign: Callable[[], None] = _nothing,
+        whole_batch: Callable[[int], int | Tensor] = int,
+        sizes_only: bool = False,
     ) -> None:
         if int(n_clusters) != n_clusters or n_clusters < 1:
             raise ValueError(f"n_clusters must be an integer >= 1, got {n_clusters}")
@@ -75,13 +84,16 @@ class Clusters:
         self.n_clusters = n_clusters
         self._layer: nn.Module | None = None
         self.uninstall: Callable[[], None] = _nothing
-        # The clusterer looks at no feature: none need be kept.
-        self.sizes_only = False
         self.kmeans = self._new_kmeans() if clusterer is None else None
         self._clusterer = clusterer or self.kmeans
-        self.session = Session(queues, names, self.assign)
-        # Samples of the whole batch, of which this process may have a part.
-        self.whole_batch: Callable[[int], int | Tensor] = int
+        self._before_assign, self._whole_batch = before_assign, whole_batch
+        self._sizes_only = sizes_only
+        self.session = Session(
+            queues,
+            names,
+            self.assign,
+            match_norm=queues.match_norm if match_norm is None else match_norm,
+        )
         self.layers = survey(model) if mode == "one_backward" else []
         unknown = [layer for layer in self.layers if layer.family is None and layer.trainable]
         if unknown and strict:
@@ -110,6 +122,7 @@ class Clusters:
 
     def assign(self, step: Step) -> Groups:
         """Find the clusters of a step's samples."""
+        self._before_assign()
         if step.features is None:
             raise RuntimeError(
                 f"features={self.features!r} was not computed in the forward pass that this "
@@ -134,15 +147,20 @@ class Clusters:
                 raise ValueError(f"the clusterer must return labels >= 0, got {lowest}")
             clusters = highest + 1
         self.last = step
-        whole = self.whole_batch(len(labels))
+        whole = self._whole_batch(len(labels))
         return Groups.of(labels, clusters, self.mixing, self.sample_weights, whole)
 
-    def install(self) -> Callable[[], None]:
-        """Make the model's backward passes leave weighted gradients; return what undoes it."""
+    def install(self, grad_scale: Callable[[], Tensor | None]) -> Callable[[], None]:
+        """Make the model's backward passes leave weighted gradients; return what undoes it.
+
+        Args:
+            grad_scale: returns the loss scale that the gradients carry, or None.
+        """
         earlier: Clusters | None = vars(self.model).get(_INSTALLED)
         if earlier is not None and earlier.model is self.model:
             earlier.uninstall()  # whoever installed it is gone, or replaced by this
         session = self.session
+        session.grad_scale = grad_scale
         prepare_for_compile()
         restore = convert(self.layers, session) if self.mode == "one_backward" else None
         handles = [self.model.register_forward_pre_hook(self._enter)]
@@ -181,7 +199,7 @@ class Clusters:
     def _capture(self, channels_first: bool, module: nn.Module, args: Any, output: Any) -> None:
         session, tensor = self.session, _first_tensor(output)
         if session.token is not None and tensor is not None and module is self._layer:
-            if self.sizes_only:
+            if self._sizes_only:
                 tensor = tensor.flatten(1)[:, :0]
             capture(session.clock, session.token, tensor, channels_first)
 

@@ -25,10 +25,16 @@ class Session:
         queues: the rings, read for the weights.
         names: parameters' names.
         assign: finds the clusters of a step.
+        match_norm: whether each weighted gradient gets the norm of the raw one here.
     """
 
     def __init__(
-        self, queues: Queues, names: dict[Tensor, str], assign: Callable[[Step], Groups]
+        self,
+        queues: Queues,
+        names: dict[Tensor, str],
+        assign: Callable[[Step], Groups],
+        *,
+        match_norm: bool,
     ) -> None:
         self.queues = queues
         self.params = {name: param for param, name in names.items()}
@@ -42,7 +48,7 @@ class Session:
         self.raw: dict[str, Tensor] = {}
         self.statistics: dict[str, Tensor] = {}
         self.assign = assign
-        self.match_norm = queues.match_norm
+        self.match_norm = match_norm
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._watched: dict[str, Any] = {}
         # What p.grad looked like when the last backward pass had added to it: object and version.
