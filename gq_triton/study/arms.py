@@ -18,7 +18,7 @@ class Law:
         kind: ``"none"``; ``"queue"``, the plug-in; ``"shuffled"`` or ``"constant"``, its weights
             permuted within each tensor or replaced by their mean; ``"magnitude"``, one weight per
             tensor from the norm of its gradient; ``"rank"`` or ``"rank-shuffled"``, weights by rank
-            of z; ``"weighted-queue"``, a queue of weighted gradients; ``"gsnr"``, VRGD.
+            of z; ``"weighted-queue"``, a queue of weighted gradients.
         n_clusters: K, or None.
         cluster_by: ``"features"`` of the task or ``"output_gradient"``; ``"random"`` and
             ``"random-output_gradient"``, the k-means labels of either permuted: same sizes; or
@@ -54,7 +54,7 @@ class Law:
     @property
     def queued(self) -> bool:
         """Whether gradients are queued: then rho and the queue's length mean something."""
-        return self.kind not in ("none", "gsnr")
+        return self.kind != "none"
 
 
 NO_LAW = Law()
@@ -71,7 +71,6 @@ class Arm:
         law: what is done to the gradient.
         clusters: whether the law gets K = B / B_opt clusters, the paper's rule.
         class_weighted: weight the losses by the inverse frequency of the class.
-        needs: the package it is imported from, besides torch.
     """
 
     name: str
@@ -80,17 +79,11 @@ class Arm:
     law: Law = NO_LAW
     clusters: bool = False
     class_weighted: bool = False
-    needs: str | None = None
 
     @property
     def family(self) -> str:
         """``"sgd"`` or ``"adam"``: which range of learning rates it is tuned in."""
-        return "adam" if self.base in _ADAM_LIKE else "sgd"
-
-    @property
-    def lr_factor(self) -> float:
-        """What the range of learning rates is multiplied by: LARS scales its steps by 0.001."""
-        return 10.0 if self.base == "lars" else 1.0
+        return "adam" if self.base == "adamw" else "sgd"
 
     @property
     def tuned(self) -> tuple[str, ...]:
@@ -110,56 +103,68 @@ class Arm:
         return wanted if wanted > 1 else None
 
 
-_ADAM_LIKE = {"adamw", "adabelief", "lamb", "schedulefree-adamw"}
 BASELINES = {"sgdm": "sgdm", "nesterov": "nesterov", "adamw": "adamw"}
 
 _QUEUE = Law("queue")
 
 
-def _queued(base: str) -> list[Arm]:
-    """Return the Grad Queue arms over one optimizer."""
-    plain = Arm(f"gq-{base}", base, f"Grad Queue on {base}, one cluster", _QUEUE)
+def _variant(of: Arm, suffix: str, text: str, **law: Any) -> Arm:
+    changed = replace(of.law, **law)
+    return replace(of, name=f"{of.name}-{suffix}", text=f"{of.text}; {text}", law=changed)
+
+
+_NORM = "rescaled to the raw norm"
+
+
+def _queued(base: str) -> tuple[Arm, Arm, Arm]:
+    """Return the Grad Queue arms over one optimizer: one cluster, K clusters, K equal clusters."""
+    one = Arm(f"gq-{base}", base, f"Grad Queue on {base}, one cluster", _QUEUE)
     clusters = replace(
-        plain,
+        one,
         name=f"gq-{base}-clusters",
         text=f"Grad Queue on {base}, K = B / B_opt clusters of the task's features",
         clusters=True,
     )
-    by_gradient = replace(
+    equal = _variant(
+        replace(_by_gradient(clusters), name=clusters.name),
+        "equal",
+        f"equally weighted; {_NORM}",
+        population_power=0.0,
+        match_norm=True,
+    )
+    return one, clusters, equal
+
+
+def _by_gradient(clusters: Arm) -> Arm:
+    """Return the arm with clusters of the output's gradient in place of the task's features."""
+    return replace(
         clusters,
-        name=f"gq-{base}-clusters-gradient",
-        text=f"Grad Queue on {base}, K = B / B_opt clusters of the output's gradient",
-        law=replace(_QUEUE, cluster_by="output_gradient"),
+        name=f"{clusters.name}-gradient",
+        text=f"Grad Queue on {clusters.base}, K = B / B_opt clusters of the output's gradient",
+        law=replace(clusters.law, cluster_by="output_gradient"),
     )
 
-    def variant(of: Arm, suffix: str, text: str, **law: Any) -> Arm:
-        changed = replace(of.law, **law)
-        return replace(of, name=f"{of.name}-{suffix}", text=f"{of.text}; {text}", law=changed)
 
-    norm = "rescaled to the raw norm"
+def _variants(one: Arm, clusters: Arm) -> list[Arm]:
+    """Return what might do better than the paper's rule."""
     own = "each centroid against its own standard error"
     ranked = "weights by rank of z within each tensor, evenly from 1/rho to rho on a log scale"
+    by_gradient = _by_gradient(clusters)
     return [
-        plain,
-        clusters,
-        variant(plain, "norm", norm, match_norm=True),
-        variant(plain, "adaptive", "effective length by the loss", loss_window=3),
-        variant(clusters, "norm", norm, match_norm=True),
-        variant(clusters, "se", own, centroid_scale="standard_error"),
-        variant(clusters, "se-norm", f"{own}; {norm}",
-                centroid_scale="standard_error", match_norm=True),
-        variant(replace(by_gradient, name=clusters.name), "equal", f"equally weighted; {norm}",
-                population_power=0.0, match_norm=True),
+        _variant(one, "norm", _NORM, match_norm=True),
+        _variant(one, "adaptive", "effective length by the loss", loss_window=3),
+        _variant(clusters, "norm", _NORM, match_norm=True),
+        _variant(clusters, "se", own, centroid_scale="standard_error"),
         by_gradient,
-        variant(by_gradient, "norm", norm, match_norm=True),
-        variant(plain, "tensor", "one weight per tensor and step, the mean of its elements'",
-                kind="constant"),
-        variant(plain, "magnitude", "one weight per tensor and step, from the norm of its gradient",
-                kind="magnitude"),
-        variant(plain, "rank", ranked, kind="rank"),
-        variant(clusters, "rank", ranked, kind="rank"),
-        variant(plain, "weighted-queue", "the queue holds the weighted gradients",
-                kind="weighted-queue"),
+        _variant(by_gradient, "norm", _NORM, match_norm=True),
+        _variant(one, "tensor", "one weight per tensor and step, the mean of its elements'",
+                 kind="constant"),
+        _variant(one, "magnitude", "one weight per tensor and step, from the norm of its gradient",
+                 kind="magnitude"),
+        _variant(one, "rank", ranked, kind="rank"),
+        _variant(clusters, "rank", ranked, kind="rank"),
+        _variant(one, "weighted-queue", "the queue holds the weighted gradients",
+                 kind="weighted-queue"),
     ]  # fmt: skip
 
 
@@ -167,11 +172,13 @@ def _all() -> list[Arm]:
     rebalancing = Law(
         "queue", rho=1.0, population_power=0.0, cluster_by="output_gradient", match_norm=True
     )
+    one, clusters, equal = _queued("sgdm")
     return [
-        Arm("sgdm", "sgdm", "torch.optim.SGD with momentum 0.9"),
-        Arm("nesterov", "nesterov", "torch.optim.SGD with Nesterov momentum 0.9"),
+        Arm("sgdm", "sgdm", "torch.optim.SGD with momentum"),
+        Arm("nesterov", "nesterov", "torch.optim.SGD with Nesterov momentum"),
         Arm("adamw", "adamw", "torch.optim.AdamW"),
-        *_queued("sgdm"),
+        one, clusters, equal,
+        *_variants(one, clusters),
         *_queued("adamw"),
         Arm("sgdm-class-weighted", "sgdm", "SGD with momentum on a class-weighted loss",
             class_weighted=True),
@@ -179,14 +186,6 @@ def _all() -> list[Arm]:
             class_weighted=True),
         Arm("sgdm-equal-clusters", "sgdm",
             "plain rebalancing: gq-sgdm-clusters-equal with rho = 1", rebalancing, clusters=True),
-        Arm("vrgd", "sgdm", "after VRGD (2309.13681): SGD with momentum, by signal to noise",
-            Law("gsnr")),
-        Arm("adabelief", "adabelief", "AdaBelief", needs="pytorch_optimizer"),
-        Arm("lars", "lars", "LARS", needs="pytorch_optimizer"),
-        Arm("lamb", "lamb", "LAMB", needs="pytorch_optimizer"),
-        Arm("schedulefree-sgd", "schedulefree-sgd", "Schedule-Free SGD", needs="schedulefree"),
-        Arm("schedulefree-adamw", "schedulefree-adamw", "Schedule-Free AdamW",
-            needs="schedulefree"),
     ]  # fmt: skip
 
 

@@ -139,14 +139,11 @@ def _lists() -> str:
         ]
         return "\n".join([title, *lines])
 
-    def needs(package: str | None) -> str:
-        return f" (needs the package {package})" if package else ""
-
     tasks = {
         name: f"{task.text}; score: {task.score.replace('_', ' ')}, target {task.target:g}"
         for name, task in STUDY_TASKS.items()
     }
-    arms = {name: arm.text + needs(arm.needs) for name, arm in ARMS.items()}
+    arms = {name: arm.text for name, arm in ARMS.items()}
     controls = {name: control.text for name, control in CONTROLS.items()}
     parts = listed("tasks:", tasks), listed("arms:", arms), listed("controls:", controls)
     return "\n\n".join(parts)
@@ -221,16 +218,10 @@ def _shown(value: Any) -> str:
 
 
 def _check_runnable(config: StudyConfig, data: Path | None) -> None:
-    """Refuse what would fail later: missing packages, missing data, missing GPUs."""
+    """Refuse what would fail later: missing data, missing GPUs."""
     check_device(config.device, config.nproc_per_trial)
-    for name in config.arms:
-        package = ARMS[name].needs
-        if package and find_spec(package) is None:
-            raise Refusal(f"arm {name} needs the package {package}: install gq_triton[relatives]")
     for name in config.tasks:
         STUDY_TASKS[name].load(0, data)
-    if min(config.batch_sizes) < 2 and "vrgd" in config.arms:
-        raise Refusal("arm vrgd needs batches of at least 2 samples")
 
 
 def _dry_run(every: list[Any], total: int, finished: int, given: argparse.Namespace) -> int:

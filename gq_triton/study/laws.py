@@ -11,7 +11,6 @@ from gq_triton.cluster_grad.clusters import OUTPUT_GRADIENT
 from gq_triton.study.altered import AlteredWeights
 from gq_triton.study.arms import Law
 from gq_triton.study.grouping import Grouping
-from gq_triton.study.vrgd import SignalToNoise
 
 __all__ = ["Backward", "Measured", "build_law"]
 
@@ -50,8 +49,6 @@ def build_law(
     """
     if law.kind == "none":
         return _Plain()
-    if law.kind == "gsnr":
-        return SignalToNoise(model)
     generator = torch.Generator().manual_seed(seed)
     if law.by_output:
         features = OUTPUT_GRADIENT

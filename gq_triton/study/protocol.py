@@ -68,9 +68,8 @@ class Cell:
     @cached_property
     def candidates(self) -> list[Settings]:
         """The settings that are tried."""
-        low, high = self.config.lr_range(self.arm.family)
-        factor = self.arm.lr_factor
-        return candidates(self.arm.tuned, (low * factor, high * factor), self.config.trials)
+        lr = self.config.lr_range(self.arm.family)
+        return candidates(self.arm.tuned, lr, self.config.trials)
 
     @cached_property
     def tuning(self) -> list[list[Trial]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import gq_triton
 from gq_triton.study.laws import Backward, build_law
-from gq_triton.study.optimizers import OPTIMIZERS, set_mode
+from gq_triton.study.optimizers import OPTIMIZERS
 from gq_triton.study.records import EVALUATE, Record, Trial
 from gq_triton.tasks import STUDY_TASKS, ScoredTask, batches, measure, sample_losses
 
@@ -75,7 +75,6 @@ class Run:
         order = _stream(len(self.task.train[1]), self.trial.batch_size, self.trial.seed)
         # Dropout draws from here on; drawing the initial weights took as many numbers as it took.
         torch.manual_seed(self.trial.seed)
-        set_mode(self.optimizer, training=True)
         for step in range(1, self.trial.steps + 1):
             started = time.perf_counter()
             finite = self._step(step, next(order))
@@ -145,11 +144,9 @@ class Run:
 
     @torch.no_grad()
     def _measure(self, inputs: Tensor, labels: Tensor, groups: Tensor | None) -> dict[str, float]:
-        set_mode(self.optimizer, training=False)
         self.model.eval()
         outputs = torch.cat([self.model(part) for part in inputs.split(_CHUNK)])
         self.model.train()
-        set_mode(self.optimizer, training=True)
         return measure(outputs, labels, groups)
 
     def _result(self) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_help_explains_every_option(capsys):
     assert left.value.code == 0
     said = capsys.readouterr().out
     for words in ("--dry-run", "--jobs", "gq-sgdm-clusters-norm", "digits-hidden", "rho1-equal",
-                  "gq-sgdm-clusters-gradient-norm", "gq-adamw-weighted-queue"):  # fmt: skip
+                  "gq-sgdm-clusters-gradient-norm", "gq-sgdm-weighted-queue"):  # fmt: skip
         assert words in said
 
 

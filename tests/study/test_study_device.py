@@ -13,8 +13,8 @@ from gq_triton.training.options import Refusal
 
 STUDY = [
     "--tasks", "lines-disc", "digits", "digits-hidden", "python-lm",
-    "--arms", "adamw", "gq-sgdm-adaptive", "gq-sgdm-clusters", "gq-sgdm-clusters-rank", "vrgd",
-    "sgdm-class-weighted", "gq-adamw-clusters-gradient",
+    "--arms", "adamw", "gq-sgdm-adaptive", "gq-sgdm-clusters", "gq-sgdm-clusters-rank",
+    "sgdm-class-weighted", "gq-sgdm-clusters-gradient",
     "--batch-sizes", "32", "--optimal-batch", "8", "--steps", "12",
     "--trials", "1", "--tuning-seeds", "1", "--seeds", "2", "--lr-sgd", "0.01", "0.02",
     "--controls", "shuffled", "random-clusters",

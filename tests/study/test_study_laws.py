@@ -8,11 +8,10 @@ from torch import nn
 
 from gq_triton import reference
 from gq_triton.study.altered import AlteredWeights, _by_rank
-from gq_triton.study.arms import ARMS, Law
+from gq_triton.study.arms import Law
 from gq_triton.study.grouping import Grouping
 from gq_triton.study.laws import build_law
-from gq_triton.study.optimizers import OPTIMIZERS, set_mode
-from gq_triton.study.vrgd import SignalToNoise
+from gq_triton.study.optimizers import OPTIMIZERS
 
 QUEUE = Law("queue", queue_length=3)
 FEATURES = "1"
@@ -145,33 +144,16 @@ def test_clusters_by_population_without_the_law_are_the_plain_gradient():
                 torch.testing.assert_close(grad, other, rtol=1e-10, atol=1e-14)
 
 
-def test_signal_to_noise_weights_agree_with_the_definition():
-    parts = torch.tensor([[1.0, 1.0, 0.0, 2.0], [1.2, -1.0, 0.0, 2.1], [0.8, 0.5, 0.0, 1.9]])
-    mean, variance = parts.mean(dim=0), parts.var(dim=0, unbiased=False)
-    ratios = torch.where(variance > 0, mean**2 / variance, torch.zeros(4))
-    expected = (ratios / ratios.mean()).clamp(0.1, 1.0)
-    torch.testing.assert_close(SignalToNoise.ratios(parts), expected)
-    raw = gradients(Law())[0][0]
-    for grad, plain in zip(gradients(Law("gsnr"))[0][0], raw, strict=True):
-        assert bool((grad.abs() <= plain.abs() * (1 + 1e-9)).all())
-        assert bool((grad.abs() >= 0.1 * plain.abs() * (1 - 1e-9)).all())
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_takes_a_step_and_scores_the_right_weights(name):
-    needs = {arm.base: arm.needs for arm in ARMS.values() if arm.needs}
-    if name in needs:
-        pytest.importorskip(needs[name], reason="comes with the extra relatives")
+def test_every_optimizer_takes_a_step(name):
     net = model().float()
     optimizer = OPTIMIZERS[name](net.parameters(), 0.01)
     inputs, labels = torch.ones(4, 6), torch.zeros(4, dtype=torch.int64)
     losses = []
     for _ in range(30):
-        set_mode(optimizer, training=True)
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(inputs), labels).backward()
         optimizer.step()
-        set_mode(optimizer, training=False)
         losses.append(nn.functional.cross_entropy(net(inputs), labels).item())
     assert losses[-1] < losses[0]
 

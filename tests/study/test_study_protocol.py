@@ -146,7 +146,7 @@ def test_ranks_leave_out_what_needs_one_process():
     assert "random-clusters" not in four["gq-sgdm-clusters"].controls()  # one cluster per rank
     for cell in of.values():
         assert {one.processes for trials in cell.tuning for one in trials} == {2}
-    for arm in ("vrgd", "gq-sgdm-rank", "gq-sgdm-tensor"):
+    for arm in ("gq-sgdm-weighted-queue", "gq-sgdm-rank", "gq-sgdm-tensor"):
         with pytest.raises(Refusal, match=f"{arm} runs in one process"):
             StudyConfig.of(options | {"arms": [arm]})
     with pytest.raises(Refusal, match="at least --nproc-per-trial"):
