@@ -7,7 +7,7 @@ tuned: they take an arm's tuned settings and change one thing (``controls.py``).
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["ARMS", "BASELINES", "NO_LAW", "Arm", "Law"]
+__all__ = ["ARMS", "BASELINES", "NO_LAW", "Arm", "Law", "Recipe"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Law:
 
     Args:
         kind: ``"none"``; ``"queue"``, the plug-in; ``"shuffled"`` or ``"constant"``, its weights
-            permuted within each tensor or replaced by their mean; ``"magnitude"``, one weight per
+            permuted within each tensor or replaced by their mean; ``"lead"``, no weights: the
+            gradient plus its difference to the queue's mean; ``"magnitude"``, one weight per
             tensor from the norm of its gradient; ``"rank"`` or ``"rank-shuffled"``, weights by rank
             of z; ``"weighted-queue"``, a queue of weighted gradients.
         n_clusters: K, or None.
@@ -61,6 +62,23 @@ NO_LAW = Law()
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """The settings of a run that tuning chooses and controls change.
+
+    Args:
+        lr: highest learning rate.
+        beta1: of Adam; with SGD the momentum.
+        warmup: share of the steps in which the learning rate rises linearly.
+        law: what is done to the gradient.
+    """
+
+    lr: float
+    beta1: float = 0.9
+    warmup: float = 0.0
+    law: Law = NO_LAW
+
+
+@dataclass(frozen=True)
 class Arm:
     """A way to train that a study compares.
 
@@ -89,8 +107,8 @@ class Arm:
     def tuned(self) -> tuple[str, ...]:
         """Names of the settings that are tuned; Grad Queue's own count in the same budget."""
         if self.law.queued and self.law.rho > 1:
-            return "lr", "rho", "queue_length"
-        return ("lr",)
+            return "lr", "beta1", "warmup", "rho", "queue_length"
+        return "lr", "beta1", "warmup"
 
     @property
     def baseline(self) -> str | None:

@@ -98,20 +98,22 @@ def _add_option(group: Any, option: Any) -> None:
         str: {"type": str, "metavar": "NAME"},
         tuple[str, ...]: {"type": str, "nargs": "+", "metavar": "NAME"},
         tuple[int, ...]: {"type": int, "nargs": "+", "metavar": "N"},
-        tuple[float, ...]: {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")},
+        tuple[float, ...]: {"type": float, "nargs": "+", "metavar": "VALUE"},
         dict[str, float]: {"type": _target, "nargs": "+", "metavar": "TASK=VALUE"},
     }
     default = option.default
     shown = ""
-    if isinstance(default, tuple) and option.name.startswith("lr"):
-        shown = f" (default: {default[0]:g} {default[1]:g})"
+    if option.type == tuple[float, ...]:
+        shown = f" (default: {' '.join(f'{value:g}' for value in default)})"
     elif option.name == "controls":
         shown = " (default: all)"
     elif isinstance(default, (int, str)):
         shown = f" (default: {default})"
     text = option.metadata["help"] + shown
-    group.add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=text,
-                       **kinds[option.type])  # fmt: skip
+    how = kinds[option.type]
+    if option.name.startswith("lr"):
+        how |= {"nargs": 2, "metavar": ("LOW", "HIGH")}
+    group.add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=text, **how)
 
 
 def _target(text: str) -> tuple[str, float]:

@@ -20,8 +20,9 @@ CONFIG = "study.toml"  # in the folder of a study
 SCHEDULES = "cosine", "constant"
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, before: Any = None) -> Any:
+    """Return a field; ``before`` is what studies did that were written before it existed."""
+    return field(default=default, metadata={"help": help, "before": before})
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ class StudyConfig:
     lr_adam: tuple[float, ...] = _option(
         (1e-4, 0.1), "lowest and highest learning rate tried with Adam and its kin"
     )
+    beta1: tuple[float, ...] = _option(
+        (0.5, 0.7, 0.8, 0.9, 0.95),
+        "values of beta1 that every arm is tuned over, with SGD of the momentum",
+        before=[0.9],
+    )
+    warmup: tuple[float, ...] = _option(
+        (0.0, 0.15),
+        "shares of the steps in which the learning rate rises first, that every arm is tuned over",
+        before=[0.0],
+    )
     nproc_per_trial: int = _option(
         1,
         "processes that share each batch of a trial, under torchrun, Grad Queue through the DDP "
@@ -78,7 +89,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name, known in (("tasks", STUDY_TASKS), ("arms", ARMS), ("controls", CONTROLS)):
             _check_names(name, getattr(self, name), known)
-        for name in ("tasks", "arms", "batch_sizes"):
+        for name in ("tasks", "arms", "batch_sizes", "beta1", "warmup"):
             if not getattr(self, name):
                 raise Refusal(f"--{_flag(name)} needs at least one value")
             if len(set(getattr(self, name))) < len(getattr(self, name)):
@@ -98,10 +109,18 @@ class StudyConfig:
             raise Refusal(f"--device must be one of {_list(DEVICES)}, got {self.device!r}")
         for name in ("lr_sgd", "lr_adam"):
             _check_range(name, getattr(self, name))
+        self._check_momentum()
         _check_names("targets", tuple(self.targets), STUDY_TASKS)
         for task, value in self.targets.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise Refusal(f"--target {task} must be a number, got {value!r}")
+
+    def _check_momentum(self) -> None:
+        # Nesterov's momentum must not be 0.
+        if not all(0 < value < 1 for value in self.beta1):
+            raise Refusal(f"--beta1 must be numbers, 0 < VALUE < 1, got {_list(self.beta1)}")
+        if not all(0 <= value < 1 for value in self.warmup):
+            raise Refusal(f"--warmup must be numbers, 0 <= VALUE < 1, got {_list(self.warmup)}")
 
     def _check_ranks(self) -> None:
         if self.nproc_per_trial == 1:
@@ -207,6 +226,9 @@ def _check_range(name: str, values: tuple[float, ...]) -> None:
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the options in a file.
 
+    What a study wrote has every option there was. One that came later has the value which stands
+    for what was done before, so that the study stays what it was.
+
     Raises:
         Refusal: it cannot be read.
     """
@@ -215,11 +237,22 @@ def read_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib  # pyright: ignore[reportMissingImports]
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refusal(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise Refusal(f"{path} is no TOML: {error}") from error
+    before = {option.name: option.metadata.get("before") for option in fields(StudyConfig)}
+    if values.keys() >= _FIRST_OPTIONS:
+        values = {name: past for name, past in before.items() if past is not None} | values
+    return values
+
+
+# Those of the first release of the studies, each in every file that a study wrote.
+_FIRST_OPTIONS = {
+    "tasks", "arms", "batch_sizes", "trials", "tuning_seeds", "seeds", "steps", "schedule",
+    "eval_every", "controls", "optimal_batch", "lr_sgd", "lr_adam",
+}  # fmt: skip
 
 
 def write_toml(config: StudyConfig) -> str:

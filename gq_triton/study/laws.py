@@ -1,5 +1,6 @@
 """From per-sample losses to the gradients that the optimizer gets, one class per kind of law."""
 
+from collections import deque
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,8 @@ def build_law(
     """
     if law.kind == "none":
         return _Plain()
+    if law.kind == "lead":
+        return _Lead(model, optimizer, law.queue_length)
     generator = torch.Generator().manual_seed(seed)
     if law.by_output:
         features = OUTPUT_GRADIENT
@@ -63,6 +66,49 @@ class _Plain:
 
     def metrics(self) -> Measured:
         return {}
+
+
+class _Lead:
+    """The momentum of ``g + (g - mu)``, with ``mu`` the mean of the last gradients; no weights.
+
+    Adam's second moment is that of ``g``: else the difference, most of it noise, would also make
+    every step shorter. Until the queue is full the momentum is that of ``g``, as with Grad Queue.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, queue_length: int) -> None:
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optimizer
+        self.rings: list[deque[Tensor]] = [deque(maxlen=queue_length) for _ in self.params]
+        self.norm_ratio = 1.0
+
+    def backward(self, outputs: Tensor, losses: Tensor, labels: Tensor) -> None:
+        losses.mean().backward()
+        before = after = 0.0
+        for param, ring in zip(self.params, self.rings, strict=True):
+            raw = param.grad
+            assert raw is not None
+            ahead = raw
+            if len(ring) == ring.maxlen:
+                lead = raw - torch.stack(tuple(ring)).mean(dim=0)
+                ahead = raw + lead
+                self._add(param, raw, lead)
+            before += raw.double().square().sum().item()
+            after += ahead.double().square().sum().item()
+            ring.append(raw.clone())  # an optimizer may write into p.grad
+        self.norm_ratio = (after / before) ** 0.5 if before > 0 else 1.0
+
+    def _add(self, param: Tensor, raw: Tensor, lead: Tensor) -> None:
+        """Make the next step's momentum that of the raw gradient plus its lead."""
+        state = self.optimizer.state[param]
+        if "exp_avg" not in state:
+            param.grad = raw + lead
+            return
+        # The step multiplies by beta1 before it adds (1 - beta1) g.
+        beta1, _ = self.optimizer.param_groups[0]["betas"]
+        state["exp_avg"].add_(lead, alpha=(1 - beta1) / beta1)
+
+    def metrics(self) -> Measured:
+        return {"norm_ratio": self.norm_ratio}
 
 
 class _Queued:

@@ -8,24 +8,25 @@ from torch.optim import Optimizer
 
 __all__ = ["OPTIMIZERS"]
 
-_MOMENTUM = 0.9
+
+def _sgd(params: Iterable[Tensor], lr: float, beta1: float) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=beta1)
 
 
-def _sgd(params: Iterable[Tensor], lr: float) -> Optimizer:
-    return torch.optim.SGD(params, lr=lr, momentum=_MOMENTUM)
+def _nesterov(params: Iterable[Tensor], lr: float, beta1: float) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=beta1, nesterov=True)
 
 
-def _nesterov(params: Iterable[Tensor], lr: float) -> Optimizer:
-    return torch.optim.SGD(params, lr=lr, momentum=_MOMENTUM, nesterov=True)
+def _adamw(params: Iterable[Tensor], lr: float, beta1: float) -> Optimizer:
+    return torch.optim.AdamW(params, lr=lr, betas=(beta1, 0.999))
 
 
-def _adamw(params: Iterable[Tensor], lr: float) -> Optimizer:
-    return torch.optim.AdamW(params, lr=lr)
-
-
-OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], float], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], float, float], Optimizer]] = {
     "sgdm": _sgd,
     "nesterov": _nesterov,
     "adamw": _adamw,
 }
-"""Builders by name: ``(parameters, learning rate) -> optimizer``, the rest at its default."""
+"""Builders by name: ``(parameters, learning rate, beta1) -> optimizer``, the rest at its default.
+
+``beta1`` is the momentum of SGD.
+"""

@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from gq_triton.study.arms import ARMS, NO_LAW, Arm, Law
+from gq_triton.study.arms import ARMS, NO_LAW, Arm, Law, Recipe
 from gq_triton.study.config import StudyConfig
 from gq_triton.study.controls import CONTROLS, Tuned, altered, applicable
 from gq_triton.study.records import EVALUATE, TUNE, Record, Store, Trial
-from gq_triton.study.space import Settings, at_edge, candidates
+from gq_triton.study.space import Settings, Space, at_edge, candidates
 from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["Cell", "Choice", "cells", "missing", "progress"]
@@ -22,8 +22,8 @@ class Choice:
     """The settings that tuning chose for an arm.
 
     Args:
-        settings: ``lr`` and Grad Queue's own.
-        law: with them filled in.
+        settings: ``lr``, ``beta1``, ``warmup`` and Grad Queue's own.
+        recipe: the same, filled in.
         score: mean validation score of the tuning seeds.
         edges: settings on the edge of what was tried.
         measured: mean norm ratio and mean weight of those runs; 1 without a law.
@@ -31,7 +31,7 @@ class Choice:
     """
 
     settings: Settings
-    law: Law
+    recipe: Recipe
     score: float
     edges: list[str]
     measured: dict[str, float]
@@ -68,17 +68,22 @@ class Cell:
     @cached_property
     def candidates(self) -> list[Settings]:
         """The settings that are tried."""
-        lr = self.config.lr_range(self.arm.family)
-        return candidates(self.arm.tuned, lr, self.config.trials)
+        config = self.config
+        space = Space(config.lr_range(self.arm.family), config.beta1, config.warmup)
+        return candidates(self.arm.tuned, space, config.trials)
 
     @cached_property
     def tuning(self) -> list[list[Trial]]:
         """The tuning runs: by candidate, by tuning seed."""
         seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.config.tuning_seeds)
         return [
-            [self._trial(settings["lr"], self._law(settings), seed, TUNE) for seed in seeds]
+            [self._trial(self._recipe(settings), seed, TUNE) for seed in seeds]
             for settings in self.candidates
         ]
+
+    def _recipe(self, settings: Settings) -> Recipe:
+        plain = {name: settings[name] for name in ("lr", "beta1", "warmup")}
+        return Recipe(**plain, law=self._law(settings))
 
     def _law(self, settings: Settings) -> Law:
         law = self.arm.law
@@ -95,7 +100,7 @@ class Cell:
         law = replace(law, **own)
         return NO_LAW if law.rho == 1 and clusters is None else law
 
-    def _trial(self, lr: float, law: Law, seed: int, purpose: str) -> Trial:
+    def _trial(self, recipe: Recipe, seed: int, purpose: str) -> Trial:
         config = self.config
         return Trial(
             task=self.task,
@@ -105,13 +110,15 @@ class Cell:
             looks_every=config.looks_every,
             target=config.target(self.task),
             base=self.arm.base,
-            lr=lr,
+            lr=recipe.lr,
             seed=seed,
             purpose=purpose,
-            law=law,
+            law=recipe.law,
             class_weighted=self.arm.class_weighted,
             processes=config.nproc_per_trial,
             device=config.device,
+            beta1=recipe.beta1,
+            warmup=recipe.warmup,
         )
 
     def choice(self, store: Store) -> Choice | None:
@@ -131,7 +138,7 @@ class Cell:
         best = order[0]
         self._choice = Choice(
             settings=tried[best],
-            law=self._law(tried[best]),
+            recipe=self._recipe(tried[best]),
             score=_mean([r.result["validation_score"] for r in known[best]]),
             edges=at_edge(tried[best], tried),
             measured={
@@ -163,10 +170,10 @@ class Cell:
 
     def evaluation(self, choice: Choice) -> list[Trial]:
         """Return the runs of the tuned arm on the evaluation seeds."""
-        return self._seeds(choice.settings["lr"], choice.law)
+        return self._seeds(choice.recipe)
 
-    def _seeds(self, lr: float, law: Law) -> list[Trial]:
-        return [self._trial(lr, law, seed, EVALUATE) for seed in range(self.config.seeds)]
+    def _seeds(self, recipe: Recipe) -> list[Trial]:
+        return [self._trial(recipe, seed, EVALUATE) for seed in range(self.config.seeds)]
 
     def controls(self) -> list[str]:
         """Return the names of the controls that this arm is held against here."""
@@ -176,8 +183,7 @@ class Cell:
         labels = STUDY_TASKS[self.task].labels
         names = [name for name in self.config.controls if applicable(name, law, labels)]
         if self.config.nproc_per_trial > 1:
-            # The others change what the hook computes inside.
-            names = [name for name in names if CONTROLS[name].kinds is None]
+            names = [name for name in names if not CONTROLS[name].inside]
             if self.n_clusters is not None and self.n_clusters < 2 * self.config.nproc_per_trial:
                 # One cluster per rank: permuted, it is the same.
                 names = [name for name in names if name != "random-clusters"]
@@ -185,9 +191,7 @@ class Cell:
 
     def control(self, name: str, choice: Choice) -> list[Trial]:
         """Return the runs of a control on the evaluation seeds."""
-        tuned = Tuned(choice.settings["lr"], choice.law, **choice.measured)
-        lr, law = altered(name, tuned)
-        return self._seeds(lr, law)
+        return self._seeds(altered(name, Tuned(choice.recipe, self.arm.family, **choice.measured)))
 
 
 def _mean(values: list[float]) -> float:

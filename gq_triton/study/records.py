@@ -35,6 +35,8 @@ class Trial:
         class_weighted: weight the losses by the inverse frequency of the class.
         processes: that share each batch under DDP.
         device: that it computes on, ``"cpu"`` or ``"cuda"``.
+        beta1: of Adam; with SGD the momentum.
+        warmup: share of the steps in which the learning rate rises linearly.
     """
 
     task: str
@@ -51,6 +53,8 @@ class Trial:
     class_weighted: bool = False
     processes: int = 1
     device: str = "cpu"
+    beta1: float = 0.9
+    warmup: float = 0.0
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Trial":
@@ -62,7 +66,8 @@ class Trial:
     def key(self) -> str:
         """Content hash: trials that ask for the same are one, whichever arm they belong to."""
         asked = asdict(self)
-        for name in ("processes", "device"):  # came later: records from before keep their names
+        # These came later: records from before keep their names.
+        for name in ("processes", "device", "beta1", "warmup"):
             if asked[name] == getattr(Trial, name):
                 del asked[name]
         content = json.dumps([FORMAT, asked], sort_keys=True)

@@ -104,8 +104,9 @@ def _pictures(
 
 
 _COLUMNS = (
-    "arm", "batch", "K", "lr", "rho", "L", "test score", "95 % interval", "median",
-    "steps to target", "samples", "seconds", "diverged", "norm ratio", "edge of the space",
+    "arm", "batch", "K", "lr", "beta1", "warm-up", "rho", "L", "test score", "95 % interval",
+    "median", "steps to target", "samples", "seconds", "diverged", "norm ratio",
+    "edge of the space",
 )  # fmt: skip
 _PAIR_COLUMNS = (
     "arm", "batch", "against", "mean difference", "95 % interval", "interval of the verdict",
@@ -146,6 +147,8 @@ def _row(group: Group) -> list[str]:
         str(trial.batch_size),
         "" if law is None else str(law.n_clusters or 1),
         f"{trial.lr:.4g}",
+        f"{trial.beta1:g}",
+        f"{trial.warmup:.3g}",
         "" if law is None else f"{law.rho:.3g}",
         "" if law is None else str(law.queue_length),
         f"{sum(group.scores) / len(group.scores):.4f}",

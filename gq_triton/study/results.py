@@ -95,8 +95,14 @@ def collect(cells: Iterable[Cell], store: Store) -> list[Group]:
 
 
 def results_csv(groups: Iterable[Group]) -> str:
-    """Return a row per task, arm, batch size and seed: nothing in it depends on the clock."""
-    settings = "lr", "rho", "queue_length", "n_clusters"
+    """Return a row per task, arm, batch size and seed: nothing in it depends on the clock.
+
+    ``beta1`` and ``warmup`` have columns if anything but 0.9 and 0 was tried.
+    """
+    groups = list(groups)
+    spaces = {(group.cell.config.beta1, group.cell.config.warmup) for group in groups}
+    tuned = () if spaces <= {((0.9,), (0.0,))} else ("beta1", "warmup")
+    settings = "lr", *tuned, "rho", "queue_length", "n_clusters"
     columns = [
         *KEY, *settings, "score_name", "score", "diverged", "validation_score",
         "steps_to_target", "samples_to_target", "train_loss",
@@ -127,6 +133,8 @@ def _result_row(group: Group, record: Record) -> dict[str, Any]:
     return {
         **_key(group, record),
         "lr": trial.lr,
+        "beta1": trial.beta1,
+        "warmup": trial.warmup,
         "rho": law.rho if law else None,
         "queue_length": law.queue_length if law else None,
         "n_clusters": law.n_clusters if law else None,
@@ -151,7 +159,7 @@ def timing_csv(groups: Iterable[Group]) -> str:
 
 def _csv(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
         # Six digits: scores are shares of a few hundred samples.

@@ -2,27 +2,45 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Settings", "at_edge", "candidates"]
+__all__ = ["Settings", "Space", "at_edge", "candidates"]
 
 Settings = dict[str, float]
 
 _RHO = 1.5, 6.0
 _LENGTHS = 3, 4, 5  # the paper: "3 to 5 queue length good enough"
-_COLUMNS = "lr", "rho", "queue_length"
+# Of the sequence; a column that is added at the end leaves the others as they were.
+_COLUMNS = "lr", "rho", "queue_length", "beta1", "warmup"
+_CONTINUOUS = "lr", "rho"
 
 
-def candidates(names: Sequence[str], lr: tuple[float, float], trials: int) -> list[Settings]:
-    """Return the settings of every tuning trial.
-
-    All arms draw from one sequence: equally many trials, and the same learning rates where they
-    share the range, so that an arm with more settings gets no more tries.
+@dataclass(frozen=True)
+class Space:
+    """What a study tunes over, the same for all arms of a family.
 
     Args:
-        names: what is tuned, of ``lr``, ``rho``, ``queue_length``.
         lr: lowest and highest learning rate, tried on a logarithmic scale.
+        beta1: the values tried; with SGD of the momentum.
+        warmup: the shares of the steps tried.
+    """
+
+    lr: tuple[float, float]
+    beta1: tuple[float, ...]
+    warmup: tuple[float, ...]
+
+
+def candidates(names: Sequence[str], space: Space, trials: int) -> list[Settings]:
+    """Return the settings of every tuning trial.
+
+    All arms draw from one sequence: equally many trials, with the same learning rate, beta1 and
+    warm-up where they share the space, so that an arm with more settings gets no more tries.
+
+    Args:
+        names: what is tuned, of ``lr``, ``beta1``, ``warmup``, ``rho``, ``queue_length``.
+        space: that it is tuned over.
         trials: how many.
     """
     # In the middle of their cells: 2^k trials then try 2^k evenly spread learning rates, where a
@@ -30,14 +48,16 @@ def candidates(names: Sequence[str], lr: tuple[float, float], trials: int) -> li
     engine = torch.quasirandom.SobolEngine(len(_COLUMNS))
     points = (engine.draw(trials, dtype=torch.float64) + 0.5 / trials).remainder(1).tolist()
     return [
-        {name: _at(name, point[_COLUMNS.index(name)], lr) for name in names} for point in points
+        {name: _at(name, point[_COLUMNS.index(name)], space) for name in names} for point in points
     ]
 
 
-def _at(name: str, share: float, lr: tuple[float, float]) -> float:
-    if name == "queue_length":
-        return _LENGTHS[min(int(share * len(_LENGTHS)), len(_LENGTHS) - 1)]
-    low, high = lr if name == "lr" else _RHO
+def _at(name: str, share: float, space: Space) -> float:
+    if name not in _CONTINUOUS:
+        listed = {"queue_length": _LENGTHS, "beta1": space.beta1, "warmup": space.warmup}
+        values = listed[name]
+        return values[min(int(share * len(values)), len(values) - 1)]
+    low, high = space.lr if name == "lr" else _RHO
     value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
     return float(f"{value:.4g}")
 
@@ -45,13 +65,13 @@ def _at(name: str, share: float, lr: tuple[float, float]) -> float:
 def at_edge(best: Mapping[str, float], tried: Sequence[Mapping[str, float]]) -> list[str]:
     """Return which continuous settings of the best trial nobody went beyond, as ``"lr low"``.
 
-    There the best may lie outside of what was tried. The queue's length has three values, all in
-    the paper's range: its ends are no edge.
+    There the best may lie outside of what was tried. The queue's length, beta1 and the warm-up
+    have a few values each, which the protocol gives: their ends are no edge.
     """
     found = []
     for name in best:
         values = [settings[name] for settings in tried]
-        if name == "queue_length" or min(values) == max(values):
+        if name not in _CONTINUOUS or min(values) == max(values):
             continue
         if best[name] == min(values):
             found.append(f"{name} low")

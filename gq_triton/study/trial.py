@@ -19,7 +19,7 @@ from gq_triton.study.optimizers import OPTIMIZERS
 from gq_triton.study.records import EVALUATE, Record, Trial
 from gq_triton.tasks import STUDY_TASKS, ScoredTask, batches, measure, sample_losses
 
-__all__ = ["SERIES", "Run", "run_trial"]
+__all__ = ["SERIES", "Run", "learning_rate", "run_trial"]
 
 SERIES = "mean_weight", "norm_ratio", "saturated_high", "saturated_low", "effective_length"
 _CHUNK = 1024  # samples per forward pass of a look
@@ -52,7 +52,7 @@ class Run:
         torch.manual_seed(trial.seed)
         self.model = task.model().to(self.device)  # drawn on the CPU: the same weights everywhere
         params = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = OPTIMIZERS[trial.base](params, trial.lr)
+        self.optimizer = OPTIMIZERS[trial.base](params, trial.lr, trial.beta1)
         self.law = self._build_law()
         self.class_weights = _class_weights(self.task) if trial.class_weighted else None
         self.losses: list[float] = []
@@ -90,11 +90,8 @@ class Run:
 
     def _step(self, step: int, indices: Tensor) -> bool:
         """Take one step; return False, without taking it, if the loss is not finite."""
-        trial = self.trial
-        if trial.schedule == "cosine":
-            share = (step - 1) / trial.steps
-            for group in self.optimizer.param_groups:
-                group["lr"] = trial.lr * (1 + math.cos(math.pi * share)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.trial, step)
         self.optimizer.zero_grad()
         loss = self._gradients(indices)
         if not math.isfinite(loss):
@@ -185,6 +182,21 @@ class Run:
             "seconds": self.seconds,
             "seconds_to_target": reached["seconds"] if reached else None,
         }
+
+
+def learning_rate(trial: Trial, step: int) -> float:
+    """Return the learning rate of a step, counted from 1.
+
+    It rises linearly over the warm-up, and is ``trial.lr`` first in the step after; from there the
+    cosine falls over the steps that are left.
+    """
+    rising = round(trial.warmup * trial.steps)
+    if step <= rising:
+        return trial.lr * step / (rising + 1)
+    if trial.schedule == "constant":
+        return trial.lr
+    share = (step - 1 - rising) / (trial.steps - rising)
+    return trial.lr * (1 + math.cos(math.pi * share)) / 2
 
 
 def _stream(samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:

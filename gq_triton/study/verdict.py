@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gq_triton.study.controls import PRIMARY
+from gq_triton.study.controls import LAG, PRIMARY
 from gq_triton.study.results import Group, gains
 from gq_triton.study.statistics import Comparison, compare
 from gq_triton.tasks import STUDY_TASKS
@@ -15,6 +15,7 @@ HELPS, HURTS, NONE = "helps", "hurts", "no difference"
 UNDECIDED = "undecided"
 LONGER = "better, but no more than a longer step is"
 PLAIN = "better, but no more than the same learning rate is without it"
+LESS_LAG = "better, but no more than less momentum lag is"
 UNKNOWN = "no verdict"
 
 
@@ -36,7 +37,10 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """``helps`` only if it beats the tuned baseline and, where that ran, a step as long."""
+        """``helps`` only if it beats the tuned baseline and, of those that ran, two controls.
+
+        They are a step as long, and less lag of the momentum.
+        """
         if self.baseline is None:
             return UNKNOWN
         sign = self.against[self.baseline].sign
@@ -47,9 +51,10 @@ class Finding:
             return UNDECIDED if result.low > 0 or result.high < 0 else NONE
         family = self.group.cell.arm.family
         primary = self.against.get(PRIMARY[family])
-        if primary is None or primary.sign > 0:
-            return HELPS
-        return LONGER if family == "sgd" else PLAIN
+        if primary is not None and primary.sign <= 0:
+            return LONGER if family == "sgd" else PLAIN
+        lag = [self.against[name] for name in LAG if name in self.against]
+        return HELPS if all(comparison.sign > 0 for comparison in lag) else LESS_LAG
 
     @property
     def controls(self) -> dict[str, Comparison]:

@@ -147,7 +147,7 @@ def test_clusters_by_population_without_the_law_are_the_plain_gradient():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_takes_a_step(name):
     net = model().float()
-    optimizer = OPTIMIZERS[name](net.parameters(), 0.01)
+    optimizer = OPTIMIZERS[name](net.parameters(), 0.01, 0.8)
     inputs, labels = torch.ones(4, 6), torch.zeros(4, dtype=torch.int64)
     losses = []
     for _ in range(30):

@@ -7,15 +7,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from gq_triton.study.arms import ARMS, Law
+from gq_triton.study.arms import ARMS, Law, Recipe
 from gq_triton.study.config import StudyConfig, read_toml, write_toml
 from gq_triton.study.controls import CONTROLS, Tuned, altered, applicable
 from gq_triton.study.grouping import Grouping
 from gq_triton.study.protocol import cells, missing, progress
 from gq_triton.study.ranks import launch
 from gq_triton.study.records import EVALUATE, TUNE, Record, Store, Trial
-from gq_triton.study.space import at_edge, candidates
-from gq_triton.study.trial import SERIES, run_trial
+from gq_triton.study.space import Space, at_edge, candidates
+from gq_triton.study.trial import SERIES, learning_rate, run_trial
 from gq_triton.training.options import Refusal
 
 OPTIONS = {
@@ -52,6 +52,8 @@ def test_old_records_keep_their_names():
     law = Law("queue", n_clusters=4, rho=2.0, match_norm=True)
     assert trial(law=law).key == "a695af45d09cf040bdd3527b"
     assert trial(processes=2).key == "7a5b9d888c6ed147995b79b3"
+    assert trial(beta1=0.9, warmup=0.0).key == "8d342208915dce23e78988d0"
+    assert len({trial().key, trial(beta1=0.8).key, trial(warmup=0.15).key}) == 3
 
 
 def test_a_record_survives_the_disk_and_half_a_record_is_none(tmp_path):
@@ -136,7 +138,7 @@ def test_each_rank_finds_clusters_among_its_own_samples(by, tmp_path):
 def test_ranks_leave_out_what_needs_one_process():
     options = OPTIONS | {"nproc_per_trial": 2}
     of = {c.arm.name: c for c in cells(StudyConfig.of(options)) if c.batch_size == 16}
-    plain = ["norm-ratio", "mean-weight", "same-lr"]
+    plain = ["norm-ratio", "mean-weight", "same-lr", "lower-momentum"]
     assert of["gq-sgdm"].controls() == plain
     assert of["gq-sgdm-clusters"].controls() == [
         *plain, "random-clusters", "label-clusters", "rho1-population", "rho1-equal",
@@ -196,9 +198,13 @@ def test_a_target_that_is_lost_again_was_not_reached(monkeypatch):
 
 
 def test_every_arm_has_the_same_budget_and_the_same_learning_rates():
-    tried = {arm: candidates(ARMS[arm].tuned, (1e-3, 3.0), 8) for arm in ("sgdm", "gq-sgdm")}
+    space = Space((1e-3, 3.0), (0.5, 0.7, 0.8, 0.9, 0.95), (0.0, 0.15))
+    tried = {arm: candidates(ARMS[arm].tuned, space, 8) for arm in ("sgdm", "gq-sgdm")}
     rates = {arm: [settings["lr"] for settings in some] for arm, some in tried.items()}
-    assert rates["sgdm"] == rates["gq-sgdm"]
+    for name in ("lr", "beta1", "warmup"):
+        first, second = ([settings[name] for settings in some] for some in tried.values())
+        assert first == second
+        assert name == "lr" or set(first) == set(getattr(space, name))
     assert len(set(rates["sgdm"])) == 8
     # One point in every eighth of the logarithmic range: that is what Sobol is for.
     for number, rate in enumerate(sorted(rates["sgdm"])):
@@ -237,14 +243,14 @@ def test_tuning_comes_first_and_decides(tmp_path):
     store.know(fake(first[1], score=0.8, loss=0.2))
     choice = cell.choice(store)
     assert choice is not None
-    assert choice.law == first[1].law  # equal scores: the lower loss
+    assert choice.recipe.law == first[1].law  # equal scores: the lower loss
     then = missing(cell, store)
     assert {one.purpose for one in then} == {EVALUATE}
     assert {one.seed for one in then} == {0, 1}
     assert not {one.seed for one in then} & {one.seed for one in first}
     assert len(then) == 2 * (1 + len(CONTROLS))
-    plain = {one.lr for one in then if one.law.kind == "none"}
-    lr = choice.settings["lr"]
+    lr, beta1 = choice.recipe.lr, choice.recipe.beta1
+    plain = {one.lr for one in then if one.law.kind == "none" and one.beta1 == beta1}
     assert plain == {lr, float(f"{2 * lr:.6g}"), float(f"{1.25 * lr:.6g}")}
 
 
@@ -255,19 +261,26 @@ def test_one_cluster_is_none_and_its_runs_are_shared(tmp_path):
     finished, total = progress(every, Store(tmp_path))
     # 5 different sets of 2 tuning runs; evaluation and controls as far as can be known.
     assert finished == 0
-    assert total == 5 * 2 + 2 * (2 + 6 + 6 + 6 + 10)
+    assert total == 5 * 2 + 2 * (2 + 8 + 8 + 8 + 12)
 
 
 def test_controls_change_one_thing():
     law = Law("queue", n_clusters=4, rho=2.0, match_norm=True)
-    tuned = Tuned(0.1, law, norm_ratio=1.5, mean_weight=1.2)
-    assert altered("norm-ratio", tuned) == (0.15, Law())
-    assert altered("mean-weight", tuned) == (0.12, Law())
-    assert altered("same-lr", tuned) == (0.1, Law())
+    recipe = Recipe(0.1, beta1=0.8, warmup=0.15, law=law)
+    tuned = Tuned(recipe, "sgd", norm_ratio=1.5, mean_weight=1.2)
+    plain = replace(recipe, law=Law())
+    assert altered("norm-ratio", tuned) == replace(plain, lr=0.15)
+    assert altered("mean-weight", tuned) == replace(plain, lr=0.12)
+    assert altered("same-lr", tuned) == plain
+    assert altered("lower-momentum", tuned) == replace(plain, lr=0.2, beta1=0.6)
+    assert altered("lower-momentum", replace(tuned, family="adam")) == replace(plain, beta1=0.6)
+    assert altered("lead", tuned) == replace(plain, law=Law("lead"))
+    of_laws = set(CONTROLS) - {"norm-ratio", "mean-weight", "same-lr", "lower-momentum", "lead"}
     changed = {
-        name: {k for k, v in asdict(altered(name, tuned)[1]).items() if v != asdict(law)[k]}
-        for name in set(CONTROLS) - {"norm-ratio", "mean-weight", "same-lr"}
+        name: {k for k, v in asdict(altered(name, tuned).law).items() if v != asdict(law)[k]}
+        for name in of_laws
     }
+    assert {replace(altered(name, tuned), law=law) for name in of_laws} == {recipe}
     assert changed == {
         "shuffled": {"kind"},
         "constant": {"kind"},
@@ -276,8 +289,8 @@ def test_controls_change_one_thing():
         "rho1-population": {"rho"},
         "rho1-equal": {"rho", "population_power"},
     }
-    of_output = replace(tuned, law=replace(law, cluster_by="output_gradient"))
-    _, random = altered("random-clusters", of_output)
+    by_output = replace(recipe, law=replace(law, cluster_by="output_gradient"))
+    random = altered("random-clusters", replace(tuned, recipe=by_output)).law
     assert random.by_output
     assert random.permuted
     assert not applicable("random-clusters", replace(law, n_clusters=None), labels=True)
@@ -299,9 +312,10 @@ VARIANTS = {
 def test_variants_are_tuned_as_grad_queue_and_have_the_controls_that_mean_something(name):
     config = StudyConfig.of(OPTIONS | {"arms": [name]})
     cell = next(c for c in cells(config) if c.batch_size == 16)
-    assert cell.arm.tuned == ("lr", "rho", "queue_length")
+    assert cell.arm.tuned == ("lr", "beta1", "warmup", "rho", "queue_length")
     assert cell.arm.baseline == "sgdm"
-    assert set(cell.controls()) == VARIANTS[name] | {"norm-ratio", "mean-weight", "same-lr"}
+    always = {"norm-ratio", "mean-weight", "same-lr", "lower-momentum", "lead"}
+    assert set(cell.controls()) == VARIANTS[name] | always
     first = cell.tuning[0][0]
     assert first.law.kind == cell.arm.law.kind
     assert first.law.n_clusters == (4 if "clusters" in name else None)
@@ -319,8 +333,8 @@ def test_variants_share_their_runs_where_they_are_the_same(tmp_path):
     assert rank == ranked
     assert first != rank
     # The control is the arm at another arm's settings.
-    tuned = Tuned(0.1, Law("queue"), norm_ratio=1.5, mean_weight=1.2)
-    assert altered("constant", tuned)[1] == ARMS["gq-sgdm-tensor"].law
+    tuned = Tuned(Recipe(0.1, law=Law("queue")), "sgd", norm_ratio=1.5, mean_weight=1.2)
+    assert altered("constant", tuned).law == ARMS["gq-sgdm-tensor"].law
 
 
 def test_the_file_says_the_same_as_the_options(tmp_path):
@@ -330,6 +344,34 @@ def test_the_file_says_the_same_as_the_options(tmp_path):
     assert StudyConfig.of(read_toml(path)) == config
     assert config.target("lines-disc") == 0.9
     assert config.lr_range("sgd") == (1.0, 2.5)
+
+
+def test_a_study_from_before_beta1_was_tuned_stays_what_it_was(tmp_path):
+    path = tmp_path / "study.toml"
+    whole = write_toml(StudyConfig.of(OPTIONS))
+    path.write_text("".join(line for line in whole.splitlines(keepends=True)
+                            if not line.startswith(("beta1", "warmup"))))  # fmt: skip
+    config = StudyConfig.of(read_toml(path))
+    assert config == StudyConfig.of(OPTIONS | {"beta1": [0.9], "warmup": [0.0]})
+    for cell in cells(config):
+        for one in (one for trials in cell.tuning for one in trials):
+            assert (one.beta1, one.warmup) == (0.9, 0.0)
+    # Options that somebody wrote are those of a study that begins now.
+    path.write_text('tasks = ["lines-disc"]\narms = ["sgdm"]\nbatch_sizes = [4]\n')
+    assert len(StudyConfig.of(read_toml(path)).beta1) == 5
+
+
+def test_the_learning_rate_rises_and_falls():
+    steps = range(1, 21)
+    plain = [learning_rate(trial(), step) for step in steps]
+    assert plain == [0.1 * (1 + math.cos(math.pi * ((step - 1) / 20))) / 2 for step in steps]
+    warm = [learning_rate(trial(warmup=0.15), step) for step in steps]
+    assert warm[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert warm[3:] == pytest.approx(
+        [0.1 * (1 + math.cos(math.pi * step / 17)) / 2 for step in range(17)]
+    )
+    constant = [learning_rate(trial(warmup=0.15, schedule="constant"), step) for step in steps]
+    assert constant == pytest.approx([*warm[:3], *[0.1] * 17])
 
 
 @pytest.mark.parametrize(
@@ -346,6 +388,10 @@ def test_the_file_says_the_same_as_the_options(tmp_path):
         ({"seeds": 1}, "--seeds must be a whole number >= 2"),
         ({"schedule": "step"}, "cosine, constant"),
         ({"lr_sgd": [1.0, 0.1]}, "0 < LOW < HIGH"),
+        ({"beta1": [0.9, 1.0]}, "--beta1 must be numbers, 0 < VALUE < 1, got 0.9, 1.0"),
+        ({"beta1": [0.9, 0.9]}, "--beta1 names one value twice"),
+        ({"beta1": []}, "--beta1 needs at least one value"),
+        ({"warmup": [-0.1]}, "--warmup must be numbers, 0 <= VALUE < 1, got -0.1"),
         ({"controls": ["placebo"]}, "no 'placebo'"),
         ({"targets": {"nothing": 1.0}}, "no 'nothing'"),
         ({"speed": 3}, "'speed' is no option"),

@@ -15,6 +15,7 @@ from gq_triton.study.statistics import compare, interval, median_interval
 from gq_triton.study.verdict import (
     HELPS,
     HURTS,
+    LESS_LAG,
     LONGER,
     NONE,
     PLAIN,
@@ -159,6 +160,24 @@ def test_a_gain_that_a_longer_step_shares_is_not_one_of_the_law():
     found = verdicts(lambda t: 0.02 * (t.law.kind == "queue" or t.lr == 1.5 * lr[t.batch_size]))
     assert {finding.verdict for finding in found.values()} == {LONGER}
     assert all(PRIMARY["sgd"] in finding.unbeaten for finding in found.values())
+
+
+def test_a_gain_that_less_momentum_lag_shares_is_not_one_of_the_law():
+    for kinds in (("queue", "lead"), ("queue", "shuffled", "lead")):
+        found = verdicts(lambda t, kinds=kinds: 0.02 * (t.law.kind in kinds))
+        assert {finding.verdict for finding in found.values()} == {LESS_LAG}
+    # The control lower-momentum is the plain optimizer at half the memory of the tuned one's.
+    every, store = study(lambda t: 0.0)
+    groups = [g for g in collect(every, store) if g.label == "gq-sgdm"]
+    memory = {g.cell.batch_size: 1 / (1 - g.choice.recipe.beta1) for g in groups}
+
+    def effect(trial):
+        halved = abs(1 / (1 - trial.beta1) - memory[trial.batch_size] / 2) < 1e-6
+        return 0.02 * (trial.law.kind == "queue" or halved)
+
+    found = verdicts(effect)
+    assert {finding.verdict for finding in found.values()} == {LESS_LAG}
+    assert all("lower-momentum" in finding.unbeaten for finding in found.values())
 
 
 def test_with_adam_the_step_as_long_is_the_one_at_the_same_learning_rate():
