@@ -55,8 +55,13 @@ def register(model: object, **options: Any) -> GradQueueState:
             ``mixed_precision``, or with the Python reducer; an option that cannot hold.
 
     Example:
-        >>> ddp = DistributedDataParallel(model)  # doctest: +SKIP
-        >>> state = register(ddp, rho=3.0)  # doctest: +SKIP
+        >>> import torch
+        >>> from torch.nn.parallel import DistributedDataParallel
+        >>> ddp = DistributedDataParallel(torch.nn.Linear(4, 2))  # the process group is there
+        >>> state = register(ddp, rho=3.0)
+        >>> ddp(torch.ones(8, 4)).square().mean().backward()
+        >>> state.metrics()["mean_weight"]  # until queue_length gradients are queued
+        1.0
     """
     ddp = find_ddp(model)
     if ddp is None:

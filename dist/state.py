@@ -112,9 +112,15 @@ class GradQueueState:
         ValueError: an option that cannot hold, or a complex parameter.
 
     Example:
-        >>> state = GradQueueState(model)  # doctest: +SKIP
-        >>> ddp = DistributedDataParallel(model)  # doctest: +SKIP
-        >>> ddp.register_comm_hook(state, grad_queue_hook)  # doctest: +SKIP
+        >>> from torch.nn.parallel import DistributedDataParallel
+        >>> from gq_triton.dist import GradQueueState, grad_queue_hook
+        >>> model = torch.nn.Linear(4, 2)
+        >>> state = GradQueueState(model)
+        >>> ddp = DistributedDataParallel(model)  # the process group is there
+        >>> ddp.register_comm_hook(state, grad_queue_hook)
+        >>> ddp(torch.ones(8, 4)).square().mean().backward()
+        >>> state.metrics()["mean_weight"]  # until queue_length gradients are queued
+        1.0
     """
 
     def __init__(

@@ -1,0 +1,178 @@
+"""What README.md and docs/ tell a user to run or to write does run, as it stands there."""
+
+import ast
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from pages import PAGES, ROOT, blocks
+from train_runs import finish, free_port
+
+import gq_triton
+import gq_triton.dist
+from gq_triton.cli import main
+
+PYTHON = blocks("python")
+SHELL = blocks("bash")
+
+# Blocks that continue what their page has said before, and so cannot run alone. What tests them.
+FRAGMENTS = {
+    "distributed.md:On many ranks:1": "the line of README.md's example for DDP",
+    "frameworks.md:PyTorch Lightning:2": "test_frameworks.py trains so, with the other block",
+    "frameworks.md:Hugging Face Accelerate:1": "test_frameworks.py runs it",
+    "frameworks.md:Transformers Trainer:2": "test_frameworks.py trains so, with the other block",
+}
+# Complete, but they only define what test_frameworks.py trains with on two ranks.
+DEFINITIONS = {"frameworks.md:PyTorch Lightning:1", "frameworks.md:Transformers Trainer:1"}
+
+COMPLETE = [b for b in PYTHON if b.name not in FRAGMENTS and b.name not in DEFINITIONS]
+ALONE = [b for b in COMPLETE if "init_process_group" not in b.text]
+RANKS = [b for b in COMPLETE if "init_process_group" in b.text]
+
+
+def by_name(block):
+    return block.name
+
+
+def test_the_list_of_fragments_is_right():
+    unknown = {block.name for block in PYTHON if block.unknown_names()}
+    assert unknown == set(FRAGMENTS), "a block reads names it does not define, or no longer does"
+    assert {block.name for block in PYTHON} >= DEFINITIONS
+
+
+@pytest.mark.parametrize("block", ALONE, ids=by_name)
+def test_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.tree(), block.page.name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", RANKS, ids=by_name)
+def test_block_runs_on_two_ranks(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = Path("script.py")
+    script.write_text(block.text)
+    # What torchrun tells its processes; starting them without it saves seconds.
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    envs = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    done = finish([[sys.executable, str(script)]] * 2, envs, timeout=120)
+    assert [code for code, _ in done] == [0, 0], "\n".join(said for _, said in done)
+    digests = [said.split()[-1] for _, said in done]  # both scripts print rank and digest
+    assert len(digests[0]) == 64
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=by_name)
+def test_block_uses_keywords_that_exist(block):
+    # Also in the blocks that cannot run alone.
+    public = {name: getattr(gq_triton, name) for name in gq_triton.__all__}
+    public |= {name: getattr(gq_triton.dist, name) for name in gq_triton.dist.__all__}
+    for call in ast.walk(block.tree()):
+        if (
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Name)
+            and call.func.id in public
+        ):
+            known = keywords(public[call.func.id])
+            for keyword in call.keywords:
+                assert keyword.arg is None or keyword.arg in known, f"line {call.lineno}"
+
+
+def keywords(function):
+    """Return the names that a function takes; those of the state for `register(**options)`."""
+    taken = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return {*taken, *inspect.signature(gq_triton.dist.GradQueueState).parameters}
+    return set(taken)
+
+
+# --- commands
+
+
+def commands(block):
+    """Return the block's commands as lists of words, continued lines joined, comments dropped."""
+    joined = block.text.replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
+    # Settings of the environment, as in `A=1 command`.
+    return [re.sub(r"^(\w+=\S* )+", "", " ".join(words)).split() for words in lines if words]
+
+
+@cache
+def help_of(script):
+    """Return what a script of this repository says of its options."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+
+
+def check_options(words, shown):
+    """Assert that a command's help names every option, and every name given to an option."""
+    option = None
+    for word in words:
+        if word.startswith("--"):
+            option = word
+            assert re.search(rf"(?<![\w-]){word}(?![\w-])", shown), f"no option {word}"
+        elif option in ("--tasks", "--task", "--arms", "--controls", "--optimizer"):
+            assert re.search(rf"(?<![\w-]){word}(?![\w-])", shown), f"nothing called {word}"
+
+
+@pytest.mark.parametrize("block", SHELL, ids=by_name)
+def test_commands_exist(block, capsys):
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for words in commands(block):
+        match words[0], words[1:]:
+            case "make", [target]:
+                assert target in targets
+            case "pip", ["install", what]:
+                extra = re.fullmatch(r"(?:\.|gq_triton)(?:\[(\w+)\])?", what)
+                assert extra, f"not gq_triton: {what}"
+                assert extra[1] is None or re.search(rf"^{extra[1]} = \[", pyproject, re.MULTILINE)
+            case "gq-triton", _:
+                with pytest.raises(SystemExit, match=r"^0$"):
+                    main([*words[1:3], "--help"])
+                check_options(words[3:], capsys.readouterr().out)
+            case ("sbatch", _) | ("launch/multi_node.sh", _):
+                scripts = [word for word in words if word.startswith("launch/")]
+                assert all((ROOT / script).is_file() for script in scripts)
+                after = words.index(scripts[-1]) + 1
+                check_options(words[after:], help_of(scripts[-1]))
+            case _:
+                pytest.fail(f"nothing here checks a command like {' '.join(words)}")
+
+
+def test_every_block_names_its_language():
+    fences = {
+        f"{page.name}:{number}": line
+        for page in PAGES
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+        if line.startswith("```")
+    }
+    known = {"```", "```python", "```bash", "```math", "```text"}
+    assert {place for place, line in fences.items() if line not in known} == set()
+    assert not blocks(""), "name the language: bash is checked, text is not"
+
+
+# --- files
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    missing = [
+        link for link in links if link and "://" not in link and not (page.parent / link).exists()
+    ]
+    named = re.findall(r"`(?:python )?((?:\w+/)+\w+\.(?:py|sh|md))", text)
+    below = (ROOT, ROOT / "gq_triton")
+    missing += [name for name in named if not any((root / name).exists() for root in below)]
+    assert not missing
