@@ -1,4 +1,4 @@
-"""What the tests measure with, distances in units in the last place, and what spawns their ranks.
+"""What the tests measure with, distances in units in the last place, and the ranks that they start.
 
 An element-wise result is compared with the float64 oracle in units in the last place (ulps) of its
 own type, so that one bound serves every magnitude.
@@ -13,7 +13,8 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["assert_ulps", "spawn", "ulp_distance", "weight_ulps"]
+__all__ = ["Ranks", "assert_ulps", "spawn", "ulp_distance", "weight_ulps"]
 
 
 def weight_ulps(rho: float, length: int) -> float:
@@ -78,72 +79,143 @@ def assert_ulps(
     return largest
 
 
-def spawn(world_size: int, fn: Callable[..., None], *args: Any, timeout: float = 120.0) -> None:
-    """Run ``fn(rank, *args)`` in ``world_size`` processes that form a gloo group on this machine.
+class Ranks:
+    """Processes that form one gloo group on this machine and run one function after another.
+
+    A start costs seconds, mostly imports; what the functions have in common is paid for once. The
+    processes are forked from a server that has imported torch, so they see the environment
+    variables of the time when the first ranks of this process started.
+
+    Attributes:
+        alive: False after a function failed or ``close()``: the processes have ended.
 
     Args:
-        world_size: processes, and threads to share: each rank computes with one.
-        fn: a function at the top of a module that a new process can import.
-        args: what can be pickled.
-        timeout: seconds until a rank that hangs writes where every thread stands, and ends.
+        world_size: number of processes; each computes with one thread.
 
-    Raises:
-        AssertionError: a rank failed; the message holds the traceback of every rank that wrote one,
-            the first to fail first.
+    Example:
+        >>> import torch
+        >>> ranks = Ranks(2)
+        >>> ranks.run(torch.manual_seed)  # every process seeds with its rank
+        >>> ranks.close()
     """
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(
-                target=_run_rank, args=(rank, world_size, fn, args, folder, timeout), daemon=True
-            )
-            for rank in range(world_size)
-        ]
-        for process in ranks:
+
+    def __init__(self, world_size: int) -> None:
+        context = _context()
+        self.alive = True
+        self._folder = tempfile.TemporaryDirectory()
+        self._processes = []
+        self._pipes: list[Connection] = []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            args = (there, rank, world_size, self._folder.name)
+            process = context.Process(target=_be_rank, args=args, daemon=True)
             process.start()
-        running = list(ranks)
-        # After a failure the others get a moment to say what they saw of it.
-        patience = None
-        while running and wait([process.sentinel for process in running], patience):
-            running = [process for process in running if process.is_alive()]
-            if any(process.exitcode for process in ranks):
-                patience = 5.0
-        for process in running:
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+
+    def run(self, fn: Callable[..., None], *args: Any, timeout: float = 120.0) -> None:
+        """Run ``fn(rank, *args)`` in every process, with torch's random numbers seeded by 0.
+
+        Args:
+            fn: a function at the top of a module that a new process can import.
+            args: what can be pickled.
+            timeout: seconds until a rank that hangs writes where every thread stands, and ends.
+
+        Raises:
+            AssertionError: a rank failed; the message holds the traceback of every rank that wrote
+                one, the first to fail first. All processes have been ended.
+            RuntimeError: the processes have ended before.
+        """
+        if not self.alive:
+            raise RuntimeError("these ranks have ended: make new ones")
+        for pipe in self._pipes:
+            # A rank that could not start is reported below.
+            with suppress(BrokenPipeError):
+                pipe.send((fn, args, timeout))
+        running, patience = list(self._pipes), None
+        while running and (ready := wait(running, patience)):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                running.remove(pipe)
+                try:
+                    pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    patience = 5.0  # the others get a moment to say what they saw of the failure
+        if patience is not None:
+            self._fail()
+
+    def _fail(self) -> None:
+        """Read what the ranks wrote, end them, and raise it."""
+        for process in self._processes:
+            process.join(timeout=1.0)  # for one that has closed its pipe and is about to end
             process.kill()
-        for process in ranks:
             process.join()
-        codes = [process.exitcode for process in ranks]
-        reports = sorted(Path(folder).glob("rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
+        codes = [process.exitcode for process in self._processes]
+        files = Path(self._folder.name).glob("rank*.txt")
+        reports = sorted(files, key=lambda path: path.stat().st_mtime_ns)
         texts = [f"{path.stem}:\n{path.read_text()}" for path in reports if path.stat().st_size]
-    if any(codes):
+        self.close()
         raise AssertionError("\n".join([f"the ranks ended with exit codes {codes}", *texts]))
 
+    def close(self) -> None:
+        """End the processes; a second call does nothing."""
+        self.alive = False
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=10.0)
+            process.kill()
+            process.join()
+        self._folder.cleanup()
 
-def _run_rank(
-    rank: int,
-    world_size: int,
-    fn: Callable[..., None],
-    args: tuple[Any, ...],
-    folder: str,
-    timeout: float,
-) -> None:
-    """Be one rank of ``spawn``."""
+
+def spawn(world_size: int, fn: Callable[..., None], *args: Any, timeout: float = 120.0) -> None:
+    """Run ``fn(rank, *args)`` in ``world_size`` new processes that form a gloo group.
+
+    The arguments and what is raised are those of ``Ranks.run``.
+    """
+    ranks = Ranks(world_size)
+    try:
+        ranks.run(fn, *args, timeout=timeout)
+    finally:
+        ranks.close()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Return the cheapest way to start a process that has no CUDA context of this one."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "gq_triton.dist"])
+    return context
+
+
+def _be_rank(pipe: Connection, rank: int, world_size: int, folder: str) -> None:
+    """Be one process of ``Ranks``: run what comes through the pipe until its other end closes."""
     torch.set_num_threads(1)
     code = 0
     with open(Path(folder, f"rank{rank}.txt"), "w") as report:
-        faulthandler.dump_traceback_later(timeout, exit=True, file=report)
         try:
-            dist.init_process_group(
-                "gloo",
-                init_method=Path(folder, "rendezvous").as_uri(),
-                rank=rank,
-                world_size=world_size,
-            )
-            fn(rank, *args)
-            # A rank must not leave while another still waits for it, nor with a DDP module alive.
-            gc.collect()
-            dist.barrier()
-            dist.destroy_process_group()
+            while (task := _next_task(pipe)) is not None:
+                fn, args, timeout = task
+                faulthandler.dump_traceback_later(timeout, exit=True, file=report)
+                if not dist.is_initialized():
+                    dist.init_process_group(
+                        "gloo",
+                        init_method=Path(folder, "rendezvous").as_uri(),
+                        rank=rank,
+                        world_size=world_size,
+                    )
+                torch.manual_seed(0)
+                fn(rank, *args)
+                # A rank must not go on while another waits for it, nor with a DDP module alive.
+                gc.collect()
+                dist.barrier()
+                faulthandler.cancel_dump_traceback_later()
+                pipe.send(True)
+            if dist.is_initialized():
+                dist.destroy_process_group()
         except BaseException:  # noqa: BLE001  the process ends here: whatever it was is reported
             code = 1
             traceback.print_exc(file=report)
@@ -151,3 +223,11 @@ def _run_rank(
     sys.stderr.flush()
     # gloo's threads may abort an interpreter that shuts down (pytorch#190489).
     os._exit(code)
+
+
+def _next_task(pipe: Connection) -> tuple[Callable[..., None], tuple[Any, ...], float] | None:
+    """Return what ``Ranks.run`` sent, or None once the other end is closed."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None

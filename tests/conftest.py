@@ -42,6 +42,26 @@ def whole_run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    """Return what gives the ``gq_triton.testing.Ranks`` of a number of ranks.
+
+    All tests of a module share them; after a failure the next test gets new ones.
+    """
+    from gq_triton.testing import Ranks  # after the path is put right
+
+    started = {}
+
+    def of(world_size):
+        if world_size not in started or not started[world_size].alive:
+            started[world_size] = Ranks(world_size)
+        return started[world_size]
+
+    yield of
+    for one in started.values():
+        one.close()
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs more devices than this machine has."""
     devices = torch.cuda.device_count()

@@ -1,15 +1,15 @@
 """Local clusters under DDP: W ranks with K clusters are one process with W * K clusters."""
 
-import dist_cluster_checks as checks
-import dist_cluster_loops as loops
-import dist_cluster_slices_checks as slices
 import pytest
+from dist_cluster_checks import FOUR_RANKS, THREE_RANKS, run_with
+from dist_cluster_loops import TWO_RANKS
+from dist_cluster_slices_checks import CHECKS as SLICES
+from rank_checks import checks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gq_triton import GradQueue
 from gq_triton.dist import GradQueueState
-from gq_triton.testing import spawn
 
 # With the queue whole on every rank, and in slices: the same checks.
 QUEUES = pytest.mark.parametrize("shard_queue", [False, True], ids=["whole", "slices"])
@@ -17,25 +17,29 @@ QUEUES = pytest.mark.parametrize("shard_queue", [False, True], ids=["whole", "sl
 
 @pytest.mark.slow
 @QUEUES
-def test_two_ranks(shard_queue):
-    spawn(2, loops.run_all, shard_queue, timeout=300.0)
+@checks(TWO_RANKS)
+def test_two_ranks(ranks, check, shard_queue):
+    ranks(2).run(run_with, shard_queue, check)
 
 
 @pytest.mark.slow
 @QUEUES
-def test_three_ranks(shard_queue):
-    spawn(3, checks.run_shared, shard_queue, timeout=300.0)
+@checks(THREE_RANKS)
+def test_three_ranks(ranks, check, shard_queue):
+    ranks(3).run(run_with, shard_queue, check)
 
 
 @pytest.mark.slow
-def test_four_ranks():
-    spawn(4, checks.check_ranks_are_one_process, timeout=300.0)
+@checks(FOUR_RANKS)
+def test_four_ranks(ranks, check):
+    ranks(4).run(run_with, False, check)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_slices(world_size):
-    spawn(world_size, slices.run_all, timeout=300.0)
+@checks(SLICES)
+def test_slices(ranks, check, world_size):
+    ranks(world_size).run(check)
 
 
 def test_options_that_cannot_hold():

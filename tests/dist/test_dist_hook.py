@@ -1,6 +1,6 @@
 """The DDP hook: the law on the averaged gradient, whatever DDP does around it.
 
-Everything that needs ranks runs in one spawn of two and one of three; a failure names the check.
+A check runs on every rank; all checks of a number of ranks share one spawn.
 """
 
 import copy
@@ -16,16 +16,17 @@ import torch
 import torch.distributed as dist
 from dist_checks import (
     LENGTH,
+    THREE_RANKS,
     TINY,
+    TWO_RANKS,
     hooked,
     queued,
     same_parameters,
     saved,
-    three_ranks,
     train,
-    two_ranks,
 )
 from dist_models import TwoHeads, batch, mlp
+from rank_checks import checks, folder_for
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -34,13 +35,15 @@ from gq_triton.testing import spawn
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path):
-    spawn(2, two_ranks, str(tmp_path / "checkpoint"))
+@checks(TWO_RANKS)
+def test_two_ranks(ranks, check, tmp_path):
+    ranks(2).run(check, *folder_for(check, tmp_path))
 
 
 @pytest.mark.slow
-def test_three_ranks():
-    spawn(3, three_ranks)
+@checks(THREE_RANKS)
+def test_three_ranks(ranks, check):
+    ranks(3).run(check)
 
 
 @contextmanager

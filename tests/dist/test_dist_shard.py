@@ -1,16 +1,15 @@
 """The queue in slices (``shard_queue=True``): the same result, each rank its share of the memory.
 
-Everything that needs ranks runs in one spawn each of two, three and four; a failure names the
-check.
+A check runs on every rank; all checks of a number of ranks share one spawn.
 """
 
 import pytest
-from dist_shard_saved_checks import four_ranks, three_ranks, two_ranks
+from dist_shard_saved_checks import FOUR_RANKS, THREE_RANKS, TWO_RANKS
 from hypothesis import given
 from hypothesis import strategies as st
+from rank_checks import checks, folder_for
 
 from gq_triton.dist.placement import cut
-from gq_triton.testing import spawn
 
 
 @given(numels=st.lists(st.integers(0, 20), min_size=1, max_size=8), world=st.integers(1, 7))
@@ -27,15 +26,18 @@ def test_cuts_divide_a_bucket_into_equal_runs(numels: list[int], world: int):
 
 
 @pytest.mark.slow
-def test_two_ranks(tmp_path):
-    spawn(2, two_ranks, str(tmp_path), timeout=240)
+@checks(TWO_RANKS)
+def test_two_ranks(ranks, check, tmp_path):
+    ranks(2).run(check, *folder_for(check, tmp_path))
 
 
 @pytest.mark.slow
-def test_three_ranks():
-    spawn(3, three_ranks, timeout=240)
+@checks(THREE_RANKS)
+def test_three_ranks(ranks, check):
+    ranks(3).run(check)
 
 
 @pytest.mark.slow
-def test_four_ranks():
-    spawn(4, four_ranks, timeout=240)
+@checks(FOUR_RANKS)
+def test_four_ranks(ranks, check):
+    ranks(4).run(check)

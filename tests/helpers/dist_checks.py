@@ -397,28 +397,29 @@ def check_refusals(rank: int) -> None:
         other(batch(0, rank)).sum().backward()
 
 
-def two_ranks(rank: int, folder: str) -> None:
-    check_law_off_and_warm_up_are_plain_ddp(rank)
-    check_reference(rank)
-    check_buckets_change_nothing(rank)
-    check_two_types(rank)
-    check_unused_parameters(rank)
-    check_zero_gradient_is_queued(rank)
-    check_no_sync(rank)
-    check_join(rank)
-    check_not_finite_on_one_rank(rank)
-    check_grad_scaler(rank)
-    check_resume(rank)
-    check_distributed_checkpoint(rank, folder)
-    check_losses(rank)
-    check_forgotten_losses(rank)
-    check_group_is_that_of_ddp(rank)
-    check_verify(rank)
-    check_options_are_the_same_on_all_ranks(rank)
-    check_refusals(rank)
+TWO_RANKS = [
+    check_law_off_and_warm_up_are_plain_ddp,
+    check_reference,
+    check_buckets_change_nothing,
+    check_two_types,
+    check_unused_parameters,
+    check_zero_gradient_is_queued,
+    check_no_sync,
+    check_join,
+    check_not_finite_on_one_rank,
+    check_grad_scaler,
+    check_resume,
+    check_distributed_checkpoint,
+    check_losses,
+    check_forgotten_losses,
+    check_group_is_that_of_ddp,
+    check_verify,
+    check_options_are_the_same_on_all_ranks,
+    check_refusals,
+]
 
-
-def three_ranks(rank: int) -> None:
-    check_law_off_and_warm_up_are_plain_ddp(rank)
-    check_reference(rank)
-    check_resume_where_the_order_of_sums_matters(rank)
+THREE_RANKS = [
+    check_law_off_and_warm_up_are_plain_ddp,
+    check_reference,
+    check_resume_where_the_order_of_sums_matters,
+]

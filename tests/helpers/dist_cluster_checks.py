@@ -10,6 +10,7 @@ clusters of all ranks apart.
 import copy
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from gq_triton.dist import GradQueueState, register
 
 LENGTH, K = 3, 3
 F64 = torch.float64
-# What every state of a spawn is built with beside its own options: all checks run twice.
+# What every state of a check is built with beside its own options, set by `run_with`.
 EXTRA: dict[str, Any] = {}
 
 
@@ -303,11 +304,10 @@ def check_k_means_goes_on_from_a_distributed_checkpoint(rank: int) -> None:
         shutil.rmtree(folder[0])
 
 
-def run_shared(rank: int, shard_queue: bool) -> None:
-    """What the number of ranks matters to."""
+def run_with(rank: int, shard_queue: bool, check: Callable[[int], None]) -> None:
+    """Run a check with the queue whole on every rank or in slices."""
     EXTRA["shard_queue"] = shard_queue
-    check_ranks_are_one_process(rank)
-    check_a_resumed_run_goes_on_bit_for_bit(rank)
+    check(rank)
 
 
 CHECKS = [
@@ -319,3 +319,6 @@ CHECKS = [
     check_a_resumed_run_goes_on_bit_for_bit,
     check_k_means_goes_on_from_a_distributed_checkpoint,
 ]
+# What the number of ranks matters to.
+THREE_RANKS = [check_ranks_are_one_process, check_a_resumed_run_goes_on_bit_for_bit]
+FOUR_RANKS = [check_ranks_are_one_process]

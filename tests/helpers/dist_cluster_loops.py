@@ -217,15 +217,13 @@ def check_layers_without_clusters_and_unused_ones(rank: int) -> None:
     assert state.metrics()["mean_weight"] != 1.0
 
 
-def run_all(rank: int, shard_queue: bool) -> None:
-    """All checks of both modules, in one spawn."""
-    EXTRA["shard_queue"] = shard_queue
-    for check in CHECKS:
-        check(rank)
-    check_uses_and_passes(rank)
-    check_a_plain_last_layer_with_uneven_batches(rank)
-    check_compiled_models(rank)
-    check_join_with_uneven_inputs(rank)
-    check_layers_frozen_in_turn(rank)
-    check_a_float16_queue_and_a_loss_scale(rank)
-    check_layers_without_clusters_and_unused_ones(rank)
+TWO_RANKS = [
+    *CHECKS,
+    check_uses_and_passes,
+    check_a_plain_last_layer_with_uneven_batches,
+    check_compiled_models,
+    check_join_with_uneven_inputs,
+    check_layers_frozen_in_turn,
+    check_a_float16_queue_and_a_loss_scale,
+    check_layers_without_clusters_and_unused_ones,
+]

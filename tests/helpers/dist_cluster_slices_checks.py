@@ -2,7 +2,7 @@
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 """What every rank checks of local clusters with the queue in slices; see test_dist_clusters.py.
 
-Beside these all checks of local clusters run with slices: `dist_cluster_loops.run_all`.
+Beside these all checks of local clusters run with slices: `dist_cluster_loops.TWO_RANKS`.
 """
 
 import copy
@@ -189,10 +189,11 @@ def check_loaded_before_ddp_and_a_part_that_one_rank_uses(rank: int) -> None:
     same(ddp, again)
 
 
-def run_all(rank: int) -> None:
-    check_slices_are_the_whole(rank)
-    check_saved_either_way(rank)
-    check_bytes_on_the_wire(rank)
-    check_join(rank)
-    check_damaged_statistics_are_named(rank)
-    check_loaded_before_ddp_and_a_part_that_one_rank_uses(rank)
+CHECKS = [
+    check_slices_are_the_whole,
+    check_saved_either_way,
+    check_bytes_on_the_wire,
+    check_join,
+    check_damaged_statistics_are_named,
+    check_loaded_before_ddp_and_a_part_that_one_rank_uses,
+]

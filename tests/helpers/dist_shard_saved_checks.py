@@ -1,11 +1,10 @@
 """What every rank checks of saving, loading and verifying a queue in slices.
 
-And the lists of all checks of slices, for the spawns of test_dist_shard.py.
+And the lists of all checks of slices by the number of ranks, for test_dist_shard.py.
 """
 
 import copy
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,32 +149,33 @@ def check_errors(rank: int) -> None:
         ddp(batch(2, rank)).square().mean().backward()
 
 
-def two_ranks(rank: int, folder: str) -> None:
-    check_same_as_whole(rank)
-    check_bytes_on_the_wire(rank)
-    check_not_finite_in_one_slice(rank)
-    check_zeros(rank)
-    check_no_sync_and_scaler(rank)
-    check_join_and_losses(rank)
-    check_tiny_parameters(rank)
-    check_resume(rank)
-    check_resume_the_other_way(rank)
-    check_distributed_checkpoint(rank, str(Path(folder, "checkpoint")))
-    check_verify(rank)
-    check_errors(rank)
+TWO_RANKS = [
+    check_same_as_whole,
+    check_bytes_on_the_wire,
+    check_not_finite_in_one_slice,
+    check_zeros,
+    check_no_sync_and_scaler,
+    check_join_and_losses,
+    check_tiny_parameters,
+    check_resume,
+    check_resume_the_other_way,
+    check_distributed_checkpoint,
+    check_verify,
+    check_errors,
+]
 
+THREE_RANKS = [
+    check_same_as_whole,
+    check_bytes_on_the_wire,
+    check_not_finite_in_one_slice,
+    check_zeros,
+    check_resume,
+    check_errors,
+]
 
-def three_ranks(rank: int) -> None:
-    check_same_as_whole(rank)
-    check_bytes_on_the_wire(rank)
-    check_not_finite_in_one_slice(rank)
-    check_zeros(rank)
-    check_resume(rank)
-    check_errors(rank)
-
-
-def four_ranks(rank: int) -> None:
-    check_same_as_whole(rank)
-    check_bytes_on_the_wire(rank)
-    check_tiny_parameters(rank)
-    check_other_world_sizes(rank)
+FOUR_RANKS = [
+    check_same_as_whole,
+    check_bytes_on_the_wire,
+    check_tiny_parameters,
+    check_other_world_sizes,
+]

@@ -1,0 +1,18 @@
+"""Gives every check that runs on all ranks a test id of its own."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+
+def checks(functions: Sequence[Callable[..., None]]) -> pytest.MarkDecorator:
+    """Parametrise ``check``: the id of ``check_join`` is ``join``, and ``-k join`` finds it."""
+    names = [function.__name__.removeprefix("check_") for function in functions]
+    return pytest.mark.parametrize("check", functions, ids=names)
+
+
+def folder_for(check: Callable[..., None], folder: Path) -> tuple[str, ...]:
+    """Return the arguments of a check after its rank: a folder, if it takes one."""
+    return (str(folder),) if "folder" in inspect.signature(check).parameters else ()
