@@ -14,10 +14,11 @@ from gq_triton.study.device import DEVICES
 from gq_triton.tasks import STUDY_TASKS
 from gq_triton.training.options import Refusal
 
-__all__ = ["CONFIG", "StudyConfig", "read_toml", "write_toml"]
+__all__ = ["CONFIG", "FIRST_TUNING_SEED", "StudyConfig", "read_toml", "write_toml"]
 
 CONFIG = "study.toml"  # in the folder of a study
 SCHEDULES = "cosine", "constant"
+FIRST_TUNING_SEED = 1_000_000  # evaluation seeds lie below: they never meet
 
 
 def _option(default: Any, help: str, before: Any = None) -> Any:
@@ -42,6 +43,9 @@ class StudyConfig:
     )
     seeds: int = _option(
         10, "evaluation seeds, the same for every arm, at least 2; below 10 the intervals are poor"
+    )
+    first_seed: int = _option(
+        0, "the first of them; a study that repeats another takes seeds nobody has looked at"
     )
     steps: int = _option(300, "optimizer steps of every trial")
     schedule: str = _option(
@@ -96,12 +100,13 @@ class StudyConfig:
                 raise Refusal(
                     f"--{_flag(name)} names one value twice: {_list(getattr(self, name))}"
                 )
-        lowest = {"trials": 1, "tuning_seeds": 1, "seeds": 2, "steps": 1, "eval_every": 0,
-                  "optimal_batch": 0, "nproc_per_trial": 1}  # fmt: skip
+        lowest = {"trials": 1, "tuning_seeds": 1, "seeds": 2, "first_seed": 0, "steps": 1,
+                  "eval_every": 0, "optimal_batch": 0, "nproc_per_trial": 1}  # fmt: skip
         for name, least in lowest.items():
             _check_whole(name, getattr(self, name), least)
         for size in self.batch_sizes:
             _check_whole("batch_sizes", size, 1)
+        self._check_seeds()
         self._check_ranks()
         if self.schedule not in SCHEDULES:
             raise Refusal(f"--schedule must be one of {_list(SCHEDULES)}, got {self.schedule!r}")
@@ -114,6 +119,13 @@ class StudyConfig:
         for task, value in self.targets.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise Refusal(f"--target {task} must be a number, got {value!r}")
+
+    def _check_seeds(self) -> None:
+        if self.first_seed + self.seeds > FIRST_TUNING_SEED:
+            raise Refusal(
+                f"--first-seed plus --seeds must be at most {FIRST_TUNING_SEED}, where the tuning "
+                f"seeds begin, got {self.first_seed} and {self.seeds}"
+            )
 
     def _check_momentum(self) -> None:
         # Nesterov's momentum must not be 0.

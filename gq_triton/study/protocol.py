@@ -5,16 +5,13 @@ from functools import cached_property
 from typing import Any
 
 from gq_triton.study.arms import ARMS, NO_LAW, Arm, Law, Recipe
-from gq_triton.study.config import StudyConfig
+from gq_triton.study.config import FIRST_TUNING_SEED, StudyConfig
 from gq_triton.study.controls import CONTROLS, Tuned, altered, applicable
 from gq_triton.study.records import EVALUATE, TUNE, Record, Store, Trial
 from gq_triton.study.space import Settings, Space, at_edge, candidates
 from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["Cell", "Choice", "cells", "missing", "progress"]
-
-# Evaluation seeds count from 0, tuning seeds from here: they never meet.
-FIRST_TUNING_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,10 @@ class Cell:
         return self._seeds(choice.recipe)
 
     def _seeds(self, recipe: Recipe) -> list[Trial]:
-        return [self._trial(recipe, seed, EVALUATE) for seed in range(self.config.seeds)]
+        first = self.config.first_seed
+        return [
+            self._trial(recipe, seed, EVALUATE) for seed in range(first, first + self.config.seeds)
+        ]
 
     def controls(self) -> list[str]:
         """Return the names of the controls that this arm is held against here."""

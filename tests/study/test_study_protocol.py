@@ -254,6 +254,16 @@ def test_tuning_comes_first_and_decides(tmp_path):
     assert plain == {lr, float(f"{2 * lr:.6g}"), float(f"{1.25 * lr:.6g}")}
 
 
+def test_a_second_study_can_take_seeds_that_the_first_has_not(tmp_path):
+    (cell,) = cells(StudyConfig.of(OPTIONS | {
+        "first_seed": 40, "arms": ["sgdm"], "batch_sizes": [4]}))  # fmt: skip
+    store = Store(tmp_path)
+    for one in missing(cell, store):
+        assert one.seed >= 1_000_000
+        store.know(fake(one))
+    assert {one.seed for one in missing(cell, store)} == {40, 41}
+
+
 def test_one_cluster_is_none_and_its_runs_are_shared(tmp_path):
     every = cells(StudyConfig.of(OPTIONS))
     of = {cell.arm.name: cell for cell in every if cell.batch_size == 4}
@@ -386,6 +396,8 @@ def test_the_learning_rate_rises_and_falls():
         ({"trials": 0}, "--trials must be a whole number >= 1"),
         ({"trials": True}, "--trials must be a whole number"),
         ({"seeds": 1}, "--seeds must be a whole number >= 2"),
+        ({"first_seed": -1}, "--first-seed must be a whole number >= 0"),
+        ({"first_seed": 999_999}, "--first-seed plus --seeds must be at most 1000000"),
         ({"schedule": "step"}, "cosine, constant"),
         ({"lr_sgd": [1.0, 0.1]}, "0 < LOW < HIGH"),
         ({"beta1": [0.9, 1.0]}, "--beta1 must be numbers, 0 < VALUE < 1, got 0.9, 1.0"),
