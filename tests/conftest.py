@@ -5,6 +5,10 @@ import os
 import sys
 from pathlib import Path
 
+# Tests compute on small tensors, and several workers share the cores: one thread each, also in what
+# they start. torch reads the variable when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -19,6 +23,17 @@ _path = list(sys.path)
 sys.path[:] = [entry for entry in _path if Path(entry).resolve() != ROOT]
 if importlib.util.find_spec("gq_triton") is None:
     sys.path[:] = _path
+
+
+# The files that take longest, longest first: what begins late must be short, or one worker waits.
+LONGEST = [
+    "test_kernel_compile.py",
+    "test_restart.py",
+    "test_study_command.py",
+    "test_dist_clusters.py",
+    "test_dist_shard.py",
+    "test_cluster_compile.py",
+]
 
 
 @pytest.fixture(scope="session")
@@ -62,11 +77,29 @@ def ranks():
         one.close()
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what needs more devices than this machine has."""
-    devices = torch.cuda.device_count()
-    for item in items:
-        if devices < 1 and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="Needs a CUDA device."))
-        if devices < 2 and item.get_closest_marker("multi_gpu"):
-            item.add_marker(pytest.mark.skip(reason="Needs two CUDA devices."))
+LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs a CUDA device where there is none, and begin with the longest files."""
+    if not torch.cuda.is_available():
+        kept = [item for item in items if item.get_closest_marker("gpu") is None]
+        config.stash[LEFT_OUT] = len(items) - len(kept)
+        items[:] = kept
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left out"] = config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist: its workers collect, its controller reports
+def pytest_testnodedown(node):
+    """Keep what a worker left out: every worker collects the same."""
+    node.config.stash[LEFT_OUT] = node.workeroutput.get("left out", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say in one line what was left out, instead of a skip for each."""
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"Left out: {count} tests that need a CUDA device.")

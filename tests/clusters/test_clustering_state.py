@@ -195,7 +195,6 @@ def test_features_are_detached_and_autocast_has_no_effect():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_cuda_waits_for_nothing_and_agrees_with_the_cpu(dtype):
     x = (normal(0, 8, 64).repeat(512, 1) + 0.1 * normal(1, 4096, 64)).to(dtype)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import DEVICES, QUIET, Clusters, Guarded, newest_first
+from kernel_cases import DEVICE, ON_DEVICE, QUIET, Clusters, Guarded, newest_first
 
 from gq_triton import compiled, eager, kernels, reference
 
@@ -12,10 +12,7 @@ pytestmark = QUIET
 ENGINES = [
     pytest.param(eager, "cpu", id="eager"),
     pytest.param(compiled, "cpu", id="compiled"),
-    *(
-        pytest.param(kernels, *device.values, marks=device.marks, id=f"kernels-{device.values[0]}")
-        for device in DEVICES
-    ),
+    pytest.param(kernels, DEVICE, marks=ON_DEVICE, id=f"kernels-{DEVICE}"),
 ]
 # Deviations, their squares, the sum over L and the root: each rounds once or twice.
 ULPS = 8

@@ -15,13 +15,10 @@ from torch import Tensor
 from gq_triton import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled here, for CUDA."),
-    ),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
+# An interpreted kernel takes tensors of the CPU, a compiled one those of CUDA.
+DEVICE = "cpu" if INTERPRETED else "cuda"
+ON_DEVICE = [] if INTERPRETED else [pytest.mark.gpu]
+DEVICES = [pytest.param(DEVICE, marks=ON_DEVICE)]
 QUIET = [
     # z of a constant queue is meant to overflow; numpy, which interprets, says so.
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
