@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gq_triton.cluster_grad.step import Groups, Mixing
+from gq_triton.grouping import Groups, Mixing
 
 
 @dataclass

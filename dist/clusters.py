@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad import Groups, Mixing
-from gq_triton.cluster_grad.clusters import Clusters
-from gq_triton.cluster_grad.sites import in_backward
+from gq_triton.cluster_grad import Clusters
+from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.dist.buckets import Rooms
 from gq_triton.dist.clustered_slices import ClusteredSlices
+from gq_triton.grouping import Groups, Mixing
 from gq_triton.queues import Queues, in_use
 from gq_triton.ring import flat, rescale_
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from gq_triton.cluster_grad import Mixing
 from gq_triton.dist.buckets import Buckets
 from gq_triton.dist.clustered_slices import ClusteredSlices
 from gq_triton.dist.clusters import ClusteredQueues, LocalClusters
@@ -21,6 +20,7 @@ from gq_triton.dist.placement import SlicedQueues
 from gq_triton.dist.streams import SideStreams
 from gq_triton.dist.verify import check_same
 from gq_triton.dist.wrappers import carries, ddp_carrying, find_ddp
+from gq_triton.grouping import Mixing
 from gq_triton.names import bare, parameter_names
 from gq_triton.queues import Queues
 

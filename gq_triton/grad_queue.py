@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from gq_triton.cluster_grad import Groups, Mixing
-from gq_triton.cluster_grad.clusters import Clusters
+from gq_triton.cluster_grad import Clusters
+from gq_triton.grouping import Groups, Mixing
 from gq_triton.names import bare, parameter_names
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.queues import Queues
@@ -374,5 +374,6 @@ class GradQueue:
 
 def _scale_of(grad_scaler: Any) -> Tensor | None:
     """Return a GradScaler's scale on its device; None without one, or where it does not scale."""
-    scales = grad_scaler is not None and grad_scaler.is_enabled()
-    return grad_scaler._get_scale_async() if scales else None
+    if grad_scaler is None or not grad_scaler.is_enabled():
+        return None
+    return grad_scaler._get_scale_async()

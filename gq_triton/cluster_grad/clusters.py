@@ -1,19 +1,21 @@
 """Clusters of a model's batches: features in, labels out, gradients weighted on the way back."""
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad.convert import convert, survey
+from gq_triton.cluster_grad.compiled_ops import begin, capture, end, prepare_for_compile, watch
+from gq_triton.cluster_grad.install import convert
+from gq_triton.cluster_grad.layers.registry import survey
 from gq_triton.cluster_grad.session import Session
-from gq_triton.cluster_grad.sites import begin, capture, end, prepare_for_compile, watch
-from gq_triton.cluster_grad.step import Groups, Mixing, Step
-from gq_triton.clustering import KMeans
+from gq_triton.cluster_grad.step import Step
+from gq_triton.grouping.features import first_tensor, is_spatial, with_first_tensor
+from gq_triton.grouping.groups import Groups, Mixing
+from gq_triton.grouping.kmeans import KMeans
 from gq_triton.queues import Queues
 
 __all__ = ["Clusters"]
@@ -166,7 +168,7 @@ class Clusters:
         handles = [self.model.register_forward_pre_hook(self._enter)]
         if self.features != OUTPUT_GRADIENT:
             layer = self._layer = self.model.get_submodule(self.features)
-            handles.append(layer.register_forward_hook(partial(self._capture, _is_spatial(layer))))
+            handles.append(layer.register_forward_hook(partial(self._capture, is_spatial(layer))))
         handles.append(self.model.register_forward_hook(self._leave, always_call=True))
 
         def undo() -> None:
@@ -194,10 +196,10 @@ class Clusters:
         end(session.clock, session.token)
         if self.features != OUTPUT_GRADIENT:
             return None
-        return _with_first_tensor(output, partial(watch, token=session.token))
+        return with_first_tensor(output, partial(watch, token=session.token))
 
     def _capture(self, channels_first: bool, module: nn.Module, args: Any, output: Any) -> None:
-        session, tensor = self.session, _first_tensor(output)
+        session, tensor = self.session, first_tensor(output)
         if session.token is not None and tensor is not None and module is self._layer:
             if self._sizes_only:
                 tensor = tensor.flatten(1)[:, :0]
@@ -307,45 +309,3 @@ class Clusters:
                 grad = session.finish(step, param, total)
                 param.grad = grad if param.grad is None else param.grad + grad
                 session.note(param)
-
-
-def _is_spatial(module: nn.Module) -> bool:
-    spatial = "Conv", "BatchNorm", "GroupNorm", "InstanceNorm", "Pool"
-    return any(word in type(module).__name__ for word in spatial) and (
-        type(module).__name__ != "Conv1D"
-    )
-
-
-def _values(output: Any) -> list[Any]:
-    """Return what a model's or layer's output consists of."""
-    if isinstance(output, Tensor):
-        return [output]
-    if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
-        return [getattr(output, entry.name) for entry in dataclasses.fields(output)]
-    values = output.values() if isinstance(output, Mapping) else output
-    return list(values) if hasattr(values, "__iter__") and not isinstance(values, str) else []
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    """Return the first tensor of an output that has samples; a loss has none."""
-    tensors = (value for value in _values(output) if isinstance(value, Tensor) and value.dim() > 0)
-    return next(tensors, None)
-
-
-def _with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a model's output with the first tensor changed that has samples and a gradient."""
-
-    def meant(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > 0 and value.requires_grad
-
-    if isinstance(output, Tensor):
-        return change(output) if meant(output) else output
-    place = next((i for i, value in enumerate(_values(output)) if meant(value)), None)
-    if place is None:
-        return output
-    changed = change(_values(output)[place])
-    if type(output) in (tuple, list):
-        return type(output)([*output[:place], changed, *output[place + 1 :]])
-    if isinstance(output, MutableMapping):
-        output[list(output)[place]] = changed
-    return output  # anything else: changed in place, outside a compiled graph

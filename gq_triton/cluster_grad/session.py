@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad.sites import in_backward, number
-from gq_triton.cluster_grad.step import Groups, Partial, Step
+from gq_triton.cluster_grad.passes import in_backward
+from gq_triton.cluster_grad.site import Block, new_number
+from gq_triton.cluster_grad.step import Partial, Step
+from gq_triton.grouping.groups import Groups
 from gq_triton.queues import Queues
 from gq_triton.ring import flat, rescale_
 
 __all__ = ["Session"]
-
-# Part of a parameter, in its memory order: first element, end, sums by cluster (K, end - first).
-Block = tuple[int, int, Tensor]
 
 
 class Session:
@@ -40,8 +39,9 @@ class Session:
         self.params = {name: param for param, name in names.items()}
         self.names = names
         self.step: Step | None = None
-        # What compiled graphs see of it: sites.py.
-        self.number, self.clock = number(self), torch.zeros(1, dtype=torch.int64)
+        self.backend = queues.backend
+        # What compiled graphs see of it: compiled_ops.py.
+        self.number, self.clock = new_number(self), torch.zeros(1, dtype=torch.int64)
         self.token: Tensor | None = None
         self.grad_scale: Callable[[], Tensor | None] = lambda: None
         # Raw gradients beside p.grad, and what the weighting of each parameter's last one did.
@@ -91,6 +91,10 @@ class Session:
         """Return the names of a layer's own parameters that have a gradient."""
         params = module.parameters(recurse=False)
         return [self.names[param] for param in params if param.requires_grad]
+
+    def uses(self, step: Step, param: Tensor) -> int:
+        """Return how often a parameter was used in a forward pass."""
+        return step.uses.get(self.names[param], 1)
 
     def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return room for a parameter's sums by cluster ``(K, elements)``, until the next call.
@@ -204,7 +208,7 @@ class Session:
             sigma_scales=groups.sigma_scales, grad_scale=self.grad_scale(), into=into,
         )  # fmt: skip
 
-    def combine_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor:
+    def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor:
         """Return the weighted gradient of a table of which only some rows were touched.
 
         A row that no sample touched has gradient 0 in every cluster, so 0 whatever its weight.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton import scarcity_weight
-from gq_triton.cluster_grad.clusters import OUTPUT_GRADIENT
-from gq_triton.cluster_grad.step import pooled
+from gq_triton.cluster_grad import OUTPUT_GRADIENT
+from gq_triton.grouping.features import is_spatial, pooled
 from gq_triton.ring import MIN_QUEUE_LENGTH, effective_length, new_losses, record_loss
 from gq_triton.study.arms import Law
 from gq_triton.study.grouping import Grouping
@@ -53,8 +53,7 @@ class AlteredWeights:
         self.measured: dict[str, float] = {}
 
     def _capture(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        spatial = any(word in type(module).__name__ for word in ("Conv", "Pool"))
-        self.features = pooled(output.detach(), channels_first=spatial)
+        self.features = pooled(output.detach(), channels_first=is_spatial(module))
 
     def backward(self, outputs: Tensor, losses: Tensor, labels: Tensor) -> None:
         """Leave the altered gradients in ``p.grad``; see ``Backward``."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gq_triton.clustering import KMeans
+from gq_triton.grouping import KMeans
 from gq_triton.study.arms import Law
 
 __all__ = ["Grouping"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gq_triton import GradQueue
-from gq_triton.cluster_grad.clusters import OUTPUT_GRADIENT
+from gq_triton.cluster_grad import OUTPUT_GRADIENT
 from gq_triton.study.altered import AlteredWeights
 from gq_triton.study.arms import Law
 from gq_triton.study.grouping import Grouping

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gq_triton.cluster_grad.clusters import OUTPUT_GRADIENT
+from gq_triton.cluster_grad import OUTPUT_GRADIENT
 from gq_triton.dist import GradQueueState, register
 from gq_triton.study.arms import Law
 from gq_triton.study.device import take_device

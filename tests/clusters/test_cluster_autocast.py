@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gq_triton import GradQueue
-from gq_triton.cluster_grad import norm
+from gq_triton.cluster_grad.layers import norm
 
 LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])
 BF16 = torch.bfloat16

@@ -10,7 +10,7 @@ from cluster_cases import GPT, MLP, Block, Judge, ResNet, ViT
 from torch import nn
 from torch._dynamo.utils import counters
 
-from gq_triton.cluster_grad import sites
+from gq_triton.cluster_grad import passes
 
 F64 = torch.float64
 LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])
@@ -190,7 +190,7 @@ def test_steps_go_with_their_graphs():
             losses(model, vectors()).mean().backward()
             judge.optimizer.step()
             losses(model, vectors())  # a forward pass that nothing comes of
-            counts.append(len(sites._steps))
+            counts.append(len(passes._steps))
     assert counts[1:4] == counts[1:2] * 3
     assert counts[5:] == counts[5:6] * 3
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gq_triton import GradQueue
-from gq_triton.cluster_grad import Groups, Mixing, conv, linear
+from gq_triton.cluster_grad.layers import conv, linear
+from gq_triton.grouping import Groups, Mixing
 
 F64 = torch.float64
 # Operations that only look at memory in another way, or set it aside.

@@ -13,7 +13,8 @@ from cluster_cases import MLP, Judge
 from torch import nn
 
 from gq_triton import GradQueue
-from gq_triton.cluster_grad import Groups, Step
+from gq_triton.cluster_grad import Step
+from gq_triton.grouping import Groups
 
 F64 = torch.float64
 LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])

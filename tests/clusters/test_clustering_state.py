@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gq_triton import clustering
-from gq_triton.clustering import KMeans
+from gq_triton.grouping import KMeans, kmeans
 
 
 def normal(seed, *shape, dtype=torch.float64):
@@ -130,7 +129,7 @@ class NoHostReads(TorchDispatchMode):
 def as_on_a_device(monkeypatch):
     """The path that a CUDA device takes, on the CPU."""
     with monkeypatch.context() as patch:
-        patch.setattr(clustering, "_host_may_read", lambda tensor: False)
+        patch.setattr(kmeans, "_host_may_read", lambda tensor: False)
         yield
 
 
@@ -161,10 +160,10 @@ def test_nan_on_a_device_is_raised_asynchronously(monkeypatch):
 def test_tensors_without_data_pass_through():
     """No value is read, no tensor made elsewhere: what can be told of a GPU without one."""
     x = torch.empty(32, 5, device="meta")
-    frame = clustering._Frame(x.new_empty(()), x.mean(0))
-    start = clustering._plus_plus(x, 4, torch.Generator())
-    centers, n_iter = clustering._lloyd(x, frame.enter(frame.leave(start)), 2, 1e-4)
-    labels, _ = clustering._assign(x, centers)
+    frame = kmeans._Frame(x.new_empty(()), x.mean(0))
+    start = kmeans._plus_plus(x, 4, torch.Generator())
+    centers, n_iter = kmeans._lloyd(x, frame.enter(frame.leave(start)), 2, 1e-4)
+    labels, _ = kmeans._assign(x, centers)
     assert {tensor.device.type for tensor in (centers, n_iter, labels)} == {"meta"}
     assert labels.dtype == n_iter.dtype == torch.int64
 
@@ -172,9 +171,9 @@ def test_tensors_without_data_pass_through():
 def test_lloyd_compiles_to_one_graph():
     x, start = normal(0, 64, 5, dtype=torch.float32), normal(1, 6, 5, dtype=torch.float32)
     start[0] += 40
-    compiled = torch.compile(clustering._lloyd, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(kmeans._lloyd, fullgraph=True, backend="aot_eager")
     for got, expected in zip(
-        compiled(x, start, 4, 1e-4), clustering._lloyd(x, start, 4, 1e-4), strict=True
+        compiled(x, start, 4, 1e-4), kmeans._lloyd(x, start, 4, 1e-4), strict=True
     ):
         assert torch.equal(got, expected)
 

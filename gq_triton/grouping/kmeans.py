@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
-from gq_triton.distances import cost, nearest_centers, row_norms
+from gq_triton.grouping.distances import cost, nearest_centers, row_norms
 
 _CENTERS = "cluster_centers"
 _GENERATOR = "generator"

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gq_triton.backend import engine
-from gq_triton.cluster_grad.linear import accumulation_type, launches_cost
-from gq_triton.cluster_grad.session import Block
-from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
+from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
+from gq_triton.cluster_grad.layers.rows import accumulation_type, launches_cost
+from gq_triton.cluster_grad.site import Block, Call, Family, Site
 from gq_triton.cluster_grad.step import Step
 from gq_triton.ring import flat
 
-__all__ = ["conv_forward", "conv_gradients"]
+__all__ = ["CONV"]
 
 _OPS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -55,9 +55,7 @@ class _Conv(torch.autograd.Function):
         return grad_x, *param_grads(ctx, grad, x), None, None
 
 
-def conv_gradients(
-    site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
-) -> list[Tensor]:
+def _gradients(site: Site, step: Step, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
     """Return the weighted gradients of a convolution's weight and bias."""
     grad, x = tensors
     groups, result = step.groups, []
@@ -70,7 +68,7 @@ def conv_gradients(
     for position in wanted:
         param = site.param(position)
         if position == 0:
-            total = site.session.scratch(len(groups.sizes), param.numel(), grad, dtype)
+            total = site.collector.scratch(len(groups.sizes), param.numel(), grad, dtype)
             # Where launches cost, sorting once is worth a copy of all samples.
             parts = groups.sorted if launches_cost(grad) else groups.each
             pairs = zip(parts(grad), parts(x), strict=True)
@@ -84,14 +82,14 @@ def conv_gradients(
                 else:
                     total[k] = 0
         else:
-            ops = engine(grad.device, site.session.queues.backend)
+            ops = engine(grad.device, site.collector.backend)
             images = grad.flatten(2)
             # With channels last in memory the positions come first.
             last = not images.is_contiguous() and images.mT.is_contiguous()
             sums = ops.position_sums if last else ops.channel_sums
             total = sums(images.mT if last else images, groups.order, groups.offsets)[0]
         blocks: Iterator[Block] = iter([(0, param.numel(), total)])
-        result.append(site.session.give(step, param, blocks, dtype))
+        result.append(site.collector.give(step, param, blocks, dtype))
     return result
 
 
@@ -111,7 +109,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, ca
     return _Conv.apply(x, weight, bias, geometry, call)  # pyright: ignore[reportReturnType]
 
 
-def conv_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.ConvNd.forward`` with clustered gradients."""
     m: Any = module
     spatial = len(m.kernel_size)
@@ -123,3 +121,6 @@ def conv_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
         mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
         x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
     return _conv(x, m.weight, m.bias, _geometry(m), call)
+
+
+CONV = Family(_forward, _gradients)

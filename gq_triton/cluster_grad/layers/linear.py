@@ -11,41 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton.backend import engine
-from gq_triton.cluster_grad.session import Block
-from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
-from gq_triton.cluster_grad.step import Groups, Step
+from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
+from gq_triton.cluster_grad.layers.rows import accumulation_type, launches_cost, samples
+from gq_triton.cluster_grad.site import Block, Call, Family, Site
+from gq_triton.cluster_grad.step import Step
+from gq_triton.grouping.groups import Groups
 from gq_triton.ring import flat
 
-__all__ = ["conv1d_forward", "conv1d_gradients", "linear_forward", "linear_gradients"]
+__all__ = ["CONV1D", "LINEAR"]
 
 # Bytes of sums worked on at a time on the CPU; more would leave the cache before they are weighted.
 ROOM = 1 << 24
 # What a GPU does in a second, on the safe side, and the seconds that a launch costs the host.
 OPERATIONS, BYTES, LAUNCH = 2e13, 1e12, 2e-5
-
-
-def samples(tensor: Tensor, groups: Groups, layer: str) -> Tensor:
-    """Return ``(B, T, N)`` from ``(B, ..., N)``, or from rows ``(B T, N)`` sample after sample."""
-    check_rows(tensor, groups, layer)
-    batch = groups.labels.numel()
-    # Counted, not -1: a layer without inputs has rows of no elements.
-    return tensor.reshape(batch, tensor.shape[:-1].numel() // batch, tensor.shape[-1])
-
-
-def check_rows(tensor: Tensor, groups: Groups, layer: str) -> None:
-    """Raise a RuntimeError unless the first dimension can be that of the clustered samples."""
-    batch, first = groups.labels.numel(), tensor.shape[0] if tensor.dim() else 0
-    if first != batch and (tensor.dim() > 2 or first == 0 or first % batch):
-        raise RuntimeError(
-            f"{layer} saw a first dimension of {first} for {batch} clustered samples: it must be "
-            "the batch, or two dimensions with each sample's rows together; use "
-            'GradQueue(mode="microbatch") for this model'
-        )
-
-
-def accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which sums of this type are formed."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -60,11 +38,6 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.copy_(multiply(left.mT, right, out_dtype=out.dtype))
     else:
         multiply(left.to(out.dtype).mT, right.to(out.dtype), out=out)
-
-
-def launches_cost(tensor: Tensor) -> bool:
-    """Return whether an operation costs the host time while the device could go on."""
-    return tensor.device.type != "cpu"
 
 
 def pays_padding(groups: Groups, left: Tensor, right: Tensor) -> bool:
@@ -104,7 +77,7 @@ def weight_blocks(
         left: ``(B, T, M)``.
         right: ``(B, T, N)``.
         param: ``(M, N)``, whose memory order counts.
-        scratch: gives room for K sums: ``Session.scratch``.
+        scratch: gives room for K sums: ``Collector.scratch``.
     """
     height, width, clusters = left.shape[2], right.shape[2], len(groups.sizes)
     dtype = accumulation_type(left.dtype)
@@ -168,17 +141,13 @@ def _gradients(
         if position == 0:
             inputs = samples(x, groups, site.name)
             left, right = (inputs, rows) if transposed else (rows, inputs)
-            blocks = weight_blocks(groups, left, right, param, site.session.scratch)
+            blocks = weight_blocks(groups, left, right, param, site.collector.scratch)
         else:
-            ops = engine(rows.device, site.session.queues.backend)
+            ops = engine(rows.device, site.collector.backend)
             sums = ops.position_sums(rows, groups.order, groups.offsets)[0]
             blocks = iter([(0, param.numel(), sums)])
-        result.append(site.session.give(step, param, blocks, dtype))
+        result.append(site.collector.give(step, param, blocks, dtype))
     return result
-
-
-linear_gradients = partial(_gradients, False)
-conv1d_gradients = partial(_gradients, True)
 
 
 @traced_whole
@@ -186,13 +155,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, ca
     return _Linear.apply(x, weight, bias, transposed, call)  # pyright: ignore[reportReturnType]
 
 
-def linear_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
+def _linear_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.Linear.forward`` with clustered gradients."""
     m: Any = module
     return _linear(x, m.weight, m.bias, False, call)
 
 
-def conv1d_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
+def _conv1d_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``transformers.pytorch_utils.Conv1D.forward``: a linear layer with a transposed weight."""
     m: Any = module
     return _linear(x, m.weight, m.bias, True, call)
+
+
+LINEAR = Family(_linear_forward, partial(_gradients, False))
+CONV1D = Family(_conv1d_forward, partial(_gradients, True))

@@ -16,20 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton.backend import engine
-from gq_triton.cluster_grad.linear import accumulation_type, check_rows
-from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
+from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
+from gq_triton.cluster_grad.layers.rows import accumulation_type, check_rows
+from gq_triton.cluster_grad.site import Call, Family, Site
 from gq_triton.cluster_grad.step import Step
 
-__all__ = [
-    "batch_norm_forward",
-    "batch_norm_gradients",
-    "group_norm_forward",
-    "group_norm_gradients",
-    "layer_norm_forward",
-    "layer_norm_gradients",
-    "rms_norm_forward",
-    "rms_norm_gradients",
-]
+__all__ = ["BATCH_NORM", "GROUP_NORM", "LAYER_NORM", "RMS_NORM"]
 
 
 # Running mean and variance, whether the batch's own are used, momentum, epsilon.
@@ -45,7 +37,7 @@ def _weighted(
         param, values = site.param(position), sums[1 - position]
         assert values is not None
         blocks = iter([(0, param.numel(), values)])
-        result.append(site.session.give(step, param, blocks, values.dtype))
+        result.append(site.collector.give(step, param, blocks, values.dtype))
     return result
 
 
@@ -67,7 +59,7 @@ def _by_position(
     batch, columns = groups.labels.numel(), site.param(0).numel()
     dy, x = (t.reshape(batch, -1, columns) for t in (grad, x))
     known = {name: _wide(value).reshape(batch, -1) for name, value in statistics.items()}
-    ops = engine(grad.device, site.session.queues.backend)
+    ops = engine(grad.device, site.collector.backend)
     sums = ops.position_sums(dy, groups.order, groups.offsets, x=x, **known)
     return _weighted(site, step, wanted, sums)
 
@@ -81,7 +73,7 @@ def _by_channel(
     # Two dimensions: each sample may have several rows, each with statistics of its own.
     order = groups.rows(len(grad) // groups.labels.numel())
     dy, x = (t.reshape(*t.shape[:2], -1) for t in (grad, x))
-    ops = engine(grad.device, site.session.queues.backend)
+    ops = engine(grad.device, site.collector.backend)
     sums = ops.channel_sums(dy, *order, x=x, mean=_wide(mean), rstd=_wide(rstd))
     return _weighted(site, step, wanted, sums)
 
@@ -133,7 +125,7 @@ class _LayerNorm(torch.autograd.Function):
         return grad_x, *param_grads(ctx, grad, x, mean, rstd), None, None
 
 
-def layer_norm_gradients(
+def _layer_norm_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
 ) -> list[Tensor]:
     """Return the weighted gradients of scale and shift."""
@@ -167,7 +159,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, *param_grads(ctx, grad, x, rstd), None, None
 
 
-def rms_norm_gradients(
+def _rms_norm_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
 ) -> list[Tensor]:
     """Return the weighted gradient of the scale."""
@@ -206,7 +198,7 @@ class _GroupNorm(torch.autograd.Function):
         return grad_x, *param_grads(ctx, grad, x, mean, rstd), None, None, None
 
 
-def group_norm_gradients(
+def _group_norm_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
 ) -> list[Tensor]:
     """Return the weighted gradients of scale and shift."""
@@ -250,7 +242,7 @@ class _BatchNorm(torch.autograd.Function):
         return grad_x, *param_grads(ctx, grad, x, saved_mean, saved_rstd), None, None
 
 
-def batch_norm_gradients(
+def _batch_norm_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
 ) -> list[Tensor]:
     """Return the weighted gradients of scale and shift."""
@@ -280,25 +272,25 @@ def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, running: Running, call:
     return _BatchNorm.apply(x, weight, bias, running, call)  # pyright: ignore[reportReturnType]
 
 
-def layer_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
+def _layer_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.LayerNorm.forward`` with clustered gradients."""
     m: Any = module
     return _layer_norm(x, m.weight, m.bias, m.eps, call)
 
 
-def rms_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
+def _rms_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.RMSNorm.forward`` with clustered gradients."""
     m: Any = module
     return _rms_norm(x, m.weight, m.eps, call)
 
 
-def group_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
+def _group_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.GroupNorm.forward`` with clustered gradients."""
     m: Any = module
     return _group_norm(x, m.weight, m.bias, m.num_groups, m.eps, call)
 
 
-def batch_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
+def _batch_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.BatchNorm.forward`` with clustered gradients."""
     m: Any = module
     m._check_input_dim(x)
@@ -311,3 +303,9 @@ def batch_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     tracked = not m.training or m.track_running_stats
     mean, var = (m.running_mean, m.running_var) if tracked else (None, None)
     return _batch_norm(x, m.weight, m.bias, (mean, var, training, momentum, m.eps), call)
+
+
+LAYER_NORM = Family(_layer_norm_forward, _layer_norm_gradients)
+RMS_NORM = Family(_rms_norm_forward, _rms_norm_gradients)
+GROUP_NORM = Family(_group_norm_forward, _group_norm_gradients)
+BATCH_NORM = Family(_batch_norm_forward, _batch_norm_gradients)

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad.linear import accumulation_type, samples
-from gq_triton.cluster_grad.sites import Call, Site, exact, param_grads, traced_whole
-from gq_triton.cluster_grad.step import Groups, Step
+from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
+from gq_triton.cluster_grad.layers.rows import accumulation_type, samples
+from gq_triton.cluster_grad.site import Call, Family, Site
+from gq_triton.cluster_grad.step import Step
+from gq_triton.grouping.groups import Groups
 from gq_triton.ring import flat
 
-__all__ = ["embedding_forward", "embedding_gradients"]
+__all__ = ["EMBEDDING"]
 
 
 class _Embedding(torch.autograd.Function):
@@ -32,12 +34,10 @@ class _Embedding(torch.autograd.Function):
         return None, *param_grads(ctx, grad_outputs[0], ctx.saved_tensors[0]), None, None
 
 
-def embedding_gradients(
-    site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
-) -> list[Tensor]:
+def _gradients(site: Site, step: Step, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
     """Return the weighted gradient of a table."""
     grad, indices = tensors
-    session, groups, param = site.session, step.groups, site.param(0)
+    collector, groups, param = site.collector, step.groups, site.param(0)
     padding_idx: Any = site.module.padding_idx
     if indices.dim() == 0 or len(indices) != groups.labels.numel():
         raise RuntimeError(
@@ -47,20 +47,20 @@ def embedding_gradients(
         )
     rows = samples(grad.reshape(len(indices), -1, grad.shape[-1]), groups, site.name)
     where = indices.reshape(len(rows), -1)
-    once = step.uses.get(session.names[param], 1) == 1
+    once = collector.uses(step, param) == 1
     if once and param.is_contiguous() and param.shape[0] > where.numel():
         touched, where = where.unique(return_inverse=True)
         sums = _row_sums(groups, rows, where, len(touched))
         if padding_idx is not None:
             sums.masked_fill_((touched == padding_idx)[:, None], 0)
-        return [session.combine_rows(step, param, touched, sums.flatten(1))]
+        return [collector.give_rows(step, param, touched, sums.flatten(1))]
     # As many lookups as rows, or a tied table, whose other use has a dense gradient: all of it.
     sums = _row_sums(groups, rows, where, param.shape[0])
     if padding_idx is not None:
         sums[:, padding_idx] = 0
     dense = param.is_contiguous()
     total = sums.flatten(1) if dense else torch.stack([flat(s, like=param) for s in sums])
-    return [session.give(step, param, iter([(0, param.numel(), total)]), sums.dtype)]
+    return [collector.give(step, param, iter([(0, param.numel(), total)]), sums.dtype)]
 
 
 def _row_sums(groups: Groups, rows: Tensor, where: Tensor, count: int) -> Tensor:
@@ -77,7 +77,16 @@ def _embedding(indices: Tensor, weight: Tensor, padding_idx: int | None, call: C
     return _Embedding.apply(indices, weight, padding_idx, call)  # pyright: ignore[reportReturnType]
 
 
-def embedding_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """``nn.Embedding.forward`` with clustered gradients."""
     m: Any = module
     return _embedding(x, m.weight, m.padding_idx, call)
+
+
+def _accepts(module: nn.Module) -> bool:
+    """Return whether a table's gradient is dense and its own alone."""
+    m: Any = module
+    return not m.sparse and not m.scale_grad_by_freq and m.max_norm is None
+
+
+EMBEDDING = Family(_forward, _gradients, _accepts)

@@ -1,0 +1,184 @@
+"""The passes' functions for eager and for compiled models alike.
+
+A graph made by ``torch.compile`` must hold neither a step's clusters nor a queue: it would replay
+those of the step it was traced in. It holds two small tensors instead, the token of the forward
+pass and the key of the layer's site, and calls of the functions of ``passes`` as opaque operations,
+which find the rest when they run. Operations without a result write to a *clock*: the compiler's
+only reason to keep them, in their order. Outside a compiled graph the functions are called as they
+are.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gq_triton.cluster_grad import passes
+
+__all__ = [
+    "begin",
+    "capture",
+    "end",
+    "exact",
+    "param_grads",
+    "prepare_for_compile",
+    "traced_whole",
+    "use",
+    "watch",
+]
+
+
+def exact(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a backward pass compute in the types of its tensors, also where autocast is on.
+
+    ``loss.backward()`` inside autocast would narrow sums that are to be formed in float32.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grad_outputs: Tensor) -> Any:
+        device = grad_outputs[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grad_outputs)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grad_outputs)
+
+    return run
+
+
+_whole: list[Callable[..., Any]] = []
+
+
+def traced_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function that calls an autograd function: Dynamo must not look into it."""
+    _whole.append(function)
+    return function
+
+
+def prepare_for_compile() -> None:
+    """Tell Dynamo what is marked; it is not imported before an optimizer needs it anyway."""
+    for function in _whole:
+        torch.compiler.allow_in_graph(function)
+
+
+_library = torch.library.Library("gq_triton", "DEF")
+
+
+def _operation(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gq_triton::{name}", fake, lib=_library)
+    return getattr(torch.ops.gq_triton, name).default
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+_begin_op = _operation(
+    "begin(Tensor(a!) clock, int session) -> Tensor",
+    passes.begin,
+    lambda clock, session: torch.empty((), dtype=torch.int64),
+)
+_end_op = _operation("end(Tensor(a!) clock, Tensor token) -> ()", passes.end, _nothing)
+_use_op = _operation(
+    "use(Tensor(a!) clock, Tensor token, Tensor site, bool graded) -> ()", passes.use, _nothing
+)
+_capture_op = _operation(
+    "capture(Tensor(a!) clock, Tensor token, Tensor features, bool channels_first) -> ()",
+    passes.capture,
+    _nothing,
+)
+_watch_op = _operation(
+    "watch(Tensor grad, Tensor token) -> Tensor",
+    lambda grad, token: passes.watch(grad, token).clone(),
+    lambda grad, token: torch.empty_like(grad),
+)
+_param_grads_op = _operation(
+    "param_grads(Tensor token, Tensor site, Tensor[] tensors, Tensor[] params, int[] wanted)"
+    " -> Tensor[]",
+    passes.param_grads,
+    lambda token, site, tensors, params, wanted: [torch.empty_like(param) for param in params],
+)
+
+
+def begin(clock: Tensor, session: int) -> Tensor:
+    """Start the step of a forward pass; return its token, 0-d int64."""
+    return (_begin_op if torch.compiler.is_compiling() else passes.begin)(clock, session)
+
+
+def end(clock: Tensor, token: Tensor) -> None:
+    """End the forward pass of a step."""
+    (_end_op if torch.compiler.is_compiling() else passes.end)(clock, token)
+
+
+def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:
+    """Count one use of a layer's parameters in the forward pass.
+
+    Raises:
+        RuntimeError: gradients are wanted, but no forward pass of the model runs.
+    """
+    (_use_op if torch.compiler.is_compiling() else passes.use)(clock, token, site, graded)
+
+
+def capture(clock: Tensor, token: Tensor, features: Tensor, channels_first: bool) -> None:
+    """Keep the features ``(B, ...)`` of a step's samples."""
+    operation = _capture_op if torch.compiler.is_compiling() else passes.capture
+    operation(clock, token, features, channels_first)
+
+
+class _Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, token: Tensor) -> Tensor:
+        ctx.token = token
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return _watch_op(grad_outputs[0], ctx.token), None
+
+
+def watch(output: Tensor, token: Tensor) -> Tensor:
+    """Return the model's output, whose gradient becomes the features of the step's samples."""
+    if torch.compiler.is_compiling():
+        return _traced_watch(output, token)
+    output.register_hook(lambda grad: passes.watch(grad, token))
+    return output
+
+
+@traced_whole
+def _traced_watch(output: Tensor, token: Tensor) -> Tensor:
+    return _Watch.apply(output, token)  # pyright: ignore[reportReturnType]
+
+
+def param_grads(ctx: Any, *tensors: Tensor) -> list[Tensor | None]:
+    """Return the weighted gradients of a layer's parameters, in a backward pass.
+
+    Args:
+        ctx: the context of an autograd function whose arguments begin with the layer's input and
+            ``params``; ``ctx.params`` are those, ``ctx.call`` the token and the site's key.
+        tensors: what the layer's gradients are made of.
+    """
+    token, site = ctx.call
+    positions = range(len(ctx.params))
+    wanted = [i for i in positions if ctx.params[i] is not None and ctx.needs_input_grad[1 + i]]
+    result: list[Tensor | None] = [None for _ in positions]
+    if not wanted:
+        return result
+    params = [ctx.params[i] for i in wanted]
+    # A graph is traced with tensors of the compiler's own. Its flag alone does not tell: before
+    # torch 2.13 it is set while Dynamo reads Python, and not while backward passes are traced.
+    if torch.compiler.is_compiling() or type(token) is not Tensor:
+        grads = _param_grads_op(token, site, list(tensors), params, wanted)
+    elif torch.is_grad_enabled():
+        raise RuntimeError(
+            "clustered gradients cannot be differentiated again: leave out create_graph=True, or "
+            'use GradQueue(mode="microbatch")'
+        )
+    else:
+        grads = passes.param_grads(token, site, list(tensors), params, wanted)
+    for position, grad in zip(wanted, grads, strict=True):
+        result[position] = grad
+    return result

@@ -1,0 +1,40 @@
+"""What the families of layers share: rows of samples, and the type in which sums are formed.
+
+Shapes: B samples, T rows per sample, N numbers per row.
+"""
+
+import torch
+from torch import Tensor
+
+from gq_triton.grouping.groups import Groups
+
+__all__ = ["accumulation_type", "check_rows", "launches_cost", "samples"]
+
+
+def samples(tensor: Tensor, groups: Groups, layer: str) -> Tensor:
+    """Return ``(B, T, N)`` from ``(B, ..., N)``, or from rows ``(B T, N)`` sample after sample."""
+    check_rows(tensor, groups, layer)
+    batch = groups.labels.numel()
+    # Counted, not -1: a layer without inputs has rows of no elements.
+    return tensor.reshape(batch, tensor.shape[:-1].numel() // batch, tensor.shape[-1])
+
+
+def check_rows(tensor: Tensor, groups: Groups, layer: str) -> None:
+    """Raise a RuntimeError unless the first dimension can be that of the clustered samples."""
+    batch, first = groups.labels.numel(), tensor.shape[0] if tensor.dim() else 0
+    if first != batch and (tensor.dim() > 2 or first == 0 or first % batch):
+        raise RuntimeError(
+            f"{layer} saw a first dimension of {first} for {batch} clustered samples: it must be "
+            "the batch, or two dimensions with each sample's rows together; use "
+            'GradQueue(mode="microbatch") for this model'
+        )
+
+
+def accumulation_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which sums of this type are formed."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def launches_cost(tensor: Tensor) -> bool:
+    """Return whether an operation costs the host time while the device could go on."""
+    return tensor.device.type != "cpu"

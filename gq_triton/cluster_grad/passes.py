@@ -1,0 +1,97 @@
+"""The forward and backward passes of a model, as its layers go through them.
+
+A forward pass has a *token*, a small tensor; its step lives as long as the token, that is, as the
+graph of the forward pass.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from gq_triton.cluster_grad.site import collector_of, new_number, site_of
+from gq_triton.cluster_grad.step import Step
+from gq_triton.grouping.features import pooled
+
+__all__ = ["OUTSIDE", "begin", "capture", "end", "in_backward", "param_grads", "use", "watch"]
+
+OUTSIDE = (
+    "{} was called outside the model's own forward(), where its samples are not clustered: "
+    'call the model, or use GradQueue(mode="microbatch")'
+)
+_steps: dict[int, Step] = {}
+
+
+def in_backward() -> bool:
+    """Return whether a backward pass runs, so that a forward call is a recomputation."""
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def begin(clock: Tensor, session: int) -> Tensor:
+    """Start the step of a forward pass, unless one is computed anew; return its token."""
+    alive = collector_of(session)
+    token = alive.token
+    last = None if token is None else _steps.get(int(token))
+    # A reentrant checkpoint around the whole model has hidden its forward pass: then the last step
+    # known is an older one, which is done.
+    goes_on = last is not None and (last.known_groups is None or last.finishing)
+    if token is not None and in_backward() and goes_on:
+        return token.clone()
+    token = torch.tensor(new_number())
+    step = _steps[int(token)] = alive.new_step()
+    step.hidden = in_backward()
+    weakref.finalize(token, _steps.pop, int(token))
+    return token
+
+
+def end(clock: Tensor, token: Tensor) -> None:
+    """End the forward pass: a layer called from here on belongs to no step."""
+    step = _steps.get(int(token))
+    if step is not None:
+        step.open = False
+
+
+def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:
+    """Count one use of a layer's parameters in the forward pass.
+
+    A segment under a reentrant checkpoint computes without gradients first: that is its use.
+    """
+    step, where = _steps.get(int(token)), site_of(site)
+    assert where is not None
+    if in_backward() and not (step is not None and step.hidden):
+        return
+    if step is not None and step.open:
+        names = where.collector.trainable(where.module)
+        where.collector.watch(names)
+        for name in names:
+            step.uses[name] = step.uses.get(name, 0) + 1
+    elif graded:
+        raise RuntimeError(OUTSIDE.format(where.name))
+
+
+def capture(clock: Tensor, token: Tensor, features: Tensor, channels_first: bool) -> None:
+    """Keep the features ``(B, ...)`` of a step's samples."""
+    step = _steps.get(int(token))
+    if step is not None and step.open and (step.hidden or not in_backward()):
+        step.features = pooled(features.detach(), channels_first)
+
+
+def watch(grad: Tensor, token: Tensor) -> Tensor:
+    """Keep the gradient at the model's output as the features of the step's samples."""
+    step = _steps[int(token)]
+    if step.known_groups is None:
+        step.features = pooled(grad.detach(), channels_first=grad.dim() > 3)
+    return grad
+
+
+def param_grads(
+    token: Tensor, site: Tensor, tensors: list[Tensor], params: list[Tensor], wanted: list[int]
+) -> list[Tensor]:
+    """Return a layer's weighted gradients."""
+    where, step = site_of(site), _steps.get(int(token))
+    if where is None or step is None:
+        raise RuntimeError("the handle of this GradQueue was removed: run the forward pass anew")
+    # What this backward pass computes anew from here on belongs to this step.
+    where.collector.token = token
+    where.collector.enter_pass(step)
+    return where.family.gradients(where, step, tensors, wanted)

@@ -1,0 +1,128 @@
+"""A layer whose gradients are summed by cluster, and the families that such layers belong to."""
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gq_triton.cluster_grad.step import Step
+
+__all__ = ["Block", "Call", "Collector", "Family", "Site", "collector_of", "new_number", "site_of"]
+
+# The token of the forward pass and the key of the layer's site.
+Call = tuple[Tensor, Tensor]
+# Part of a parameter, in its memory order: first element, end, sums by cluster (K, end - first).
+Block = tuple[int, int, Tensor]
+
+_numbers = itertools.count(1)
+_collectors: "weakref.WeakValueDictionary[int, Collector]" = weakref.WeakValueDictionary()
+_sites: "weakref.WeakValueDictionary[int, Site]" = weakref.WeakValueDictionary()
+
+
+class Collector(Protocol):
+    """What layers hand their sums to, and what follows a model's forward and backward passes.
+
+    Attributes:
+        backend: the engine that forms the layers' sums.
+        clock: what compiled graphs write to.
+        token: that of the present forward pass, or None.
+    """
+
+    backend: str
+    clock: Tensor
+    token: Tensor | None
+
+    def new_step(self) -> Step:
+        """Return the step of a forward pass that begins."""
+        ...
+
+    def enter_pass(self, step: Step) -> None:
+        """Note that a step's gradients are computed in the backward pass that runs."""
+        ...
+
+    def trainable(self, module: nn.Module) -> list[str]:
+        """Return the names of a layer's own parameters that have a gradient."""
+        ...
+
+    def watch(self, names: list[str]) -> None:
+        """Notice from now on when these parameters get a gradient."""
+        ...
+
+    def uses(self, step: Step, param: Tensor) -> int:
+        """Return how often a parameter was used in a forward pass."""
+        ...
+
+    def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return room for a parameter's sums by cluster ``(K, elements)``, until the next call."""
+        ...
+
+    def give(
+        self, step: Step, param: Tensor, blocks: Iterator[Block], dtype: torch.dtype
+    ) -> Tensor:
+        """Take one use's sums of a parameter; return what the layer returns as its gradient."""
+        ...
+
+    def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor:
+        """Take the sums of some rows of a table that is used once; return as ``give`` does."""
+        ...
+
+
+class Family(NamedTuple):
+    """How the layers of one kind run, and how their gradients are summed by cluster.
+
+    Attributes:
+        forward: ``(module, call, input)``: the layer's forward pass.
+        gradients: ``(site, step, tensors, wanted)`` to the gradients of the wanted ones among
+            ``(weight, bias)``; the tensors are what the layer's backward pass knows.
+        accepts: whether a layer of the kind, with its options, can be summed by cluster.
+    """
+
+    forward: Callable[..., Tensor]
+    gradients: Callable[["Site", Step, list[Tensor], list[int]], list[Tensor]]
+    accepts: Callable[[nn.Module], bool] = lambda module: True
+
+
+class Site:
+    """A layer whose gradients are summed by cluster.
+
+    Args:
+        collector: what its sums go to.
+        name: the layer's name in the model.
+        module: the layer.
+        family: how it runs.
+    """
+
+    def __init__(self, collector: Collector, name: str, module: nn.Module, family: Family) -> None:
+        self.collector, self.name, self.module, self.family = collector, name, module, family
+        # A tensor, and so an input of a compiled graph: layers of one kind share their graph.
+        self.key = torch.tensor(next(_numbers))
+        _sites[int(self.key)] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
+        """Return the site itself: a copy of the model has no clusters."""
+        return self
+
+    def param(self, position: int) -> Tensor:
+        """Return the layer's weight (0) or bias (1)."""
+        return getattr(self.module, ("weight", "bias")[position])
+
+
+def new_number(collector: Collector | None = None) -> int:
+    """Return a number of its own; ``collector_of`` finds the collector by it."""
+    number = next(_numbers)
+    if collector is not None:
+        _collectors[number] = collector
+    return number
+
+
+def collector_of(number: int) -> Collector:
+    """Return the collector that has a number."""
+    return _collectors[number]
+
+
+def site_of(key: Tensor) -> Site | None:
+    """Return the site that has a key; None where its plug-in was removed."""
+    return _sites.get(int(key))

@@ -1,0 +1,66 @@
+"""The features of a batch's samples: found in what a layer or a model returns, and pooled."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from einops import reduce
+from torch import Tensor, nn
+
+__all__ = ["first_tensor", "is_spatial", "pooled", "with_first_tensor"]
+
+
+def pooled(features: Tensor, channels_first: bool) -> Tensor:
+    """Return one vector per sample, ``(B, F)``, the mean over positions: a tensor of its own."""
+    if features.dim() == 0 or len(features) == 0:
+        raise ValueError(
+            f"the features must have a first dimension of at least one sample, got shape "
+            f"{tuple(features.shape)}"
+        )
+    if features.dim() <= 2:
+        # A copy: an activation in place, or a compiled graph, may write over the layer's output.
+        return features.reshape(len(features), -1).clone()
+    return reduce(features, "b f ... -> b f" if channels_first else "b ... f -> b f", "mean")
+
+
+def is_spatial(module: nn.Module) -> bool:
+    """Return whether a layer's output has its channels before its positions, ``(B, C, ...)``."""
+    spatial = "Conv", "BatchNorm", "GroupNorm", "InstanceNorm", "Pool"
+    return any(word in type(module).__name__ for word in spatial) and (
+        type(module).__name__ != "Conv1D"
+    )
+
+
+def _values(output: Any) -> list[Any]:
+    """Return what a model's or layer's output consists of."""
+    if isinstance(output, Tensor):
+        return [output]
+    if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
+        return [getattr(output, entry.name) for entry in dataclasses.fields(output)]
+    values = output.values() if isinstance(output, Mapping) else output
+    return list(values) if hasattr(values, "__iter__") and not isinstance(values, str) else []
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Return the first tensor of an output that has samples; a loss has none."""
+    tensors = (value for value in _values(output) if isinstance(value, Tensor) and value.dim() > 0)
+    return next(tensors, None)
+
+
+def with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a model's output with the first tensor changed that has samples and a gradient."""
+
+    def meant(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and value.requires_grad
+
+    if isinstance(output, Tensor):
+        return change(output) if meant(output) else output
+    place = next((i for i, value in enumerate(_values(output)) if meant(value)), None)
+    if place is None:
+        return output
+    changed = change(_values(output)[place])
+    if type(output) in (tuple, list):
+        return type(output)([*output[:place], changed, *output[place + 1 :]])
+    if isinstance(output, MutableMapping):
+        output[list(output)[place]] = changed
+    return output  # anything else: changed in place, outside a compiled graph
