@@ -4,17 +4,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The lane of the oldest versions: the oldest Python too, in an environment of its own.
+OLDEST_PYTHON ?= python3.10
+OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test test-docs test-oldest lint format build clean
 
 help:
 	@echo "make train   train on the handwritten digits with two ranks, write runs/digits-<time>/"
 	@echo "make test    lint, types and all tests: what must pass before a change goes in"
+	@echo "make test-docs    examples of docstrings, README.md and docs/, under a minute"
+	@echo "make test-oldest  all tests on Python 3.10 and the oldest versions promised, in .venv-oldest"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite the sources"
+	@echo "make build   the source archive and the wheel, in out/"
 	@echo "make setup   only make .venv (the others do it when needed)"
-	@echo "make clean   remove caches and build results; keeps .venv, runs/ and dist/ (dist/ is source)"
+	@echo "make clean   remove caches and build results; keeps .venv*, runs/ and dist/ (dist/ is source)"
 
 setup: $(READY)
 
@@ -41,6 +47,25 @@ test: lint
 	@echo "pytest: all tests, a few minutes"
 	@$(BIN)/pytest
 
+test-docs: $(READY)
+	@echo "pytest: the examples of docstrings, README.md and docs/, under a minute"
+	@$(BIN)/pytest tests/meta/test_doctests.py tests/meta/test_documentation.py
+
+test-oldest: $(OLDEST)/.ready
+	@echo "pytest: all tests on the oldest versions promised, 10 to 30 minutes"
+	@$(OLDEST)/bin/pytest
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	@command -v $(OLDEST_PYTHON) > /dev/null \
+	  || { echo "The oldest versions run on Python 3.10, and '$(OLDEST_PYTHON)' is not on the PATH: make test-oldest OLDEST_PYTHON=/path/to/python3.10"; exit 1; }
+	@$(OLDEST_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' \
+	  || { echo "The oldest versions run on Python 3.10; '$(OLDEST_PYTHON)' is $$($(OLDEST_PYTHON) -V 2>&1): make test-oldest OLDEST_PYTHON=/path/to/python3.10"; exit 1; }
+	@echo "Setting up $(OLDEST): downloads 3 GB, 3 to 15 minutes the first time"
+	@test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt pip setuptools
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c constraints-oldest.txt -e ".[test]"
+	@touch $@
+
 # pyright is told not to look for newer releases of itself: the version is pinned.
 lint: $(READY)
 	@echo "ruff: lint and format, a second"
@@ -54,9 +79,16 @@ format: $(READY)
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
+# --no-isolation: with the pinned setuptools of .venv.
+build: $(READY)
+	@echo "Building the source archive and the wheel in out/, a few seconds"
+	@rm -rf out
+	@$(BIN)/python -m build --no-isolation --outdir out > /dev/null
+	@ls out
+
 # dist/ holds sources: only what a build without --outdir leaves there goes.
 clean:
 	@echo "Removing caches and build results, a second"
 	@rm -rf build out gq_triton.egg-info .pytest_cache .ruff_cache .hypothesis
 	@rm -f dist/*.whl dist/*.tar.gz
-	@find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+	@find . -name __pycache__ -type d -not -path "./$(VENV)*" -prune -exec rm -rf {} +
