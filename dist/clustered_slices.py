@@ -17,6 +17,7 @@ from gq_triton.backend import engine
 from gq_triton.dist.buckets import Rooms
 from gq_triton.dist.collectives import start_all_gather
 from gq_triton.dist.placement import SlicedQueues
+from gq_triton.dist.shares import Shares
 from gq_triton.queues import sha
 from gq_triton.ring import flat
 
@@ -54,6 +55,7 @@ class ClusteredSlices(SlicedQueues):
         names: Sequence[str],
         part: Tensor,
         *,
+        shares: Shares,
         length: Tensor | None,
         grad_scale: Tensor | None,
         skip_zeros: bool,
@@ -64,7 +66,8 @@ class ClusteredSlices(SlicedQueues):
 
         Args:
             names: the parameters of the whole bucket, in its order.
-            part: the slice of the means over all ranks, ``(ceil(n / W),)``.
+            part: the slice of the raw gradients added up over all ranks, ``(ceil(n / W),)``.
+            shares: what makes them means.
             length: effective length of the next step, or None for L.
             grad_scale: the loss scale the means carry, or None.
             skip_zeros: whether a parameter whose mean is zero throughout is left alone.
@@ -75,6 +78,7 @@ class ClusteredSlices(SlicedQueues):
         """
         self._settle(names)
         held, means = self._held(names, part)
+        shares.correct_(held, means, 1)
         accepted = self._accepted(names, held, means, part.device, skip_zeros)
         ops = engine(part.device, self.backend)
         squares = torch.zeros(len(names), dtype=torch.float64, device=part.device)

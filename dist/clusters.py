@@ -18,6 +18,7 @@ from gq_triton.cluster_grad import Clusters
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.dist.buckets import Rooms
 from gq_triton.dist.clustered_slices import ClusteredSlices
+from gq_triton.dist.shares import Shares
 from gq_triton.grouping import Groups, Mixing
 from gq_triton.queues import Queues, in_use
 from gq_triton.ring import flat, rescale_
@@ -99,7 +100,7 @@ class LocalClusters:
         )  # fmt: skip
         queues.clustered = self._clusters.covered()
         self._session = self._clusters.session
-        self._shares = torch.ones(2, dtype=torch.float64)
+        self._unit = torch.ones(2, dtype=torch.float64)
         self._rooms = Rooms()
         self._passes, self._warned = mixing.accumulation_steps, False
         self._clusters.install(lambda: self._state.loss_scale(self._device))
@@ -161,24 +162,28 @@ class LocalClusters:
         dist.all_reduce(total, group=self._state.process_group)
         return total[0]
 
-    def start(self, device: torch.device) -> None:
-        """Learn this rank's shares of all samples, when its first clustered bucket is ready."""
-        self._check_passes()
-        steps, last = self._session.take_contributors(), self._session.step
-        if not steps and in_backward() and last is not None and last.known_groups is None:
-            # The bucket holds nothing that this rank used; the backward pass has only begun.
-            steps = [last] if last.features is not None else []
-        mine = torch.zeros(2, dtype=torch.float64, device=device)
-        for step in steps:
-            mine += step.groups.mass.to(device)
-        total = mine.clone()
-        dist.all_reduce(total, group=self._state.process_group)
-        even = torch.full_like(total, 1.0 / dist.get_world_size(self._state.process_group))
-        self._shares = torch.where(total > 0, mine / total, even)
+    def shares(self, names: Sequence[str], device: torch.device, first: bool) -> Shares:
+        """Return this rank's shares in a bucket's clustered gradients; every rank must call.
+
+        Args:
+            names: clustered parameters.
+            device: where the bucket is.
+            first: whether the bucket is the first of the step.
+        """
+        mine = self._session.masses(names, device)
+        if first:
+            self._unit = mine[0].clone()
+            dist.all_reduce(self._unit, group=self._state.process_group)
+            self._unit = torch.where(self._unit > 0, self._unit, 1.0)
+            if in_backward():
+                engine = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
+                engine.queue_callback(self._check_passes)
+        return Shares(names, mine, self._unit, self._state.process_group)
 
     def _check_passes(self) -> None:
         """Warn, once, where the passes that add up are not as many as the centroids allow for."""
-        wanted, several = self._passes, self._session.accumulates
+        wanted, several = self._passes, len(self._session.passes) > 1
+        self._session.passes.clear()
         if self._warned or several == (wanted > 1) or self._state.joining():
             return
         self._warned = True
@@ -190,14 +195,20 @@ class LocalClusters:
             stacklevel=2,
         )
 
-    def scale_(self, names: Sequence[str], slices: Sequence[Tensor]) -> None:
-        """Multiply the slices of a bucket by this rank's share in the result."""
-        even = 1.0 / dist.get_world_size(self._state.process_group)
-        for name, piece in zip(names, slices, strict=True):
-            clustered = name in self._queues.clustered
-            piece.mul_(self._shares[0].to(piece.dtype) if clustered else even)
+    def scale_(self, names: Sequence[str], slices: Sequence[Tensor], shares: Shares | None) -> None:
+        """Multiply the slices of a bucket by this rank's share in the result.
 
-    def raw_bucket(self, names: Sequence[str], like: Tensor) -> Tensor:
+        Args:
+            names: the parameters of the bucket.
+            slices: their gradients on this rank, flat.
+            shares: those of the clustered ones; None where there are none.
+        """
+        even = 1.0 / dist.get_world_size(self._state.process_group)
+        weighted = {} if shares is None else shares.given(0)
+        for name, piece in zip(names, slices, strict=True):
+            piece.mul_(weighted[name].to(piece.dtype) if name in weighted else even)
+
+    def raw_bucket(self, names: Sequence[str], like: Tensor, shares: Shares) -> Tensor:
         """Return the raw gradients of a bucket in the queue's type, times this rank's share.
 
         In the bucket's own where the queue is float16: they carry the loss scale still.
@@ -205,8 +216,9 @@ class LocalClusters:
         Args:
             names: clustered parameters; zeros for those without a gradient on this rank.
             like: the bucket's buffer.
+            shares: those of this rank.
         """
-        params, raw = self._queues.params, self._session.raw
+        params, given = self._queues.params, shares.given(1)
         dtype = self._queues.queue_dtype or like.dtype
         dtype = like.dtype if dtype == torch.float16 else dtype
         sizes = [params[name].numel() for name in names]
@@ -214,12 +226,12 @@ class LocalClusters:
             names, lambda: torch.empty(sum(sizes), dtype=dtype, device=like.device)
         )
         for name, piece in zip(names, bucket.split(sizes), strict=True):
-            grad = raw.pop(name, None)
+            grad = self._session.take(name)
             if grad is None:
                 piece.zero_()
             else:
                 grad = flat(grad, like=params[name])
-                share = self._shares[1].to(grad.dtype)
+                share = given[name].to(grad.dtype)
                 if grad.dtype == piece.dtype:
                     torch.mul(grad, share, out=piece)
                 else:
@@ -232,6 +244,7 @@ class LocalClusters:
         slices: Sequence[Tensor],
         raw: Sequence[Tensor],
         *,
+        shares: Shares,
         grad_scale: Tensor | None,
         skip_zeros: bool,
     ) -> None:
@@ -241,15 +254,18 @@ class LocalClusters:
             names: clustered parameters.
             slices: their weighted gradients over all ranks, flat.
             raw: their raw means over all ranks, flat.
+            shares: those of this rank.
             grad_scale: the loss scale they carry, or None.
             skip_zeros: exact zeros stand for a parameter that no rank used.
         """
         assert isinstance(self._queues, ClusteredQueues)
+        shares.correct_(names, slices, 0)
+        shares.correct_(names, raw, 1)
         inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.double()
         tables = []
         for name, grad, mean in zip(names, slices, raw, strict=True):
             squares = [_square(values, inverse) for values in (mean, grad)]
-            tables.append(self._table(name, *squares))
+            tables.append(self._table(name, *squares, shares))
             self._match_norm(grad, tables[-1], *squares)
         absent = torch.stack([mean.abs().sum() == 0 for mean in raw]) if skip_zeros else None
         self._queues.push_batch(names, raw, tables, grad_scale=grad_scale, found_inf=absent)
@@ -260,6 +276,7 @@ class LocalClusters:
         grads: Sequence[Tensor],
         squares: Tensor,
         *,
+        shares: Shares,
         grad_scale: Tensor | None,
     ) -> None:
         """Note what the weights did, where ``push_slice`` has queued the raw means.
@@ -268,27 +285,29 @@ class LocalClusters:
             names: clustered parameters.
             grads: their weighted gradients over all ranks, flat.
             squares: what ``push_slice`` returned for them.
+            shares: those of this rank.
             grad_scale: the loss scale they carry, or None.
         """
         assert isinstance(self._queues, ClusteredSlices)
+        shares.correct_(names, grads, 0)
         inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.double()
         tables = []
         for name, grad, (mine, whole) in zip(names, grads, squares, strict=True):
             # Each rank counts the norms of its slice: metrics() adds the ranks up.
             part = grad[slice(*self._queues.bounds(name))]
-            table = self._table(name, mine, _square(part, inverse))
+            table = self._table(name, mine, _square(part, inverse), shares)
             if self._queues.match_norm and self._queues.rho > 1:
                 self._match_norm(grad, table, whole, _square(grad, inverse))
             tables.append(table)
         self._queues._keep_statistics(tuple(names), torch.cat(tables))
 
-    def _table(self, name: str, raw: Tensor, weighted: Tensor) -> Tensor:
+    def _table(self, name: str, raw: Tensor, weighted: Tensor, shares: Shares) -> Tensor:
         """Return the statistics of a parameter, ``(1, 5)``: this rank's share of the weights."""
         seen = self._session.statistics.pop(name, None)
         table = torch.zeros(1, 5, dtype=torch.float64, device=raw.device)
         table[0, 0], table[0, 1] = raw, weighted
         if seen is not None:
-            table[0, 2:] = seen[:, 2:].sum(dim=0) * self._shares[1]
+            table[0, 2:] = seen[:, 2:].sum(dim=0) * shares.own(name)[1]
             in_use(seen)
         return table
 

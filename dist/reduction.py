@@ -13,6 +13,7 @@ from gq_triton.dist.clustered_slices import ClusteredSlices
 from gq_triton.dist.clusters import LocalClusters
 from gq_triton.dist.collectives import all_gather, completed, reduce_scatter
 from gq_triton.dist.placement import SlicedQueues
+from gq_triton.dist.shares import Shares
 from gq_triton.queues import in_use
 
 if TYPE_CHECKING:
@@ -40,19 +41,22 @@ def _average_clustered(
 ) -> Future:
     """Reduce weighted gradients, and the raw ones beside them."""
     clustered = tuple(name for name in names if name in local.covered)
-    if clustered and not state.shares_known:
-        local.start(buffer.device)
+    shares = None
+    if clustered:
+        shares = local.shares(clustered, buffer.device, first=not state.shares_known)
         state.shares_known = True
-    local.scale_(names, state.buckets.split(names, buffer))
+    local.scale_(names, state.buckets.split(names, buffer), shares)
     if state.shard_queue:
-        return _average_slices(state, local, names, clustered, buffer)
+        return _average_slices(state, local, names, clustered, buffer, shares)
     reduced = _reduce(state, names, buffer, partial(_all_reduce, state))
-    if not clustered:
+    if shares is None:
         return reduced.then(partial(_weigh, state, names, buffer))
-    raw = local.raw_bucket(clustered, buffer)
+    raw = local.raw_bucket(clustered, buffer, shares)
     # A future of its own: the callback waits for the first reduction too, which began earlier.
     second = _reduce(state, clustered, raw, partial(_all_reduce, state))
-    return second.then(partial(_finish_clustered, state, local, names, buffer, reduced, raw))
+    return second.then(
+        partial(_finish_clustered, state, local, names, buffer, shares, reduced, raw)
+    )
 
 
 def _average_slices(
@@ -61,20 +65,21 @@ def _average_slices(
     names: tuple[str, ...],
     clustered: tuple[str, ...],
     buffer: Tensor,
+    shares: Shares | None,
 ) -> Future:
     """Reduce weighted gradients; reduce-scatter the raw ones, each rank queues its slice.
 
     What has no clusters is weighted in slices as without clusters, in a bucket of its own.
     """
-    if not clustered:
+    if shares is None:
         return _reduce(state, names, buffer, partial(_by_slices, state))
     slices = dict(zip(names, state.buckets.split(names, buffer), strict=True))
     plain = tuple(name for name in names if name not in local.covered)
     others = torch.cat([slices[name] for name in plain]) if plain else buffer[:0]
     reduced = _reduce(state, names, buffer, partial(_all_reduce, state))
     squares: dict[str, Tensor] = {}
-    raw = local.raw_bucket(clustered, buffer)
-    _reduce(state, clustered, raw, partial(_queue_slices, state, squares))
+    raw = local.raw_bucket(clustered, buffer, shares)
+    _reduce(state, clustered, raw, partial(_queue_slices, state, shares, squares))
     weighed = _reduce(state, plain, others, partial(_by_slices, state)) if plain else None
 
     @torch.no_grad()
@@ -83,7 +88,7 @@ def _average_slices(
         with state.lock, state.streams.after_current(buffer.device):
             local.finish_slices(
                 clustered, [slices[name] for name in clustered],
-                torch.stack([squares[name] for name in clustered]),
+                torch.stack([squares[name] for name in clustered]), shares=shares,
                 grad_scale=state.loss_scale(buffer.device),
             )  # fmt: skip
             for name, piece in zip(plain, state.buckets.split(plain, others), strict=True):
@@ -98,12 +103,17 @@ def _average_slices(
 
 @torch.no_grad()
 def _queue_slices(
-    state: "GradQueueState", squares: dict[str, Tensor], names: tuple[str, ...], raw: Tensor
+    state: "GradQueueState",
+    shares: Shares,
+    squares: dict[str, Tensor],
+    names: tuple[str, ...],
+    raw: Tensor,
 ) -> Future:
     """Add raw means up over the ranks, each rank its slice, and queue those; as ``_by_slices``.
 
     Args:
         state: whose bucket it is.
+        shares: this rank's.
         squares: filled with the squared norms by name.
         names: clustered parameters.
         raw: their raw gradients on this rank, flat.
@@ -114,7 +124,7 @@ def _queue_slices(
     with state.streams.after_current(raw.device, wait=False):
         part = reduce_scatter(raw, state.process_group)
         norms = state.queues.push_slice(
-            names, part, length=state.next_length(raw.device),
+            names, part, shares=shares, length=state.next_length(raw.device),
             grad_scale=state.loss_scale(raw.device), skip_zeros=_skips_zeros(state),
         )  # fmt: skip
         squares.update(zip(names, norms, strict=True))
@@ -128,6 +138,7 @@ def _finish_clustered(
     local: LocalClusters,
     names: tuple[str, ...],
     buffer: Tensor,
+    shares: Shares,
     reduced: Future,
     raw: Tensor,
     second: Future,
@@ -142,7 +153,7 @@ def _finish_clustered(
     with state.lock, state.streams.after_current(buffer.device):
         local.finish(
             clustered, [slices[name] for name in clustered], state.buckets.split(clustered, raw),
-            grad_scale=scale, skip_zeros=skips,
+            shares=shares, grad_scale=scale, skip_zeros=skips,
         )  # fmt: skip
         _weigh_slices(state, plain, [slices[name] for name in plain])
     return buffer

@@ -1,8 +1,8 @@
 """From the clusters' gradient sums to ``p.grad``: uses, weighting, and the raw mean beside it."""
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,20 @@ from gq_triton.queues import Queues
 from gq_triton.ring import flat, rescale_
 
 __all__ = ["Session"]
+
+
+class _Fresh(NamedTuple):
+    """A raw gradient on its way to ``p.grad``, in the backward pass that runs.
+
+    Attributes:
+        raw: the raw mean.
+        steps: the forward passes that it goes back to.
+        goes_on: whether ``p.grad`` still holds what earlier backward passes added to it.
+    """
+
+    raw: Tensor
+    steps: list[Step]
+    goes_on: bool | Tensor
 
 
 class Session:
@@ -53,15 +67,16 @@ class Session:
         self._watched: dict[str, Any] = {}
         # What p.grad looked like when the last backward pass had added to it: object and version.
         self._left: dict[str, tuple[int, int]] = {}
-        # Of the backward pass that runs: raw gradients on their way to p.grad, and whether that
-        # still held earlier ones before; its steps; whether any reached p.grad.
-        self._fresh: dict[str, tuple[Tensor, bool | Tensor]] = {}
-        self._running = self._committed = False
-        # Whether the steps of that pass have been asked for already: none is to be remembered.
-        self._taken = False
+        # What the samples counted in each forward pass that a raw gradient goes back to, and the
+        # number of its backward pass.
+        self._masses: dict[str, list[tuple[int, Tensor]]] = {}
+        # The backward passes that the taken gradients go back to; whoever takes them empties it.
+        self.passes: set[int] = set()
+        # Of the backward pass that runs: its raw gradients, its forward passes and its number.
+        self._fresh: dict[str, _Fresh] = {}
         self._steps: list[Step] = []
-        # Steps of earlier passes that the present gradients go back to: accumulation.
-        self._earlier: list[Step] = []
+        self._running = False
+        self._number = 0
 
     def new_step(self) -> Step:
         """Return the step of a forward pass that begins."""
@@ -152,6 +167,7 @@ class Session:
             self._steps.append(step)
         if not self._running:
             self._running = True
+            self._number += 1
             engine = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
             engine.queue_callback(self._end_pass)
 
@@ -160,21 +176,7 @@ class Session:
         for step in self._steps:
             step.finishing = False
             step.partial.clear()
-        if self._committed and not self._taken:
-            self._earlier += self._steps
-        self._steps, self._fresh = [], {}
-        self._running = self._committed = self._taken = False
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether the present gradients go back to earlier backward passes too."""
-        return bool(self._earlier)
-
-    def take_contributors(self) -> list[Step]:
-        """Return the steps that the present gradients are made of, once."""
-        steps = self._earlier + self._steps
-        self._earlier, self._committed, self._taken = [], False, self._running
-        return steps
+        self._steps, self._fresh, self._running = [], {}, False
 
     def finish(self, step: Step, param: Tensor, sums: Tensor) -> Tensor:
         """Return the weighted gradient from complete sums by cluster ``(K, *param.shape)``."""
@@ -242,11 +244,12 @@ class Session:
     def _keep(self, step: Step, name: str, raw: Tensor) -> None:
         """Keep a raw mean gradient until ``p.grad`` has taken the weighted one."""
         raw = raw if step.groups.unit == 1 else raw / step.groups.unit
-        if name in self._fresh:
-            more, goes_on = self._fresh[name]
-            self._fresh[name] = more + raw, goes_on
-        else:
-            self._fresh[name] = raw, self._goes_on(name)
+        fresh = self._fresh.get(name)
+        if fresh is None:
+            self._fresh[name] = _Fresh(raw, [step], self._goes_on(name))
+            return
+        steps = fresh.steps if step in fresh.steps else [*fresh.steps, step]
+        self._fresh[name] = fresh._replace(raw=fresh.raw + raw, steps=steps)
 
     def _goes_on(self, name: str) -> bool | Tensor:
         """Return whether ``p.grad`` still holds what earlier passes added to it, on its device."""
@@ -261,24 +264,69 @@ class Session:
         if param.grad is None:
             return
         name = self.names[param]
-        if name in self._fresh:
-            raw, goes_on = self._fresh.pop(name)
-            if not self._committed:
-                self._committed = True
-                if not bool(goes_on):
-                    self._earlier = []
+        fresh = self._fresh.pop(name, None)
+        if fresh is not None:
+            raw, masses = fresh.raw, [(self._number, step.groups.mass) for step in fresh.steps]
             earlier = self.raw.get(name)
-            if earlier is not None and isinstance(goes_on, Tensor):
-                raw = torch.where(goes_on, earlier + raw, raw)
-            elif earlier is not None and goes_on:
+            if earlier is not None and isinstance(fresh.goes_on, Tensor):
+                raw = torch.where(fresh.goes_on, earlier + raw, raw)
+            elif earlier is not None and fresh.goes_on:
                 raw = earlier + raw
-            self.raw[name] = raw
+            if earlier is not None and bool(fresh.goes_on):
+                masses = self._masses[name] + masses
+            self.raw[name], self._masses[name] = raw, masses
         self._left[name] = id(param.grad), param.grad._version
 
     def take_raw(self) -> dict[str, Tensor]:
         """Return the raw gradients by name of the parameters that have one, and forget all."""
-        raw, self.raw, self._left, self._earlier = self.raw, {}, {}, []
+        raw, self.raw, self._left, self._masses = self.raw, {}, {}, {}
         return {name: grad for name, grad in raw.items() if self.params[name].grad is not None}
+
+    def take(self, name: str) -> Tensor | None:
+        """Return the raw gradient of a parameter and forget it; None where it has none."""
+        raw, masses = self.raw.pop(name, None), self._masses.pop(name, [])
+        if self.params[name].grad is None:
+            return None  # a gradient that the user has dropped
+        self.passes.update(number for number, _ in masses)
+        return raw
+
+    def masses(self, names: Sequence[str], device: torch.device) -> Tensor:
+        """Return what this process's samples count in the gradients of parameters, ``(N, 2)``.
+
+        It is the mean of ``Groups.mass`` over the forward passes that the gradient goes back to: a
+        gradient of several micro-batches counts no more than one of a single micro-batch. Where no
+        sample reached a parameter, as many count as in the first forward pass that the running
+        backward pass goes through; outside of a backward pass none.
+
+        Args:
+            names: the parameters' names.
+            device: where the result is wanted.
+        """
+        unreached: list[Tensor] = []
+        means: dict[tuple[int, ...], Tensor] = {}
+        rows = []
+        for name in names:
+            reached = self._masses.get(name) if self.params[name].grad is not None else None
+            if reached is None:
+                unreached = masses = unreached or [self._unreached(device)]
+            else:
+                masses = [mass for _, mass in reached]
+            # Most parameters go back to the same passes: few launches.
+            key = tuple(map(id, masses))
+            if key not in means:
+                means[key] = torch.stack(masses).mean(dim=0).to(device)
+            rows.append(means[key])
+        return torch.stack(rows)
+
+    def _unreached(self, device: torch.device) -> Tensor:
+        """Return what this process's samples count for a parameter that none of them reached."""
+        if not in_backward():
+            return torch.zeros(2, dtype=torch.float64, device=device)
+        step = self._steps[0] if self._steps else self.step
+        if step is None or (step.known_groups is None and step.features is None):
+            # Nobody knows how many samples there are.
+            return torch.ones(2, dtype=torch.float64, device=device)
+        return step.groups.mass
 
     def watch(self, names: list[str]) -> None:
         """See to it that ``note`` hears of these parameters' gradients."""

@@ -129,7 +129,8 @@ def check_bytes_on_the_wire(rank: int) -> None:
         state = register(ddp, n_clusters=1, queue_length=LENGTH, shard_queue=sliced)
         sent[sliced] = bytes_of_a_step(ddp, data)
         buckets = len(state.state_dict()["buckets"])
-    shares = 2 * rest * 2 * 8  # of the samples: two numbers of 8 bytes
+    # Of the samples, two numbers of 8 bytes: once per step, and for each parameter.
+    shares = 2 * rest * 2 * 8 * (1 + len(list(bare.parameters())))
     assert sent[False].gradients == 2 * plain.gradients + shares
     trips = plain.gradients // 2
     extra = sent[True].gradients - (5 * trips + shares)
