@@ -323,7 +323,8 @@ class Queues:
         if not self._statistics:
             return {}
         tables = [table.double().sum(dim=0) for table in self._statistics.values()]
-        elements = sum(local(self.params[n]).numel() for names in self._statistics for n in names)
+        # Statistics of sharded parameters are those of all shards; so is the size of a DTensor.
+        elements = sum(self.params[n].numel() for names in self._statistics for n in names)
         length = self.effective_length(tables[0].device)
         if length is None:
             length = torch.tensor(self.queue_length, device=tables[0].device)
