@@ -1,11 +1,11 @@
 """What each rank counts in a step of several micro-batches, or of several views of a batch."""
 
-import dist_share_checks as checks
 import pytest
-
-from gq_triton.testing import spawn
+from dist_share_checks import CHECKS, run_strictly
+from rank_checks import checks
 
 
 @pytest.mark.slow
-def test_two_ranks():
-    spawn(2, checks.two_ranks)
+@checks(CHECKS)
+def test_two_ranks(ranks, check):
+    ranks(2).run(run_strictly, check)
