@@ -94,9 +94,9 @@ class Ranks:
         world_size: number of processes; each computes with one thread.
 
     Example:
-        >>> import torch
+        >>> import math
         >>> ranks = Ranks(2)
-        >>> ranks.run(torch.manual_seed)  # every process seeds with its rank
+        >>> ranks.run(math.sqrt)  # each process calls math.sqrt(rank)
         >>> ranks.close()
     """
 
