@@ -32,18 +32,22 @@ DIR`.
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit status."""
-    parser = Parser(prog="gq-triton study", description="Large-batch scaling studies.")
-    commands = parser.add_subparsers(required=True, metavar="run | report | fetch")
-    _add_run(commands)
-    _add_report(commands)
-    _add_fetch(commands)
     try:
-        given = parser.parse_args(argv)
+        given = _parser().parse_args(argv)
         _check_extra()
         return given.function(given)
     except (Refusal, MissingData) as reason:
         sys.stderr.write(f"gq-triton study: {reason}\n")
         return 2
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="gq-triton study", description="Large-batch scaling studies.")
+    commands = parser.add_subparsers(required=True, metavar="run | report | fetch")
+    _add_run(commands)
+    _add_report(commands)
+    _add_fetch(commands)
+    return parser
 
 
 def _check_extra() -> None:
@@ -172,8 +176,7 @@ def _run(given: argparse.Namespace) -> int:
     if given.jobs < 1:
         raise Refusal(f"--jobs must be at least 1, got {given.jobs}")
     out: Path = given.out
-    if out.exists() and not out.is_dir():
-        raise Refusal(f"--out {out} is a file: name a folder")
+    _check_folder(out)
     config = _config(given)
     _check_runnable(config, given.data)
     every = cells(config)
@@ -190,6 +193,22 @@ def _run(given: argparse.Namespace) -> int:
     _make_folder(out)
     _announce_changes(config, out / CONFIG)
     return watch(every, store, out, given.jobs, given.data, damaged)
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that holds anything but a study, or what a killed one left behind."""
+    if not out.exists() or (out / CONFIG).exists():
+        return
+    if not out.is_dir():
+        raise Refusal(f"--out {out} is a file: name a folder")
+    left = {".lock", f"{CONFIG}.tmp"}
+    strange = {path.name for path in out.iterdir()} - left
+    if strange == {"trials"} and not any((out / "trials").iterdir()):
+        return
+    if strange:
+        raise Refusal(
+            f"--out {out} holds something else and no {CONFIG}: name a new or an empty folder"
+        )
 
 
 def _warn_of_missing_baselines(config: StudyConfig) -> None:
@@ -220,10 +239,15 @@ def _shown(value: Any) -> str:
 
 
 def _check_runnable(config: StudyConfig, data: Path | None) -> None:
-    """Refuse what would fail later: missing data, missing GPUs."""
+    """Refuse what would fail later, or mean nothing: no data, no GPU, more samples than exist."""
     check_device(config.device, config.nproc_per_trial)
     for name in config.tasks:
-        STUDY_TASKS[name].load(0, data)
+        samples = len(STUDY_TASKS[name].load(0, data).train[1])
+        if max(config.batch_sizes) > samples:
+            raise Refusal(
+                f"--batch-sizes: {max(config.batch_sizes)} is more than the {samples} training "
+                f"samples of {name}"
+            )
 
 
 def _dry_run(every: list[Any], total: int, finished: int, given: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -14,7 +15,14 @@ from gq_triton.study.device import DEVICES
 from gq_triton.tasks import STUDY_TASKS
 from gq_triton.training.options import Refusal
 
-__all__ = ["CONFIG", "FIRST_TUNING_SEED", "StudyConfig", "read_toml", "write_toml"]
+__all__ = [
+    "CONFIG",
+    "FIRST_TUNING_SEED",
+    "StudyConfig",
+    "command_line",
+    "read_toml",
+    "write_toml",
+]
 
 CONFIG = "study.toml"  # in the folder of a study
 SCHEDULES = "cosine", "constant"
@@ -273,6 +281,23 @@ def write_toml(config: StudyConfig) -> str:
              if not isinstance(value, dict)]  # fmt: skip
     lines += ["", "[targets]", *(f"{task} = {value!r}" for task, value in config.targets.items())]
     return "\n".join(lines) + "\n"
+
+
+def command_line(config: StudyConfig, folder: str) -> str:
+    """Return the command that runs a study, with the options that differ from their defaults."""
+    words = ["gq-triton", "study", "run", "--out", folder]
+    for option in fields(StudyConfig):
+        value = getattr(config, option.name)
+        default = {} if option.name == "targets" else option.default
+        if value == default:
+            continue
+        if isinstance(value, dict):
+            words += ["--target", *(f"{task}={number!r}" for task, number in value.items())]
+        elif isinstance(value, tuple):
+            words += [f"--{_flag(option.name)}", *(map(str, value) if value else ("none",))]
+        else:
+            words += [f"--{_flag(option.name)}", str(value)]
+    return shlex.join(words)
 
 
 def _value(value: Any) -> str:

@@ -22,6 +22,7 @@ img { max-width: 100%; height: auto; display: block; margin: 0.8em 0; }
 .verdict p { margin: 0.3em 0; } .verdict ul { margin: 0.2em 0 0.8em; font-size: 13px; }
 .note { background: #fff6e5; border-left: 4px solid #e69f00; padding: 0.6em 1em; }
 .small { color: #555; font-size: 13px; }
+pre { white-space: pre-wrap; background: #f3f3f3; padding: 0.6em 1em; font-size: 13px; }
 details { margin: 0.8em 0; } summary { cursor: pointer; }
 </style>
 </head>
@@ -30,7 +31,9 @@ details { margin: 0.8em 0; } summary { cursor: pointer; }
 <p>{{ arms | join(", ") }}; batch sizes {{ config.batch_sizes | join(", ") }};
 {{ config.steps }} steps, {{ config.schedule }} learning rate; {{ config.trials }} tuning trials per
 arm and batch size; {{ config.seeds }} evaluation seeds.
-{{ finished }} of {{ total }} trials are finished.</p>
+{{ finished }} of {{ total }} trials are finished. {{ dates }}</p>
+<p>The command that repeats it:</p>
+<pre class="command">{{ command }}</pre>
 {% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}
 {% for task in tasks %}
 <h2 id="{{ task.name }}">{{ task.name }}</h2>
@@ -72,9 +75,12 @@ verdict uses intervals that share 5&nbsp;% over all Grad Queue arms and batch si
 <i>Helps</i> means: better than its tuned baseline and better than the primary control: on SGD a
 plain step longer by the measured norm ratio, on Adam, which divides by the gradient's size, the
 same learning rate without Grad Queue. <i>Hurts</i> means worse than the tuned baseline.
-<i>Undecided</i> means that the difference's own 95&nbsp;% interval excludes 0, but not the wider
-one of the verdict. <i>No difference</i> means that these seeds show none; the interval says how
-large one may still hide.</p>
+<i>Better, but no more than less momentum lag is</i> means that the controls lower-momentum or lead,
+which have no weights, do as well.
+<i>Undecided</i> means that the study is too small for verdicts, which is said with it, or that the
+difference's own 95&nbsp;% interval excludes 0, but not the wider one of the verdict.
+<i>No difference</i> means that these seeds show none; the interval says how large one may still
+hide.</p>
 <p>Controls are not tuned: they run at the arm's own tuned settings with one thing changed. What an
 arm does no better than is listed after "not beyond".</p>
 <details><summary>Controls</summary><table>

@@ -81,7 +81,8 @@ class Record:
     Args:
         trial: what was asked for.
         result: what came out; depends on nothing but the trial, the code and the versions.
-        timing: seconds, which differ from run to run.
+        timing: seconds, which differ from run to run, and when it finished (UTC, ISO 8601; absent
+            in records of the first studies).
         environment: versions, commit, machine.
     """
 

@@ -3,19 +3,20 @@
 import base64
 import math
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from gq_triton.study import figures
 from gq_triton.study.board import clock
-from gq_triton.study.config import StudyConfig, write_toml
+from gq_triton.study.config import StudyConfig, command_line, write_toml
 from gq_triton.study.controls import CONTROLS
 from gq_triton.study.page import PAGE
 from gq_triton.study.protocol import cells, progress
 from gq_triton.study.records import Store
 from gq_triton.study.results import Group, collect, results_csv, timing_csv
 from gq_triton.study.statistics import interval, median_interval
-from gq_triton.study.verdict import Finding, findings, task_verdict
+from gq_triton.study.verdict import Finding, findings, lacking, task_verdict
 from gq_triton.tasks import STUDY_TASKS
 from gq_triton.training.files import whole_file
 from gq_triton.training.options import Refusal
@@ -65,6 +66,8 @@ def write_report(config: StudyConfig, folder: Path) -> list[str]:
         tasks=tasks,
         controls=[(name, CONTROLS[name].text) for name in config.controls],
         toml=write_toml(config),
+        command=command_line(config, str(folder)),
+        dates=_dates(groups),
         environment=[(name, ", ".join(values)) for name, values in environment.items()],
     )
     _write(folder / "results.csv", results_csv(groups).encode())
@@ -195,6 +198,14 @@ def _environment(groups: Sequence[Group]) -> dict[str, list[str]]:
     return {name: sorted(values) for name, values in found.items()}
 
 
+def _dates(groups: Sequence[Group]) -> str:
+    """Return when the page was written and when its trials finished."""
+    times = [r.timing["finished"] for g in groups for r in g.records if "finished" in r.timing]
+    shown = [f"{datetime.fromisoformat(time):%Y-%m-%d %H:%M}" for time in sorted(times)]
+    ran = f"trials finished {shown[0]} to {shown[-1]}" if shown else "its trials carry no date"
+    return f"Page written {datetime.now(timezone.utc):%Y-%m-%d %H:%M}, {ran} (UTC)."
+
+
 def _flat(groups: Sequence[Group]) -> list[str]:
     """Return where every run of every arm scored the same, so that nothing was compared."""
     found: dict[tuple[str, int], set[float]] = {}
@@ -216,10 +227,14 @@ def _notes(
     notes = []
     if finished < total:
         notes.append("The study is not finished: only arms whose runs are all there are shown.")
-    if config.seeds < 10:
-        notes.append(f"{config.seeds} seeds are few: intervals from fewer than 10 are unreliable.")
-    if config.trials < 5:
-        notes.append(f"{config.trials} tuning trials are few: the arms may be badly tuned.")
+    absent = lacking(config)
+    if absent:
+        notes.append(f"No verdicts: {', and '.join(absent)}.")
+    if len(config.beta1) == 1:
+        notes.append(
+            "beta1 (with SGD the momentum) was not tuned, for baselines neither: a gain may be no "
+            "more than a smaller one gives."
+        )
     if config.tuning_seeds < 3:
         notes.append("Settings were chosen by one or two seeds: a lucky run may have decided.")
     mixed = [name for name, values in environment.items() if len(values) > 1]

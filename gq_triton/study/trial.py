@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -176,11 +177,12 @@ class Run:
         return self._measure(*self.task.test, groups)
 
     def _timing(self) -> dict[str, Any]:
-        """Return seconds of training alone, looks and loading not counted."""
+        """Return seconds of training alone, looks and loading not counted, and the time of day."""
         reached = self.reached if self.diverged_at is None else None
         return {
             "seconds": self.seconds,
             "seconds_to_target": reached["seconds"] if reached else None,
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
 

@@ -3,20 +3,32 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gq_triton.study.config import StudyConfig
 from gq_triton.study.controls import LAG, PRIMARY
 from gq_triton.study.results import Group, gains
 from gq_triton.study.statistics import Comparison, compare
 from gq_triton.tasks import STUDY_TASKS
 
-__all__ = ["Finding", "findings", "sentence", "task_verdict"]
+__all__ = ["Finding", "findings", "lacking", "sentence", "task_verdict"]
 
 HELPS, HURTS, NONE = "helps", "hurts", "no difference"
 # Its 95 % interval excludes 0, but among so many comparisons that is to be expected now and then.
+# Or the study is too small for any verdict.
 UNDECIDED = "undecided"
 LONGER = "better, but no more than a longer step is"
 PLAIN = "better, but no more than the same learning rate is without it"
 LESS_LAG = "better, but no more than less momentum lag is"
 UNKNOWN = "no verdict"
+LEAST_TRIALS, LEAST_SEEDS = 8, 10  # the defaults: of fewer nothing is called a finding
+
+
+def lacking(config: StudyConfig) -> list[str]:
+    """Return what a study has too little of for a verdict."""
+    needs = (
+        (config.trials, LEAST_TRIALS, "tuning trials"),
+        (config.seeds, LEAST_SEEDS, "evaluation seeds"),
+    )
+    return [f"{has} {what}, a verdict takes {least}" for has, least, what in needs if has < least]
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class Finding:
         """
         if self.baseline is None:
             return UNKNOWN
+        if lacking(self.group.cell.config):
+            return UNDECIDED
         sign = self.against[self.baseline].sign
         if sign < 0:
             return HURTS
@@ -118,6 +132,9 @@ def sentence(finding: Finding) -> str:
         f"batch {size}: {verdict} ({result.mean:+.4f} against tuned {baseline}, 95 % interval "
         f"{result.low:+.4f} to {result.high:+.4f}, better on {result.wins} of {result.n} seeds)"
     )
+    absent = lacking(finding.group.cell.config)
+    if absent:
+        return f"{text}: {', and '.join(absent)}"
     if verdict == UNDECIDED:
         text += "; too uncertain among so many comparisons"
     if result.sign > 0 and finding.controls:

@@ -1,16 +1,20 @@
 """``gq-triton study`` as a user meets it: refusals, kills, resumption, the report."""
 
+import html
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 
 import pytest
 
 from gq_triton import cli
-from gq_triton.study import figures
+from gq_triton.study import command, figures
+from gq_triton.study.config import StudyConfig, command_line, read_toml
 
 STUDY = [
     "--tasks", "lines-disc", "digits-longtail",
@@ -112,7 +116,21 @@ def check_report(out):
     # of which one needs more than one cluster.
     assert len(rows) == 1 + 2 * 2 * (4 * 3 + 3 + 3 + 2)
     assert "seconds" not in rows[0]
-    assert "2 seeds are few" in page
+    assert "2 evaluation seeds, a verdict takes 10" in page
+    for verdict in ("helps", "hurts", "no difference"):
+        assert f"): {verdict} at batch" not in page
+    # When it ran, and the command that runs it again.
+    assert f"written {datetime.now(timezone.utc):%Y-%m-%d}" in page
+    assert re.search(rf"trials finished {datetime.now(timezone.utc):%Y-%m-%d} \d\d:\d\d to ", page)
+    (shown,) = re.findall(r"<pre class=\"command\">(.*)</pre>", page)
+    assert repeated(html.unescape(shown)) == StudyConfig.of(read_toml(out / "study.toml"))
+
+
+def repeated(shown):
+    """The study that a shown command asks for."""
+    words = shlex.split(shown)
+    assert words[:3] == ["gq-triton", "study", "run"]
+    return command._config(command._parser().parse_args(words[2:]))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +143,10 @@ def check_report(out):
         (["--target", "lines-disc:1"], "must be TASK=NUMBER"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--tasks", "cifar10"], "cifar10 needs --data DIR"),
+        (
+            ["--tasks", "digits", "lines-disc", "--batch-sizes", "16", "1168"],
+            "--batch-sizes: 1168 is more than the 1167 training samples of digits",
+        ),
         (["--tasks", "python-lm", "--arms", "sgdm-class-weighted"], "no arm makes sense"),
         (["--config", "nowhere.toml"], "nowhere.toml cannot be read"),
         (["--speed", "3"], "unrecognized arguments: --speed 3"),
@@ -149,6 +171,26 @@ def test_a_folder_without_a_study_is_refused(tmp_path, capsys):
     assert cli.main(["--help"]) == 0
     assert cli.main(["--version"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("found", ["thesis.tex", "trials/run.json", ".git/config"])
+def test_a_folder_of_something_else_is_not_taken_for_a_study(found, tmp_path, capsys):
+    path = tmp_path / found
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    assert cli.main(["study", "run", "--out", str(tmp_path), *STUDY]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "holds something else and no study.toml: name a new or an empty folder" in said
+    assert [each for each in tmp_path.rglob("*") if each.is_file()] == [path]
+
+
+def test_a_folder_that_a_study_was_about_to_begin_in_is_taken(tmp_path, capsys):
+    (tmp_path / ".lock").touch()  # killed before it wrote its study.toml
+    (tmp_path / "study.toml.tmp").touch()
+    (tmp_path / "trials").mkdir()
+    options = ["--tasks", "lines-disc", "--batch-sizes", "8", "--arms", "sgdm", "--dry-run"]
+    assert cli.main(["study", "run", "--out", str(tmp_path), *STUDY, *options]) == 0
 
 
 def test_a_report_of_nothing_replaces_nothing(tmp_path, capsys):
@@ -189,6 +231,21 @@ def test_help_explains_every_option(capsys):
     for words in ("--dry-run", "--jobs", "gq-sgdm-clusters-norm", "digits-hidden", "rho1-equal",
                   "gq-sgdm-clusters-gradient-norm", "gq-sgdm-weighted-queue"):  # fmt: skip
         assert words in said
+
+
+def test_every_option_of_a_study_stands_in_the_command_that_repeats_it():
+    options = {
+        "tasks": ["lines-disc", "digits"], "arms": ["sgdm"], "batch_sizes": [4, 8], "trials": 9,
+        "tuning_seeds": 4, "seeds": 11, "first_seed": 5, "steps": 7, "schedule": "constant",
+        "eval_every": 2, "controls": [], "optimal_batch": 3, "lr_sgd": [0.01, 0.02],
+        "lr_adam": [0.1, 0.25], "beta1": [0.9], "warmup": [0.0, 0.1], "nproc_per_trial": 2,
+        "device": "cuda", "targets": {"digits": 0.5},
+    }  # fmt: skip
+    config = StudyConfig.of(options)
+    assert all(value != getattr(StudyConfig(tasks=("digits",), arms=("adamw",), batch_sizes=(1,)),
+                                name) for name, value in config.to_dict().items())  # fmt: skip
+    assert repeated(command_line(config, "some folder")) == config
+    assert "--out 'some folder' " in command_line(config, "some folder")
 
 
 def test_two_processes_do_not_run_one_study(tmp_path, capsys):

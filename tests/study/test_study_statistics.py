@@ -19,6 +19,7 @@ from gq_triton.study.verdict import (
     LONGER,
     NONE,
     PLAIN,
+    UNDECIDED,
     Finding,
     findings,
     task_verdict,
@@ -64,7 +65,10 @@ def test_a_comparison_counts_wins_and_is_stricter_in_company():
     assert compare([0.01, 0.02, 0.03]).sign == 0
 
 
-def study(effects, noise=0.004, seeds=10, sizes=(16, 256), seed=0, arms=("sgdm", "gq-sgdm")):
+def study(
+    effects, noise=0.004, seeds=10, sizes=(16, 256), seed=0, arms=("sgdm", "gq-sgdm"), trials=8,
+    controls=tuple(CONTROLS),
+):  # fmt: skip
     """A finished study of synthetic records.
 
     `effects(trial)` is added to the score of evaluation runs; a seed shifts all arms alike.
@@ -74,9 +78,10 @@ def study(effects, noise=0.004, seeds=10, sizes=(16, 256), seed=0, arms=("sgdm",
             "tasks": [TASK],
             "arms": list(arms),
             "batch_sizes": list(sizes),
-            "trials": 2,
+            "trials": trials,
             "tuning_seeds": 1,
             "seeds": seeds,
+            "controls": list(controls),
         }
     )
     rng = np.random.default_rng(seed)
@@ -97,9 +102,9 @@ def config_folder():
 
 
 def record(trial, effects, shared, rng, noise):
-    score = 0.7 + rng.normal(0, noise)
+    score = 0.7
     if trial.purpose == EVALUATE:
-        score += shared[trial.seed] + effects(trial)
+        score += rng.normal(0, noise) + shared[trial.seed] + effects(trial)
     law = trial.law.kind != "none"
     return Record(
         trial,
@@ -152,6 +157,24 @@ def test_a_planted_loss_is_found():
     assert {finding.verdict for finding in found.values()} == {HURTS}
 
 
+@pytest.mark.parametrize(
+    ("options", "lacking"),
+    [
+        ({"trials": 2}, "2 tuning trials, a verdict takes 8"),
+        ({"seeds": 9}, "9 evaluation seeds, a verdict takes 10"),
+        ({"trials": 7, "seeds": 2}, "7 tuning trials, a verdict takes 8, and 2 evaluation seeds, "),
+    ],
+)
+@pytest.mark.parametrize("effect", [0.5, -0.5])
+def test_too_few_trials_or_seeds_decide_nothing(effect, options, lacking):
+    found = verdicts(lambda t: effect * (t.law.kind == "queue"), **options)
+    assert {finding.verdict for finding in found.values()} == {UNDECIDED}
+    (_, summary, lines) = task_verdict(list(found.values()), TASK)[0]
+    assert summary == "(balanced accuracy): undecided at batch 16, 256"
+    for line in lines:
+        assert lacking in line
+
+
 def test_a_gain_that_a_longer_step_shares_is_not_one_of_the_law():
     # The norm-ratio control is the plain optimizer at 1.5 times the tuned learning rate.
     every, store = study(lambda t: 0.0)
@@ -200,7 +223,7 @@ def test_absent_effects_are_rarely_found():
     verdict = [
         finding.verdict
         for seed in range(40)
-        for finding in verdicts(lambda t: 0.0, seed=seed).values()
+        for finding in verdicts(lambda t: 0.0, seed=seed, controls=()).values()
     ]
     # Wrong in 5 % of the studies, that is in 2 of 40 with standard deviation 1.4.
     assert sum(v != NONE for v in verdict) <= 7
