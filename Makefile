@@ -49,7 +49,7 @@ test: lint
 
 test-docs: $(READY)
 	@echo "pytest: the examples of docstrings, README.md and docs/, under a minute"
-	@$(BIN)/pytest tests/meta/test_doctests.py tests/meta/test_documentation.py
+	@$(BIN)/pytest tests/meta/test_api.py tests/meta/test_doctests.py tests/meta/test_documentation.py
 
 test-oldest: $(OLDEST)/.ready
 	@echo "pytest: all tests on the oldest versions promised, 10 to 30 minutes"

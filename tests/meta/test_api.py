@@ -1,0 +1,60 @@
+"""docs/api.md lists every public name, and no other."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+# Heading, and what stands between it and the next one.
+_SECTION = re.compile(r"^## `([\w.]+)`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+SECTIONS = dict(_SECTION.findall(PAGE.read_text(encoding="utf-8")))
+# Modules of which every name in `__all__` is for users. Of gq_triton.grouping it is only KMeans.
+WHOLE = ("gq_triton", "gq_triton.dist", "gq_triton.reference", "gq_triton.testing")
+# Classes of which every public member of ours is for users. A GradQueueState has others: what the
+# hook's own files call is no promise.
+CLASSES = ("GQAdamW", "GQSGD", "GradQueue")
+
+
+def listed(module):
+    """Return the names that a section lists, each with its sentence."""
+    rows = re.findall(r"^\| (`.*?`) \| (.*) \|$", SECTIONS[module], re.MULTILINE)
+    return {name: text for names, text in rows for name in re.findall(r"`([\w.]+)`", names)}
+
+
+def resolve(module, name):
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def members(cls):
+    """Return the public members that gq_triton defines, not torch."""
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("gq_triton")]
+    return {name for base in ours for name in vars(base) if not name.startswith("_")}
+
+
+def test_sections_are_modules():
+    assert set(SECTIONS) == {*WHOLE, "gq_triton.grouping"}
+
+
+@pytest.mark.parametrize("module", WHOLE)
+def test_every_public_name_is_listed(module):
+    public = set(importlib.import_module(module).__all__)
+    assert {name for name in listed(module) if "." not in name} == public
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_public_member_is_listed(cls):
+    named = {name.partition(".")[2] for name in listed("gq_triton") if name.startswith(f"{cls}.")}
+    assert named == members(resolve("gq_triton", cls))
+
+
+@pytest.mark.parametrize("module", SECTIONS)
+def test_every_listed_name_exists_and_is_explained(module):
+    assert listed(module)
+    for name, text in listed(module).items():
+        assert getattr(resolve(module, name), "__doc__", None), f"{name} has no docstring"
+        assert len(text.split()) >= 3, name
