@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gq_triton.study.arms import ARMS
-from gq_triton.study.config import CONFIG, StudyConfig, read_toml
-from gq_triton.study.controls import CONTROLS
-from gq_triton.study.device import check_device
-from gq_triton.study.protocol import cells, progress
-from gq_triton.study.records import Store
+from gq_triton.study.design.arms import ARMS
+from gq_triton.study.design.config import StudyConfig
+from gq_triton.study.design.controls import CONTROLS
+from gq_triton.study.design.protocol import cells, progress
+from gq_triton.study.design.study_file import CONFIG, read_toml
+from gq_triton.study.run.device import check_device
+from gq_triton.study.run.records import Store
 from gq_triton.tasks import STUDY_TASKS, MissingData
 from gq_triton.tasks.fetch import SOURCES, fetch
 from gq_triton.training.options import Parser, Refusal
@@ -188,7 +189,7 @@ def _run(given: argparse.Namespace) -> int:
     finished, total = progress(every, store)
     if given.dry_run:
         return _dry_run(every, total, finished, given)
-    from gq_triton.study.session import watch
+    from gq_triton.study.run.watch import watch
 
     _make_folder(out)
     _announce_changes(config, out / CONFIG)
@@ -251,8 +252,8 @@ def _check_runnable(config: StudyConfig, data: Path | None) -> None:
 
 
 def _dry_run(every: list[Any], total: int, finished: int, given: argparse.Namespace) -> int:
-    from gq_triton.study.board import clock
-    from gq_triton.study.runner import estimate_seconds
+    from gq_triton.study.run.board import clock
+    from gq_triton.study.run.runner import estimate_seconds
 
     seconds, runs = estimate_seconds(every, total - finished, given.jobs, given.data)
     sys.stdout.write(
@@ -283,7 +284,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(given: argparse.Namespace) -> int:
-    from gq_triton.study.report import write_report
+    from gq_triton.study.report.write import write_report
 
     if not (given.folder / CONFIG).exists():
         raise Refusal(f"{given.folder} holds no study: it has no {CONFIG}")

@@ -58,7 +58,12 @@ MAY = {
     # Neither imports the other.
     "tasks": set(),
     "training": set(),
-    "study": {"tasks", "training"} | DOORS | BELOW,
+    # A study: what is asked, one trial, many trials, what they say, the command.
+    "study.design": {"tasks", "training"},
+    "study.trials": {"study.design", "tasks", "training"} | DOORS | BELOW,
+    "study.run": {"study.design", "study.trials", "tasks", "training"} | DOORS | BELOW,
+    "study.report": {"study.design", "study.run", "tasks", "training"},
+    "study": {"study.design", "study.run", "study.report", "tasks", "training"},
     "cli": {"study", "tasks", "training"} | DOORS,
     "launch": {"tasks", "training"} | DOORS,
     # They time engines alone, too.

@@ -13,8 +13,10 @@ from datetime import datetime, timezone
 import pytest
 
 from gq_triton import cli
-from gq_triton.study import command, figures
-from gq_triton.study.config import StudyConfig, command_line, read_toml
+from gq_triton.study import command
+from gq_triton.study.design.config import StudyConfig
+from gq_triton.study.design.study_file import command_line, read_toml
+from gq_triton.study.report import figures
 
 STUDY = [
     "--tasks", "lines-disc", "digits-longtail",

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from gq_triton.study.arms import Law, Recipe
-from gq_triton.study.controls import LAG, Tuned, altered
-from gq_triton.study.laws import build_law
-from gq_triton.study.optimizers import OPTIMIZERS
+from gq_triton.study.design.controls import LAG, Tuned, altered
+from gq_triton.study.design.law import Recipe, StudyLaw
+from gq_triton.study.trials.backward import build_backward
+from gq_triton.study.trials.optimizers import OPTIMIZERS
 
 # Momentum that does not overshoot at these learning rates: where it does, a lead damps it and wins
 # under noise as well.
 TUNED = {
-    "sgdm": Recipe(0.15, beta1=0.5, law=Law("queue", queue_length=4)),
-    "adamw": Recipe(0.1, beta1=0.5, law=Law("queue", queue_length=4)),
+    "sgdm": Recipe(0.15, beta1=0.5, law=StudyLaw("queue", queue_length=4)),
+    "adamw": Recipe(0.1, beta1=0.5, law=StudyLaw("queue", queue_length=4)),
 }
 STEPS, PERIOD = 160, 40
 
@@ -35,7 +35,7 @@ def error(base, recipe, optima, noise):
     """Mean squared distance to the optimum over the last three quarters of a quadratic's steps."""
     model = Point(optima.shape[1])
     optimizer = OPTIMIZERS[base](model.parameters(), recipe.lr, recipe.beta1)
-    law = build_law(recipe.law, model, optimizer, "", 0)
+    law = build_backward(recipe.law, model, optimizer, "", 0)
     errors = []
     for optimum, push in zip(optima, noise, strict=True):
         optimizer.zero_grad()
@@ -51,7 +51,7 @@ def error(base, recipe, optima, noise):
 def errors(base, optima, noise):
     """The error of the plain optimizer at the arm's settings, and of each control."""
     tuned = Tuned(TUNED[base], "adam" if base == "adamw" else "sgd", 1.0, 1.0)
-    plain = error(base, replace(tuned.recipe, law=Law()), optima, noise)
+    plain = error(base, replace(tuned.recipe, law=StudyLaw()), optima, noise)
     return plain, {name: error(base, altered(name, tuned), optima, noise) for name in LAG}
 
 
@@ -77,10 +77,10 @@ def test_under_noise_around_a_fixed_optimum_less_lag_loses(base):
 @pytest.mark.parametrize("base", TUNED)
 def test_the_lead_goes_into_the_momentum_alone(base):
     """A law of plain torch, step by step, over gradients that nothing depends on."""
-    recipe = replace(TUNED[base], law=Law("lead", queue_length=3))
+    recipe = replace(TUNED[base], law=StudyLaw("lead", queue_length=3))
     model = Point(4)
     optimizer = OPTIMIZERS[base](model.parameters(), 0.0, recipe.beta1)
-    law = build_law(recipe.law, model, optimizer, "", 0)
+    law = build_backward(recipe.law, model, optimizer, "", 0)
     generator = torch.Generator().manual_seed(1)
     grads = torch.randn(7, 4, dtype=torch.float64, generator=generator)
     share = 1 - recipe.beta1 if base == "adamw" else 1.0

@@ -7,8 +7,8 @@ import torch
 from test_study_command import start
 
 from gq_triton import cli
-from gq_triton.study import device
-from gq_triton.study.device import check_device
+from gq_triton.study.run import device
+from gq_triton.study.run.device import check_device
 from gq_triton.training.options import Refusal
 
 STUDY = [

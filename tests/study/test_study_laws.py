@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from gq_triton import reference
-from gq_triton.study.altered import AlteredWeights, _by_rank
-from gq_triton.study.arms import Law
-from gq_triton.study.grouping import Grouping
-from gq_triton.study.laws import build_law
-from gq_triton.study.optimizers import OPTIMIZERS
+from gq_triton.study.design.law import StudyLaw
+from gq_triton.study.trials.altered import AlteredWeights, _by_rank
+from gq_triton.study.trials.backward import build_backward
+from gq_triton.study.trials.clusterer import StudyClusterer
+from gq_triton.study.trials.optimizers import OPTIMIZERS
 
-QUEUE = Law("queue", queue_length=3)
+QUEUE = StudyLaw("queue", queue_length=3)
 FEATURES = "1"
 
 
@@ -27,7 +27,7 @@ def gradients(law, steps=7, batch=24):
     """Every step's gradients and measures under a law, on a model that does not move."""
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    backward = build_law(law, net, optimizer, FEATURES, seed=0)
+    backward = build_backward(law, net, optimizer, FEATURES, seed=0)
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(steps):
@@ -69,7 +69,7 @@ def test_untampered_weights_are_those_of_the_plug_in(law):
 
 
 def test_shuffled_and_constant_weights_keep_what_they_promise():
-    plain = gradients(Law())[-1][0]
+    plain = gradients(StudyLaw())[-1][0]
     weighted, measured = gradients(QUEUE)[-1]
     shuffled = gradients(replace(QUEUE, kind="shuffled"))[-1][0]
     constant, of_constant = gradients(replace(QUEUE, kind="constant"))[-1]
@@ -83,7 +83,7 @@ def test_shuffled_and_constant_weights_keep_what_they_promise():
 
 def weights_and_z(law, steps=7):
     """The weights of the last step, flat by parameter, and the oracle's z over the raw queue."""
-    raw = [grads for grads, _ in gradients(Law(), steps)]
+    raw = [grads for grads, _ in gradients(StudyLaw(), steps)]
     last = gradients(law, steps)[-1][0]
     for number, altered in enumerate(last):
         queue = torch.stack([grads[number] for grads in raw[-1 - law.queue_length : -1]])
@@ -98,7 +98,7 @@ def test_one_weight_per_tensor_is_the_mean_of_the_oracles():
 
 
 def test_one_weight_per_tensor_by_its_norm():
-    raw = [grads for grads, _ in gradients(Law())]
+    raw = [grads for grads, _ in gradients(StudyLaw())]
     for number, altered in enumerate(gradients(replace(QUEUE, kind="magnitude"))[-1][0]):
         norms = torch.stack([grads[number].norm() for grads in raw])
         expected = reference.scarcity_weight(norms[-1], norms[-4:-1])
@@ -123,7 +123,7 @@ def test_weights_by_rank_are_always_the_same_and_ordered_by_z():
 
 
 def test_the_queue_can_hold_what_was_applied():
-    raw = [grads for grads, _ in gradients(Law())]
+    raw = [grads for grads, _ in gradients(StudyLaw())]
     weighted = [grads for grads, _ in gradients(replace(QUEUE, kind="weighted-queue"))]
     for number in range(4):
         queue = [grads[number] for grads in raw[:3]]  # weight 1 until it is full
@@ -139,7 +139,7 @@ def test_clusters_by_population_without_the_law_are_the_plain_gradient():
         ("output_gradient", "queue"), ("features", "rank"),
     ):  # fmt: skip
         law = replace(QUEUE, kind=kind, n_clusters=4, cluster_by=by, rho=1.0)
-        for (grads, _), (plain, _) in zip(gradients(law), gradients(Law()), strict=True):
+        for (grads, _), (plain, _) in zip(gradients(law), gradients(StudyLaw()), strict=True):
             for grad, other in zip(grads, plain, strict=True):
                 torch.testing.assert_close(grad, other, rtol=1e-10, atol=1e-14)
 
@@ -180,7 +180,7 @@ def test_laws_leave_the_global_generator_alone():
 def test_random_clusters_have_the_sizes_of_those_they_stand_for(by, monkeypatch):
     """Of features or of the output's gradient: the same k-means, its labels permuted."""
     sizes = {}
-    found = Grouping.__call__
+    found = StudyClusterer.__call__
     for kind in (by, "random" if by == "features" else f"random-{by}"):
         seen = sizes[kind] = []
 
@@ -189,11 +189,11 @@ def test_random_clusters_have_the_sizes_of_those_they_stand_for(by, monkeypatch)
             seen.append((features.shape[1], sorted(torch.bincount(labels).tolist())))
             return labels
 
-        monkeypatch.setattr(Grouping, "__call__", watched)
+        monkeypatch.setattr(StudyClusterer, "__call__", watched)
         net = model()
         law = replace(QUEUE, kind="shuffled", n_clusters=3, cluster_by=kind, rho=1.0)
         generator = torch.Generator().manual_seed(0)
-        backward = build_law(law, net, torch.optim.SGD(net.parameters(), lr=0.0), FEATURES, 0)
+        backward = build_backward(law, net, torch.optim.SGD(net.parameters(), lr=0.0), FEATURES, 0)
         inputs = torch.randn(12, 6, dtype=torch.float64, generator=generator)
         labels = torch.arange(12) % 3
         for _ in range(2):

@@ -7,15 +7,18 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from gq_triton.study.arms import ARMS, Law, Recipe
-from gq_triton.study.config import StudyConfig, read_toml, write_toml
-from gq_triton.study.controls import CONTROLS, Tuned, altered, applicable
-from gq_triton.study.grouping import Grouping
-from gq_triton.study.protocol import cells, missing, progress
-from gq_triton.study.ranks import launch
-from gq_triton.study.records import EVALUATE, TUNE, Record, Store, Trial
-from gq_triton.study.space import Space, at_edge, candidates
-from gq_triton.study.trial import SERIES, learning_rate, run_trial
+from gq_triton.study.design.arms import ARMS
+from gq_triton.study.design.config import StudyConfig
+from gq_triton.study.design.controls import CONTROLS, Tuned, altered, applicable
+from gq_triton.study.design.law import Recipe, StudyLaw
+from gq_triton.study.design.protocol import cells, missing, progress
+from gq_triton.study.design.space import Space, at_edge, candidates
+from gq_triton.study.design.study_file import read_toml, write_toml
+from gq_triton.study.design.trial import EVALUATE, SERIES, TUNE, Record, Trial
+from gq_triton.study.run.ranks import launch
+from gq_triton.study.run.records import Store
+from gq_triton.study.trials.clusterer import StudyClusterer
+from gq_triton.study.trials.training import learning_rate, run_trial
 from gq_triton.training.options import Refusal
 
 OPTIONS = {
@@ -41,15 +44,15 @@ def trial(**changes):
 def test_the_same_question_has_the_same_name_and_any_other_another():
     same = trial()
     assert same.key == trial().key
-    others = [trial(lr=0.2), trial(seed=1), trial(purpose=TUNE), trial(law=Law("queue"))]
-    others += [trial(law=Law("queue", rho=2.0)), trial(target=0.8), trial(class_weighted=True)]
+    others = [trial(lr=0.2), trial(seed=1), trial(purpose=TUNE), trial(law=StudyLaw("queue"))]
+    others += [trial(law=StudyLaw("queue", rho=2.0)), trial(target=0.8), trial(class_weighted=True)]
     assert len({other.key for other in (same, *others)}) == len(others) + 1
 
 
 def test_old_records_keep_their_names():
     # As written by the first release of the studies: a field more would make them strangers.
     assert trial().key == "8d342208915dce23e78988d0"
-    law = Law("queue", n_clusters=4, rho=2.0, match_norm=True)
+    law = StudyLaw("queue", n_clusters=4, rho=2.0, match_norm=True)
     assert trial(law=law).key == "a695af45d09cf040bdd3527b"
     assert trial(processes=2).key == "7a5b9d888c6ed147995b79b3"
     assert trial(beta1=0.9, warmup=0.0).key == "8d342208915dce23e78988d0"
@@ -57,7 +60,7 @@ def test_old_records_keep_their_names():
 
 
 def test_a_record_survives_the_disk_and_half_a_record_is_none(tmp_path):
-    record = Record(trial(law=Law("queue", n_clusters=3)), {"score": 0.5}, {"seconds": 1}, {})
+    record = Record(trial(law=StudyLaw("queue", n_clusters=3)), {"score": 0.5}, {"seconds": 1}, {})
     Store(tmp_path).add(record)
     store = Store(tmp_path)
     assert store.load() == 0
@@ -72,9 +75,9 @@ def test_a_record_survives_the_disk_and_half_a_record_is_none(tmp_path):
 
 
 def test_runs_are_the_same_bit_for_bit_whatever_ran_before():
-    first = run_trial(trial(law=Law("queue", n_clusters=2)))
+    first = run_trial(trial(law=StudyLaw("queue", n_clusters=2)))
     run_trial(trial(task="digits-longtail", base="adamw"))
-    again = run_trial(trial(law=Law("queue", n_clusters=2)))
+    again = run_trial(trial(law=StudyLaw("queue", n_clusters=2)))
     assert json.dumps(first.result) == json.dumps(again.result)
     assert first.result["norm_ratio"] > 1
     assert set(first.result["series"]) == set(SERIES)
@@ -83,7 +86,7 @@ def test_runs_are_the_same_bit_for_bit_whatever_ran_before():
 
 @pytest.mark.slow
 def test_two_ranks_come_to_what_one_process_does(tmp_path):
-    asked = trial(task="digits-longtail", law=Law("queue"), batch_size=31, processes=2)
+    asked = trial(task="digits-longtail", law=StudyLaw("queue"), batch_size=31, processes=2)
     started = []
     shared = launch(asked, tmp_path, None, started.append)
     assert started[0].returncode == 0
@@ -98,10 +101,10 @@ def test_two_ranks_come_to_what_one_process_does(tmp_path):
 
 CLUSTERED = [
     # A cluster per rank and class; the labels of one process say the same.
-    Law("queue", n_clusters=4, cluster_by="labels", population_power=0.0, match_norm=True),
-    Law("queue", n_clusters=4, cluster_by="labels", centroid_scale="standard_error"),
+    StudyLaw("queue", n_clusters=4, cluster_by="labels", population_power=0.0, match_norm=True),
+    StudyLaw("queue", n_clusters=4, cluster_by="labels", centroid_scale="standard_error"),
     # K / W = 1: the mean of each rank's samples is a centroid.
-    Law("queue", n_clusters=3, cluster_by="output_gradient"),
+    StudyLaw("queue", n_clusters=3, cluster_by="output_gradient"),
 ]
 
 
@@ -114,7 +117,7 @@ def test_clusters_of_two_ranks_are_those_of_one_process(law, tmp_path, monkeypat
 
     asked = trial(task="digits-longtail", law=law, batch_size=31, processes=2)
     shared = launch(asked, tmp_path, None, lambda process: None).result
-    monkeypatch.setattr(Grouping, "__call__", of_both_ranks)
+    monkeypatch.setattr(StudyClusterer, "__call__", of_both_ranks)
     alone = run_trial(replace(asked, processes=1)).result
     names = "train_loss", "validation_loss", "norm_ratio", "mean_weight"
     # float32 sums in another order, over 20 steps
@@ -126,7 +129,7 @@ def test_clusters_of_two_ranks_are_those_of_one_process(law, tmp_path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["features", "random"])
 def test_each_rank_finds_clusters_among_its_own_samples(by, tmp_path):
-    law = Law("queue", n_clusters=6, cluster_by=by)
+    law = StudyLaw("queue", n_clusters=6, cluster_by=by)
     result = launch(trial(task="digits-longtail", law=law, batch_size=31, processes=2),
                     tmp_path, None, lambda process: None).result  # fmt: skip
     assert result["diverged_at"] is None
@@ -156,14 +159,14 @@ def test_ranks_leave_out_what_needs_one_process():
 
 
 def test_arms_are_paired_by_seed():
-    plain, queue = run_trial(trial()), run_trial(trial(law=Law("queue", rho=1.0)))
+    plain, queue = run_trial(trial()), run_trial(trial(law=StudyLaw("queue", rho=1.0)))
     # The same data, weights and order: with rho = 1 the law is off.
     assert plain.result["losses"] == queue.result["losses"]
     assert plain.result["losses"] != run_trial(trial(seed=1)).result["losses"]
 
 
 def test_test_data_is_looked_at_once_and_only_to_evaluate(monkeypatch):
-    from gq_triton.study import trial as module
+    from gq_triton.study.trials import training as module
 
     looks = []
     real = module.measure
@@ -188,7 +191,7 @@ def test_a_diverged_run_is_a_result():
 
 
 def test_a_target_that_is_lost_again_was_not_reached(monkeypatch):
-    from gq_triton.study import trial as module
+    from gq_triton.study.trials import training as module
 
     scores = iter([0.95, 0.5, 0.95, 0.97, 0.9])
     monkeypatch.setattr(
@@ -220,6 +223,8 @@ def test_the_edge_of_the_space_is_noticed():
     assert at_edge(tried[1], tried) == ["rho high"]
     assert at_edge(tried[2], tried) == ["lr high"]
     assert at_edge(tried[0], tried[:1]) == []
+    tried = [{"beta1": beta1, "warmup": 0.15 * beta1, "queue_length": 3} for beta1 in (0.5, 0.9)]
+    assert at_edge(tried[0], tried) == ["beta1 low"]
 
 
 def fake(one, score=0.5, loss=1.0):
@@ -275,16 +280,16 @@ def test_one_cluster_is_none_and_its_runs_are_shared(tmp_path):
 
 
 def test_controls_change_one_thing():
-    law = Law("queue", n_clusters=4, rho=2.0, match_norm=True)
+    law = StudyLaw("queue", n_clusters=4, rho=2.0, match_norm=True)
     recipe = Recipe(0.1, beta1=0.8, warmup=0.15, law=law)
     tuned = Tuned(recipe, "sgd", norm_ratio=1.5, mean_weight=1.2)
-    plain = replace(recipe, law=Law())
+    plain = replace(recipe, law=StudyLaw())
     assert altered("norm-ratio", tuned) == replace(plain, lr=0.15)
     assert altered("mean-weight", tuned) == replace(plain, lr=0.12)
     assert altered("same-lr", tuned) == plain
     assert altered("lower-momentum", tuned) == replace(plain, lr=0.2, beta1=0.6)
     assert altered("lower-momentum", replace(tuned, family="adam")) == replace(plain, beta1=0.6)
-    assert altered("lead", tuned) == replace(plain, law=Law("lead"))
+    assert altered("lead", tuned) == replace(plain, law=StudyLaw("lead"))
     of_laws = set(CONTROLS) - {"norm-ratio", "mean-weight", "same-lr", "lower-momentum", "lead"}
     changed = {
         name: {k for k, v in asdict(altered(name, tuned).law).items() if v != asdict(law)[k]}
@@ -343,7 +348,7 @@ def test_variants_share_their_runs_where_they_are_the_same(tmp_path):
     assert rank == ranked
     assert first != rank
     # The control is the arm at another arm's settings.
-    tuned = Tuned(Recipe(0.1, law=Law("queue")), "sgd", norm_ratio=1.5, mean_weight=1.2)
+    tuned = Tuned(Recipe(0.1, law=StudyLaw("queue")), "sgd", norm_ratio=1.5, mean_weight=1.2)
     assert altered("constant", tuned).law == ARMS["gq-sgdm-tensor"].law
 
 

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from gq_triton.study.arms import ARMS
-from gq_triton.study.config import StudyConfig
-from gq_triton.study.controls import CONTROLS, PRIMARY
-from gq_triton.study.protocol import cells, progress
-from gq_triton.study.records import EVALUATE, Record, Store
-from gq_triton.study.results import collect
-from gq_triton.study.statistics import compare, interval, median_interval
-from gq_triton.study.verdict import (
+from gq_triton.study.design.arms import ARMS
+from gq_triton.study.design.config import StudyConfig
+from gq_triton.study.design.controls import CONTROLS, PRIMARY
+from gq_triton.study.design.protocol import cells, progress
+from gq_triton.study.design.trial import EVALUATE, Record
+from gq_triton.study.report.results import collect
+from gq_triton.study.report.statistics import compare, interval, median_interval
+from gq_triton.study.report.verdict import (
     HELPS,
     HURTS,
     LESS_LAG,
@@ -24,6 +24,7 @@ from gq_triton.study.verdict import (
     findings,
     task_verdict,
 )
+from gq_triton.study.run.records import Store
 
 TASK = "digits-longtail"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gq_triton import GradQueue
-from gq_triton.study.trial import _stream
+from gq_triton.study.trials.training import _stream
 from gq_triton.tasks import STUDY_TASKS, MissingData, measure, sample_losses
 from gq_triton.tasks.text import CONTEXT
 

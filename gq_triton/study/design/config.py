@@ -1,59 +1,56 @@
-"""What a study is: every option once, with its type, its limits and its sentence of help."""
+"""The options of a study: each once, with its type, its limits and its sentence of help."""
 
 import difflib
 import math
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-from gq_triton.study.arms import ARMS
-from gq_triton.study.controls import CONTROLS
-from gq_triton.study.device import DEVICES
+from gq_triton.study.design.arms import ARMS
+from gq_triton.study.design.controls import CONTROLS
 from gq_triton.tasks import STUDY_TASKS
 from gq_triton.training.options import Refusal
 
-__all__ = [
-    "CONFIG",
-    "FIRST_TUNING_SEED",
-    "StudyConfig",
-    "command_line",
-    "read_toml",
-    "write_toml",
-]
+__all__ = ["DEVICES", "FIRST_TUNING_SEED", "StudyConfig", "flag"]
 
-CONFIG = "study.toml"  # in the folder of a study
+DEVICES = "cpu", "cuda"
 SCHEDULES = "cosine", "constant"
-FIRST_TUNING_SEED = 1_000_000  # evaluation seeds lie below: they never meet
+FIRST_TUNING_SEED = 1_000_000  # every evaluation seed is smaller
 
 
 def _option(default: Any, help: str, before: Any = None) -> Any:
-    """Return a field; ``before`` is what studies did that were written before it existed."""
+    """Return a field of ``StudyConfig``.
+
+    Args:
+        default: its default.
+        help: its sentence of help.
+        before: what stands for the studies that were run before the option existed, as in TOML;
+            None if the default does.
+    """
     return field(default=default, metadata={"help": help, "before": before})
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Everything that decides a study's results; field names are those of the options."""
+    """The options that decide a study's results, under their names on the command line."""
 
     tasks: tuple[str, ...] = _option((), "tasks, see the list below")
     arms: tuple[str, ...] = _option((), "arms, see the list below")
     batch_sizes: tuple[int, ...] = _option((), "the ladder of batch sizes")
     trials: int = _option(
         8,
-        "tuning trials per task, arm and batch size, points of one Sobol sequence; 2^k fill it",
+        "tuning trials per task, arm and batch size, points of one Sobol sequence, which powers of "
+        "2 fill evenly; below 8 there is no verdict",
     )
     tuning_seeds: int = _option(
         3,
-        "seeds that a tuning trial is the mean of, never evaluated on; with 1 a lucky run decides",
+        "seeds per tuning trial, none of them an evaluation seed; with 1 a lucky run decides",
     )
     seeds: int = _option(
-        10, "evaluation seeds, the same for every arm, at least 2; below 10 the intervals are poor"
+        10, "evaluation seeds, the same for every arm, at least 2; below 10 there is no verdict"
     )
     first_seed: int = _option(
-        0, "the first of them; a study that repeats another takes seeds nobody has looked at"
+        0, "the first evaluation seed; to confirm an earlier study take seeds that it has not used"
     )
     steps: int = _option(300, "optimizer steps of every trial")
     schedule: str = _option(
@@ -61,7 +58,7 @@ class StudyConfig:
     )
     eval_every: int = _option(0, "steps between looks at the validation data; 0: 50 looks per run")
     controls: tuple[str, ...] = _option(
-        tuple(CONTROLS), "what each Grad Queue arm is held against, see the list below; none: none"
+        tuple(CONTROLS), "what each Grad Queue arm is compared with, see the list below; none: none"
     )
     optimal_batch: int = _option(
         0, "B_opt of the rule K = B / B_opt of the cluster arms; 0: the smallest batch size"
@@ -79,19 +76,19 @@ class StudyConfig:
     )
     warmup: tuple[float, ...] = _option(
         (0.0, 0.15),
-        "shares of the steps in which the learning rate rises first, that every arm is tuned over",
+        "lengths of the warm-up that every arm is tuned over, as shares of the steps",
         before=[0.0],
     )
     nproc_per_trial: int = _option(
         1,
-        "processes that share each batch of a trial, under torchrun, Grad Queue through the DDP "
-        "hook; each finds its share of the K clusters, rounded down, at least one, among its own "
-        "samples; without arms and controls that change weights or queue inside the hook",
+        "processes that share each batch of a trial, under torchrun, with Grad Queue in the DDP "
+        "hook; each process finds its share of the K clusters, rounded down, at least one, among "
+        "its own samples; arms and controls that would change the hook are left out",
     )
     device: str = _option(
         "cpu",
-        "where trials compute, cpu or cuda: the results of one are not those of the other; --jobs "
-        "are spread over the GPUs, and the processes of --nproc-per-trial have one each",
+        "cpu or cuda, whose results differ; --jobs are spread over the GPUs, and each process of "
+        "--nproc-per-trial has a GPU of its own",
     )
     targets: dict[str, float] = field(
         default_factory=dict,
@@ -103,11 +100,9 @@ class StudyConfig:
             _check_names(name, getattr(self, name), known)
         for name in ("tasks", "arms", "batch_sizes", "beta1", "warmup"):
             if not getattr(self, name):
-                raise Refusal(f"--{_flag(name)} needs at least one value")
+                raise Refusal(f"--{flag(name)} needs at least one value")
             if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise Refusal(
-                    f"--{_flag(name)} names one value twice: {_list(getattr(self, name))}"
-                )
+                raise Refusal(f"--{flag(name)} names one value twice: {_list(getattr(self, name))}")
         lowest = {"trials": 1, "tuning_seeds": 1, "seeds": 2, "first_seed": 0, "steps": 1,
                   "eval_every": 0, "optimal_batch": 0, "nproc_per_trial": 1}  # fmt: skip
         for name, least in lowest.items():
@@ -156,16 +151,16 @@ class StudyConfig:
 
     @property
     def looks_every(self) -> int:
-        """Steps between looks at the validation data."""
+        """The number of steps between two looks at the validation data."""
         return self.eval_every or max(1, self.steps // 50)
 
     @property
     def best_batch(self) -> int:
-        """B_opt of the paper's rule."""
+        """B_opt of the paper's rule K = B / B_opt."""
         return self.optimal_batch or min(self.batch_sizes)
 
     def target(self, task: str) -> float:
-        """Return the score whose first step counts."""
+        """Return the validation score of a task's "steps to target"."""
         return self.targets.get(task, STUDY_TASKS[task].target)
 
     def lr_range(self, family: str) -> tuple[float, float]:
@@ -175,10 +170,13 @@ class StudyConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "StudyConfig":
-        """Build from plain values: lists for tuples, dashes or underscores in names.
+        """Return the options with these values.
+
+        Args:
+            values: by name, with dashes or underscores; lists stand for tuples.
 
         Raises:
-            Refusal: an unknown name or a value that cannot hold.
+            Refusal: a name is unknown, or a value is not allowed.
         """
         known = {option.name: option for option in fields(cls)}
         chosen: dict[str, Any] = {}
@@ -190,11 +188,12 @@ class StudyConfig:
         return cls(**chosen)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the options as plain values by name."""
         return asdict(self)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the option of the command line, without its dashes, that sets a field."""
     return name.replace("_", "-")
 
 
@@ -203,22 +202,22 @@ def _list(values: Any) -> str:
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Return a value from TOML in the type of its field."""
+    """Return a value from TOML, converted to the type of its field."""
     if kind == dict[str, float]:
         if not isinstance(value, Mapping):
             raise Refusal(f"{name} must be a table of numbers by task, got {value!r}")
         return dict(value)
     if kind in (int, str):
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise Refusal(f"--{_flag(name)} must be {_KINDS[kind]}, got {value!r}")
+            raise Refusal(f"--{flag(name)} must be {_KINDS[kind]}, got {value!r}")
         return value
     (item, _) = kind.__args__
     if not isinstance(value, (list, tuple)):
-        raise Refusal(f"--{_flag(name)} must be a list, got {value!r}")
+        raise Refusal(f"--{flag(name)} must be a list, got {value!r}")
     for one in value:
         number = item is float and isinstance(one, int)
         if isinstance(one, bool) or not (isinstance(one, item) or number):
-            raise Refusal(f"--{_flag(name)} must hold {_KINDS[item]} each, got {one!r}")
+            raise Refusal(f"--{flag(name)} must hold {_KINDS[item]} each, got {one!r}")
     return tuple(item(one) for one in value)
 
 
@@ -230,78 +229,14 @@ def _check_names(option: str, names: tuple[str, ...], known: Mapping[str, Any]) 
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             listed = f"did you mean {' or '.join(near)}? There" if near else "there"
-            raise Refusal(f"--{_flag(option)}: no {name!r}; {listed} are {_list(known)}")
+            raise Refusal(f"--{flag(option)}: no {name!r}; {listed} are {_list(known)}")
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise Refusal(f"--{_flag(name)} must be a whole number >= {least}, got {value!r}")
+        raise Refusal(f"--{flag(name)} must be a whole number >= {least}, got {value!r}")
 
 
 def _check_range(name: str, values: tuple[float, ...]) -> None:
     if len(values) != 2 or not 0 < values[0] < values[1] < math.inf:
-        raise Refusal(f"--{_flag(name)} must be two numbers, 0 < LOW < HIGH, got {_list(values)}")
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return the options in a file.
-
-    What a study wrote has every option there was. One that came later has the value which stands
-    for what was done before, so that the study stays what it was.
-
-    Raises:
-        Refusal: it cannot be read.
-    """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refusal(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise Refusal(f"{path} is no TOML: {error}") from error
-    before = {option.name: option.metadata.get("before") for option in fields(StudyConfig)}
-    if values.keys() >= _FIRST_OPTIONS:
-        values = {name: past for name, past in before.items() if past is not None} | values
-    return values
-
-
-# Those of the first release of the studies, each in every file that a study wrote.
-_FIRST_OPTIONS = {
-    "tasks", "arms", "batch_sizes", "trials", "tuning_seeds", "seeds", "steps", "schedule",
-    "eval_every", "controls", "optimal_batch", "lr_sgd", "lr_adam",
-}  # fmt: skip
-
-
-def write_toml(config: StudyConfig) -> str:
-    """Return the options as the text of a file that ``read_toml`` reads."""
-    lines = [f"{name} = {_value(value)}" for name, value in config.to_dict().items()
-             if not isinstance(value, dict)]  # fmt: skip
-    lines += ["", "[targets]", *(f"{task} = {value!r}" for task, value in config.targets.items())]
-    return "\n".join(lines) + "\n"
-
-
-def command_line(config: StudyConfig, folder: str) -> str:
-    """Return the command that runs a study, with the options that differ from their defaults."""
-    words = ["gq-triton", "study", "run", "--out", folder]
-    for option in fields(StudyConfig):
-        value = getattr(config, option.name)
-        default = {} if option.name == "targets" else option.default
-        if value == default:
-            continue
-        if isinstance(value, dict):
-            words += ["--target", *(f"{task}={number!r}" for task, number in value.items())]
-        elif isinstance(value, tuple):
-            words += [f"--{_flag(option.name)}", *(map(str, value) if value else ("none",))]
-        else:
-            words += [f"--{_flag(option.name)}", str(value)]
-    return shlex.join(words)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    # Names hold no character that TOML would escape.
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+        raise Refusal(f"--{flag(name)} must be two numbers, 0 < LOW < HIGH, got {_list(values)}")

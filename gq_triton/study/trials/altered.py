@@ -1,4 +1,4 @@
-"""Grad Queue in plain torch with something changed: variants and controls of a study."""
+"""Grad Queue in plain torch, with its weights or its queue changed: variants and controls."""
 
 from collections import deque
 from typing import Any
@@ -10,8 +10,8 @@ from gq_triton import scarcity_weight
 from gq_triton.cluster_grad import OUTPUT_GRADIENT
 from gq_triton.grouping.features import is_spatial, pooled
 from gq_triton.ring import MIN_QUEUE_LENGTH, effective_length, new_losses, record_loss
-from gq_triton.study.arms import Law
-from gq_triton.study.grouping import Grouping
+from gq_triton.study.design.law import StudyLaw
+from gq_triton.study.trials.clusterer import StudyClusterer
 
 __all__ = ["AlteredWeights"]
 
@@ -19,25 +19,25 @@ _UNCLIPPED = 1e30
 
 
 class AlteredWeights:
-    """Grad Queue with its weights, or what they are compared with, changed as the law's kind says.
+    """The backward pass of Grad Queue with its weights or its queue changed, by the law's kind.
 
-    ``"constant"``: each centroid's weights in a tensor become their mean. ``"magnitude"``: one
+    ``"constant"``: the weights of a centroid in a tensor become their mean. ``"magnitude"``: one
     weight per centroid and tensor, from the norm of its gradient against the norms in the queue.
     ``"rank"``: the elements of all centroids of a tensor are ranked by z, and get the middles of
-    equal cells of [1/rho, rho] on a logarithmic scale. ``"shuffled"`` and ``"rank-shuffled"``
-    permute each centroid's weights within each tensor: the same histogram, without saying which
-    element is unusual. ``"weighted-queue"``: the queue holds what the optimizer got. Any other kind
-    is Grad Queue itself (the test of this class).
+    equal cells of [1/rho, rho] on a logarithmic scale. ``"shuffled"`` and ``"rank-shuffled"``: each
+    centroid's weights are permuted within each tensor, so that their distribution stays and their
+    places are random. ``"weighted-queue"``: the queue holds the gradients that the optimizer got.
+    Any other kind is Grad Queue itself, which the test of this class compares with the plug-in.
 
     Args:
         law: the law.
         model: the model.
-        features: name of the submodule that describes a sample, or ``"output_gradient"``.
-        generator: of the permutations.
+        features: name of the submodule whose output describes a sample, or ``"output_gradient"``.
+        generator: of permutations and random clusters.
     """
 
     def __init__(
-        self, law: Law, model: nn.Module, features: str, generator: torch.Generator
+        self, law: StudyLaw, model: nn.Module, features: str, generator: torch.Generator
     ) -> None:
         self.law, self.generator = law, generator
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -45,10 +45,10 @@ class AlteredWeights:
         self.losses = None
         if law.loss_window is not None:
             self.losses = new_losses(law.loss_window, law.queue_length, self.params[0].device)
-        self.labels = Grouping(law, generator) if law.n_clusters is not None else None
+        self.clusterer = StudyClusterer(law, generator) if law.n_clusters is not None else None
         self.features: Tensor | None = None
         self.by_output = features == OUTPUT_GRADIENT
-        if self.labels is not None and not self.by_output:
+        if self.clusterer is not None and not self.by_output:
             model.get_submodule(features).register_forward_hook(self._capture)
         self.measured: dict[str, float] = {}
 
@@ -76,7 +76,7 @@ class AlteredWeights:
             if self.law.match_norm and grad.norm() > 0:
                 grad = grad * (raw.norm() / grad.norm())
             param.grad = grad
-            # A copy of what was applied: an optimizer may write into p.grad.
+            # A copy: an optimizer may write into p.grad.
             applied = self.law.kind == "weighted-queue"
             self.rings[number].append(grad.clone() if applied else raw)
             share = population.view(-1, *[1] * param.dim()) / len(losses)
@@ -84,15 +84,15 @@ class AlteredWeights:
         self._note(totals, length)
 
     def _groups(self, outputs: Tensor, losses: Tensor, labels: Tensor) -> Tensor:
-        if self.labels is None:
+        if self.clusterer is None:
             return torch.zeros_like(losses, dtype=torch.int64)
         features = self.features
         if self.by_output:
             (gradient,) = torch.autograd.grad(losses.mean(), outputs, retain_graph=True)
             features = pooled(gradient, channels_first=gradient.dim() > 3)
         assert features is not None
-        self.labels.batch_labels = labels
-        return self.labels(features)
+        self.clusterer.batch_labels = labels
+        return self.clusterer(features)
 
     def _length(self, loss: Tensor) -> int:
         if self.losses is None or self.law.loss_window is None:
@@ -131,7 +131,7 @@ class AlteredWeights:
         return z
 
     def _count(self, raw: Tensor, grad: Tensor, weights: Tensor, share: Tensor) -> Tensor:
-        """Return a parameter's part of the measures: norms, weight, saturation by population."""
+        """Return a parameter's sums: squared norms, weights and saturation, by population."""
         rho = self.law.rho
         parts = raw.square(), grad.square(), weights * share
         on = float(rho > 1)
@@ -150,13 +150,16 @@ class AlteredWeights:
         }
 
     def metrics(self) -> dict[str, float]:
-        """Return what was done to the last gradient."""
+        """Return what the law did to the last gradient, by names of ``SERIES``."""
         return self.measured
 
 
 def _by_rank(z: Tensor, rho: float) -> Tensor:
-    """Return for every ``z (K, P)`` the weight of its rank, one of the same K * P every time."""
-    order = z.flatten().argsort(stable=True)  # equal ones in their order
+    """Return the weight of each element's rank, ``(K, P)`` like z.
+
+    The K * P weights are the same for every z; only their places differ.
+    """
+    order = z.flatten().argsort(stable=True)  # elements with equal z keep their order
     share = torch.arange(len(order), dtype=torch.float64, device=z.device)
     share = (share + 0.5) / len(order)
     weights = torch.empty_like(share)

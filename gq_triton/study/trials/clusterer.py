@@ -1,30 +1,32 @@
-"""How a law groups the samples of a batch."""
+"""The clusters of a batch that a law asks for."""
 
 import torch
 from torch import Tensor
 
 from gq_triton.grouping import KMeans
-from gq_triton.study.arms import Law
+from gq_triton.study.design.law import StudyLaw
 
-__all__ = ["Grouping"]
+__all__ = ["StudyClusterer"]
 
 
-class Grouping:
-    """Finds the clusters of a batch as the law says: a clusterer of ``GradQueue``.
+class StudyClusterer:
+    """A clusterer of ``GradQueue`` that finds k-means clusters, random ones, or one per class.
+
+    ``batch_labels`` must be set to the labels of the batch before a call with clusters by class.
 
     Args:
-        law: with K.
+        law: the law; ``n_clusters`` must not be None.
         generator: of random clusters.
     """
 
-    def __init__(self, law: Law, generator: torch.Generator) -> None:
+    def __init__(self, law: StudyLaw, generator: torch.Generator) -> None:
         assert law.n_clusters is not None
         self.law, self.generator = law, generator
         self.kmeans = KMeans(law.n_clusters)
         self.batch_labels: Tensor | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Return the cluster of every sample ``(B,)``; ``batch_labels`` are those of the batch."""
+        """Return the cluster of every sample, ``(B,)``, from its features ``(B, D)``."""
         if self.law.cluster_by == "labels":
             assert self.batch_labels is not None
             return self.batch_labels

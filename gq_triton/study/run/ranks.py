@@ -1,6 +1,6 @@
-"""One trial under torchrun: the batch divided among ranks, Grad Queue through the DDP hook.
+"""A trial under torchrun: the ranks share each batch, Grad Queue runs in the DDP hook.
 
-The study starts it as ``torchrun -m gq_triton.study.ranks TRIAL.json DIR [DATA]``.
+The study starts each rank as ``torchrun -m gq_triton.study.run.ranks TRIAL.json DIR [DATA]``.
 """
 
 import json
@@ -21,12 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gq_triton.cluster_grad import OUTPUT_GRADIENT
 from gq_triton.dist import GradQueueState, register
-from gq_triton.study.arms import Law
-from gq_triton.study.device import take_device
-from gq_triton.study.grouping import Grouping
-from gq_triton.study.laws import Measured
-from gq_triton.study.records import Record, Store, Trial
-from gq_triton.study.trial import SERIES, Run
+from gq_triton.study.design.law import StudyLaw
+from gq_triton.study.design.trial import SERIES, Record, Trial
+from gq_triton.study.run.device import take_device
+from gq_triton.study.run.records import Store
+from gq_triton.study.trials.backward import Measured
+from gq_triton.study.trials.clusterer import StudyClusterer
+from gq_triton.study.trials.training import TrainingRun
 from gq_triton.tasks import STUDY_TASKS, ScoredTask, sample_losses
 from gq_triton.training.options import Refusal
 
@@ -34,19 +35,24 @@ __all__ = ["launch"]
 
 
 class _Hook:
-    """Plain DDP, or Grad Queue in its communication hook: ``backward`` leaves what was reduced.
+    """The backward pass of plain DDP, or of Grad Queue in the DDP hook.
+
+    Of K clusters every one of the W ranks finds K / W among its own samples, rounded down, at least
+    one. ``share`` is the weight of this rank's mean loss in the mean over the ranks; it must be set
+    before every backward pass.
 
     Args:
         ddp: the model.
-        law: ``"none"`` or ``"queue"``. Of K clusters every rank finds K / W among its own samples,
-            rounded down, at least one.
-        features: name of the submodule that describes a sample.
+        law: of kind ``"none"`` or ``"queue"``.
+        features: name of the submodule whose output describes a sample.
         seed: of random clusters.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, law: Law, features: str, seed: int) -> None:
+    def __init__(
+        self, ddp: DistributedDataParallel, law: StudyLaw, features: str, seed: int
+    ) -> None:
         self.state: GradQueueState | None = None
-        self.grouping: Grouping | None = None
+        self.clusterer: StudyClusterer | None = None
         self.share = 1.0
         if law.kind == "none":
             return
@@ -57,38 +63,39 @@ class _Hook:
             generator = torch.Generator().manual_seed(
                 seed * dist.get_world_size() + dist.get_rank()
             )
-            self.grouping = Grouping(replace(law, n_clusters=own), generator)
+            self.clusterer = StudyClusterer(replace(law, n_clusters=own), generator)
             options = {
                 "n_clusters": own,
                 "features": OUTPUT_GRADIENT if law.by_output else features,
-                "clusterer": self.grouping,
+                "clusterer": self.clusterer,
             }
             names += ["population_power", "centroid_scale"]
         self.state = register(ddp, **options, **{name: getattr(law, name) for name in names})
 
     def backward(self, outputs: Tensor, losses: Tensor, labels: Tensor) -> None:
-        """Take this rank's losses, which count as ``share`` says; see ``Backward``."""
+        """Leave the gradients of all ranks in ``p.grad``; see ``Backward``."""
         loss = losses.mean()
         whole = loss * self.share
         if self.state is not None:
             self.state.record_loss(whole.detach())
-        if self.grouping is None:
-            whole.backward()  # DDP averages over ranks, whatever their numbers of samples
+        if self.clusterer is None:
+            whole.backward()  # DDP averages over ranks, not over samples
         else:
-            self.grouping.batch_labels = labels
-            loss.backward()  # with clusters the state itself counts the samples
+            self.clusterer.batch_labels = labels
+            loss.backward()  # with clusters the state counts the samples
 
     def metrics(self) -> Measured:
+        """Return what the law did to the last gradient, by names of ``SERIES``."""
         if self.state is None:
             return {}
         measured = self.state.metrics()
         return {name: float(measured[name]) for name in SERIES if name in measured}
 
 
-class _RankRun(Run):
-    """A trial of which this process is one rank; all ranks come to the same result."""
+class _RankRun(TrainingRun):
+    """The training run of one rank; the results of all ranks are equal."""
 
-    def _build_law(self) -> _Hook:
+    def _build_backward(self) -> _Hook:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         gpu = [torch.cuda.current_device()] if self.device.type == "cuda" else None
         self.ddp = DistributedDataParallel(self.model, device_ids=gpu)
@@ -103,7 +110,7 @@ class _RankRun(Run):
         dist.all_reduce(total)
         loss = total.item() / len(indices)
         if math.isfinite(loss):
-            # Shares of the batch may differ by a sample.
+            # The ranks' numbers of samples may differ by one.
             self.hook.share = len(labels) * self.world / len(indices)
             self.hook.backward(outputs, self._weighted(losses, labels), labels)
         return loss
@@ -112,13 +119,13 @@ class _RankRun(Run):
 def launch(
     trial: Trial, folder: Path, data: Path | None, started: Callable[[subprocess.Popen[str]], None]
 ) -> Record:
-    """Run a trial under torchrun and return its record, which rank 0 has written.
+    """Run a trial under torchrun and return its record, which rank 0 writes.
 
     Args:
-        trial: what to run.
-        folder: of the study.
+        trial: the trial.
+        folder: folder of the study.
         data: folder with the files of tasks that need some.
-        started: given the process, to stop it with.
+        started: called with the process of torchrun, so that the caller can stop it.
 
     Raises:
         Refusal: a rank failed.

@@ -1,26 +1,39 @@
-"""One call of ``study run``: alone in its folder, shown on a board, stopped cleanly."""
+"""One call of ``gq-triton study run``: alone in its folder, shown on a board, ended cleanly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gq_triton.study.board import Board
-from gq_triton.study.config import CONFIG, write_toml
-from gq_triton.study.protocol import Cell, progress
-from gq_triton.study.records import Record, Store
-from gq_triton.study.runner import run_study
+from gq_triton.study.design.protocol import Cell, progress
+from gq_triton.study.design.study_file import CONFIG, write_toml
+from gq_triton.study.design.trial import Record
+from gq_triton.study.run.board import Board
+from gq_triton.study.run.records import Store
+from gq_triton.study.run.runner import run_study
 from gq_triton.training.files import whole_file
 from gq_triton.training.options import Refusal
 
 __all__ = ["watch"]
 
-INTERRUPTED, FAILED = 130, 1  # what shells expect after Ctrl-C; a worker or a rank was lost
+INTERRUPTED, FAILED = 130, 1  # exit status after Ctrl-C, and after a worker or rank was lost
 
 
 def watch(
     cells: list[Cell], store: Store, folder: Path, jobs: int, data: Path | None, damaged: int
 ) -> int:
-    """Run what is missing of a study and show it; return the exit status."""
+    """Run the missing trials of a study and show them; return the exit status.
+
+    Args:
+        cells: cells of the study.
+        store: its records.
+        folder: its folder.
+        jobs: number of worker processes.
+        data: folder with the files of tasks that need some.
+        damaged: number of files among the records that could not be read.
+
+    Raises:
+        Refusal: another process runs the study.
+    """
     with _alone(folder):
         with whole_file(folder / CONFIG) as file:
             file.write(write_toml(cells[0].config).encode())
@@ -50,10 +63,10 @@ def watch(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a study; the lock goes with the process, also when killed."""
+    """Hold the lock of a study's folder; it is released when the process ends or is killed."""
     try:
         import fcntl
-    except ModuleNotFoundError:  # no such locks on Windows: two runs would only repeat trials
+    except ModuleNotFoundError:  # Windows has no such lock; two processes only run trials twice
         yield
         return
     with (folder / ".lock").open("w") as file:

@@ -1,4 +1,4 @@
-"""From records to tables: the runs of each arm, and a row per task, arm, batch size and seed."""
+"""Records in groups by arm and control, and as tables with a row per run."""
 
 import csv
 import io
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gq_triton.study.protocol import Cell, Choice
-from gq_triton.study.records import Record, Store
+from gq_triton.study.design.protocol import Cell, Choice
+from gq_triton.study.design.trial import SERIES, Record, Records
 from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["Group", "collect", "results_csv", "timing_csv"]
@@ -17,7 +17,6 @@ MEASURES = (
     "loss", "accuracy", "balanced_accuracy", "worst_class_recall", "worst_group_accuracy",
     "bits_per_byte",
 )  # fmt: skip
-LAW = "mean_weight", "norm_ratio", "saturated_high", "saturated_low", "effective_length"
 KEY = "task", "arm", "control", "batch_size", "seed"
 
 
@@ -26,10 +25,10 @@ class Group:
     """The evaluation runs of an arm, or of one of its controls, at one batch size.
 
     Args:
-        cell: the arm.
-        choice: its tuned settings.
-        control: name of the control, ``""`` for the arm itself.
-        records: one per evaluation seed, in their order.
+        cell: the arm at its batch size.
+        choice: the arm's tuned settings.
+        control: name of the control; ``""`` for the arm itself.
+        records: one per evaluation seed, by seed.
     """
 
     cell: Cell
@@ -39,65 +38,66 @@ class Group:
 
     @property
     def label(self) -> str:
-        """How it is called in pictures and tables."""
+        """Its name in pictures and tables."""
         return f"{self.cell.arm.name}: {self.control}" if self.control else self.cell.arm.name
 
     @property
     def scores(self) -> list[float]:
-        """Test scores by seed; a run that diverged has learnt nothing."""
+        """Test scores by seed; that of a diverged run is chance."""
         return [score(record) for record in self.records]
 
     @property
     def steps(self) -> list[float]:
-        """Steps to the target by seed, infinite where it was not reached."""
+        """Steps to the target by seed, infinite where the target was not reached."""
         found = [record.result["steps_to_target"] for record in self.records]
         return [math.inf if steps is None else float(steps) for steps in found]
 
     @property
     def seconds(self) -> list[float]:
-        """Seconds of training to the target by seed, likewise."""
+        """Seconds of training to the target by seed, infinite where it was not reached."""
         found = [record.timing["seconds_to_target"] for record in self.records]
         return [math.inf if seconds is None else seconds for seconds in found]
 
     @property
     def diverged(self) -> int:
-        """Seeds on which it diverged."""
+        """Number of seeds on which the run diverged."""
         return sum(record.result["diverged_at"] is not None for record in self.records)
 
 
 def score(record: Record) -> float:
-    """Return a run's test score, chance where it diverged."""
+    """Return the test score of a run; that of a diverged run is chance."""
     found = record.result["score"]
     return STUDY_TASKS[record.trial.task].chance if found is None else found
 
 
 def gains(first: Group, second: Group) -> list[float]:
-    """Return by seed how much better the first is; positive is better."""
+    """Return by seed how much better the first group scored; positive is better."""
     task = STUDY_TASKS[first.cell.task]
     pairs = zip(first.scores, second.scores, strict=True)
     return [task.gain(mine, other) for mine, other in pairs]
 
 
-def collect(cells: Iterable[Cell], store: Store) -> list[Group]:
-    """Return every group whose runs are all there."""
+def collect(cells: Iterable[Cell], records: Records) -> list[Group]:
+    """Return every group of which no run is missing."""
     groups = []
     for cell in cells:
-        choice = cell.choice(store)
+        choice = cell.choice(records)
         if choice is None:
             continue
         wanted = {"": cell.evaluation(choice)}
         wanted |= {name: cell.control(name, choice) for name in cell.controls()}
         for control, trials in wanted.items():
-            records = [record for trial in trials if (record := store.get(trial)) is not None]
-            if len(records) == len(trials):
-                groups.append(Group(cell, choice, control, records))
+            runs = [record for trial in trials if (record := records.get(trial)) is not None]
+            if len(runs) == len(trials):
+                groups.append(Group(cell, choice, control, runs))
     return groups
 
 
 def results_csv(groups: Iterable[Group]) -> str:
-    """Return a row per task, arm, batch size and seed: nothing in it depends on the clock.
+    """Return the text of ``results.csv``: a row per task, arm, control, batch size and seed.
 
-    ``beta1`` and ``warmup`` have columns if anything but 0.9 and 0 was tried.
+    Nothing in it depends on the clock. ``beta1`` and ``warmup`` have columns unless the study tries
+    0.9 and 0 alone, as the first studies did.
     """
     groups = list(groups)
     spaces = {(group.cell.config.beta1, group.cell.config.warmup) for group in groups}
@@ -106,7 +106,7 @@ def results_csv(groups: Iterable[Group]) -> str:
     columns = [
         *KEY, *settings, "score_name", "score", "diverged", "validation_score",
         "steps_to_target", "samples_to_target", "train_loss",
-        *(f"test_{name}" for name in MEASURES), *LAW, "trial",
+        *(f"test_{name}" for name in MEASURES), *SERIES, "trial",
     ]  # fmt: skip
     return _csv(columns, (_result_row(group, record) for group, record in _runs(groups)))
 
@@ -146,13 +146,13 @@ def _result_row(group: Group, record: Record) -> dict[str, Any]:
         "samples_to_target": None if steps is None else steps * trial.batch_size,
         "train_loss": result["train_loss"],
         **{f"test_{name}": test.get(name) for name in MEASURES},
-        **{name: result[name] for name in LAW},
+        **{name: result[name] for name in SERIES},
         "trial": trial.key,
     }
 
 
 def timing_csv(groups: Iterable[Group]) -> str:
-    """Return the seconds of every run, apart: they are different every time."""
+    """Return the text of ``timing.csv``: the seconds of every run, which differ in every study."""
     rows = (_key(group, record) | record.timing for group, record in _runs(groups))
     return _csv([*KEY, "seconds", "seconds_to_target"], rows)
 
@@ -162,7 +162,7 @@ def _csv(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
-        # Six digits: scores are shares of a few hundred samples.
+        # Six digits are enough: scores are shares of a few hundred samples.
         short = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
         writer.writerow(short)
     return text.getvalue()

@@ -13,18 +13,18 @@ _RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better one thing is than another over the same seeds; positive is better.
+    """The paired differences between two groups over the same seeds; positive is better.
 
     Args:
         n: number of seeds.
-        mean: of the differences.
-        low: lower end of the interval of the mean.
-        high: upper end.
-        sure_low: likewise at the level of the verdict.
-        sure_high: likewise.
-        median: of the differences.
-        wins: seeds on which it was better.
-        losses: seeds on which it was worse; the rest are ties.
+        mean: mean of the differences.
+        low: lower end of the 95 % interval of the mean.
+        high: upper end of the 95 % interval of the mean.
+        sure_low: lower end of the interval at the level of the verdict.
+        sure_high: upper end of the interval at the level of the verdict.
+        median: median of the differences.
+        wins: number of seeds with a positive difference.
+        losses: number of seeds with a negative difference; the rest are ties.
     """
 
     n: int
@@ -44,14 +44,16 @@ class Comparison:
 
 
 def compare(differences: Sequence[float], comparisons: int = 1) -> Comparison:
-    """Summarise paired differences.
+    """Return the summary of paired differences.
+
+    The interval of the verdict is the wider of the bootstrap's and Student's, since resampling
+    never leaves the range of the values.
 
     Args:
-        differences: one per seed, positive where the first is better.
-        comparisons: how many verdicts are read together; each gets ``0.05 / comparisons``
-            (Bonferroni), so that one false verdict among all of them stays a matter of 5 %. A
-            verdict uses the wider of the bootstrap's interval and Student's: resampling few values
-            never leaves their range.
+        differences: one per seed, positive where the first group is better.
+        comparisons: number of verdicts that are read together. Each has the level
+            ``0.05 / comparisons`` (Bonferroni), so that any false verdict among all of them has a
+            probability of at most 5 %.
     """
     values = np.asarray(differences, dtype=np.float64)
     low, high = interval(values)
@@ -70,16 +72,19 @@ def compare(differences: Sequence[float], comparisons: int = 1) -> Comparison:
 
 
 def interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Return a bootstrap interval of the mean.
+    """Return the ends of a bootstrap interval of the mean.
 
-    Percentiles of resampled means are too narrow for few values; Hesterberg's expansion (2015,
-    "What Teachers Should Know About the Bootstrap") widens them to what Student's t would ask for.
-    From 10 values it covers 95 % for normal and 90 % for exponential ones. The resampling is
-    seeded: the same values give the same interval.
+    Percentiles of resampled means are too narrow for few values. Hesterberg's expansion (2015,
+    "What Teachers Should Know About the Bootstrap") widens them as Student's t does. With 10 values
+    the interval covers the mean of normal ones in 95 % and of exponential ones in 90 % of the
+    cases. The resampling has a fixed seed: the same values give the same interval.
 
     Args:
         values: at least 2 finite numbers.
-        level: wanted coverage.
+        level: nominal coverage.
+
+    Raises:
+        ValueError: there are fewer values, or one is not finite.
     """
     from scipy.stats import norm, t
 
@@ -94,7 +99,7 @@ def interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple
 
 
 def _wider(values: np.ndarray, level: float) -> tuple[float, float]:
-    """Return the union of the bootstrap's and Student's interval of the mean."""
+    """Return the ends of the union of the bootstrap's and Student's interval of the mean."""
     from scipy.stats import t
 
     low, high = interval(values, level)
@@ -103,10 +108,10 @@ def _wider(values: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Return the median of values that may be infinite, and an interval from order statistics.
+    """Return the median of values that may be infinite, and the ends of its interval.
 
-    Distribution-free (binomial): the ends are values that occurred, infinity where too many runs
-    missed.
+    The interval is from order statistics (binomial) and assumes no distribution. Its ends are
+    values that occurred, or infinity.
     """
     from scipy.stats import binom
 

@@ -1,14 +1,15 @@
-"""The order of a study: tune every arm, then fresh seeds, then controls at the tuned settings."""
+"""The order of a study: every arm is tuned, then it and its controls run on fresh seeds."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from gq_triton.study.arms import ARMS, NO_LAW, Arm, Law, Recipe
-from gq_triton.study.config import FIRST_TUNING_SEED, StudyConfig
-from gq_triton.study.controls import CONTROLS, Tuned, altered, applicable
-from gq_triton.study.records import EVALUATE, TUNE, Record, Store, Trial
-from gq_triton.study.space import Settings, Space, at_edge, candidates
+from gq_triton.study.design.arms import ARMS, Arm
+from gq_triton.study.design.config import FIRST_TUNING_SEED, StudyConfig
+from gq_triton.study.design.controls import CONTROLS, Tuned, altered, applicable
+from gq_triton.study.design.law import NO_LAW, Recipe, StudyLaw
+from gq_triton.study.design.space import Settings, Space, at_edge, candidates
+from gq_triton.study.design.trial import EVALUATE, TUNE, Record, Records, Trial
 from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["Cell", "Choice", "cells", "missing", "progress"]
@@ -19,12 +20,12 @@ class Choice:
     """The settings that tuning chose for an arm.
 
     Args:
-        settings: ``lr``, ``beta1``, ``warmup`` and Grad Queue's own.
-        recipe: the same, filled in.
-        score: mean validation score of the tuning seeds.
-        edges: settings on the edge of what was tried.
+        settings: the chosen settings by name.
+        recipe: the same, with the arm's law.
+        score: their mean validation score over the tuning seeds.
+        edges: settings beyond which no trial went, see ``at_edge``.
         measured: mean norm ratio and mean weight of those runs; 1 without a law.
-        diverged: how many of the tuning trials diverged.
+        diverged: number of tuning trials of which a run diverged.
     """
 
     settings: Settings
@@ -39,13 +40,13 @@ class Choice:
 class Cell:
     """One arm at one batch size of one task.
 
-    What tuning chose is remembered once it is known: records are only ever added.
+    Its choice, once made, is kept: records are added, never changed.
 
     Args:
-        config: of the study.
-        task: its name.
+        config: options of the study.
+        task: name of the task.
         batch_size: samples per step.
-        arm: what is compared.
+        arm: the arm.
     """
 
     config: StudyConfig
@@ -59,19 +60,19 @@ class Cell:
 
     @property
     def n_clusters(self) -> int | None:
-        """K here, or None."""
+        """K at this batch size, or None for no clusters."""
         return self.arm.clusters_at(self.batch_size, self.config.best_batch)
 
     @cached_property
     def candidates(self) -> list[Settings]:
-        """The settings that are tried."""
+        """The settings that tuning tries."""
         config = self.config
         space = Space(config.lr_range(self.arm.family), config.beta1, config.warmup)
         return candidates(self.arm.tuned, space, config.trials)
 
     @cached_property
     def tuning(self) -> list[list[Trial]]:
-        """The tuning runs: by candidate, by tuning seed."""
+        """The tuning trials: a list by tuning seed for each of the candidates."""
         seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.config.tuning_seeds)
         return [
             [self._trial(self._recipe(settings), seed, TUNE) for seed in seeds]
@@ -82,14 +83,14 @@ class Cell:
         plain = {name: settings[name] for name in ("lr", "beta1", "warmup")}
         return Recipe(**plain, law=self._law(settings))
 
-    def _law(self, settings: Settings) -> Law:
+    def _law(self, settings: Settings) -> StudyLaw:
         law = self.arm.law
         if not law.queued:
             return law
         clusters = self.n_clusters
         own: dict[str, Any] = {"n_clusters": clusters}
         if clusters is None:
-            # What no cluster reads must not make two hashes of one run.
+            # Options of clusters do nothing here; one run must not have two keys.
             own |= {"cluster_by": NO_LAW.cluster_by, "centroid_scale": NO_LAW.centroid_scale,
                     "population_power": NO_LAW.population_power}  # fmt: skip
         if "rho" in settings:
@@ -118,16 +119,16 @@ class Cell:
             warmup=recipe.warmup,
         )
 
-    def choice(self, store: Store) -> Choice | None:
-        """Return what tuning chose, None while runs are missing.
+    def choice(self, records: Records) -> Choice | None:
+        """Return what tuning chose, or None while tuning trials are missing.
 
-        The best mean validation score; where scores are equal the lower validation loss, then the
-        smaller learning rate. A diverged run scores as having learnt nothing.
+        The best mean validation score wins; of equal scores the lower validation loss, then the
+        smaller learning rate. A diverged run has the score of a model that learnt nothing.
         """
         if self._choice is not None:
             return self._choice
-        runs = [[store.get(trial) for trial in trials] for trials in self.tuning]
-        known = [[r for r in records if r is not None] for records in runs]
+        runs = [[records.get(trial) for trial in trials] for trials in self.tuning]
+        known = [[r for r in some if r is not None] for some in runs]
         if any(len(some) < self.config.tuning_seeds for some in known):
             return None
         tried = self.candidates
@@ -146,12 +147,12 @@ class Cell:
         )
         return self._choice
 
-    def known(self, store: Store) -> list[Trial]:
-        """Return the runs that are known by now: tuning, then what follows from it."""
+    def known(self, records: Records) -> list[Trial]:
+        """Return the trials that are known by now: those of tuning, then those it leads to."""
         if self._known is not None:
             return self._known
         found = [trial for trials in self.tuning for trial in trials]
-        choice = self.choice(store)
+        choice = self.choice(records)
         if choice is not None:
             found += self.evaluation(choice)
             found += [trial for name in self.controls() for trial in self.control(name, choice)]
@@ -166,7 +167,7 @@ class Cell:
         return -STUDY_TASKS[self.task].gain(score, 0.0), loss, settings["lr"]
 
     def evaluation(self, choice: Choice) -> list[Trial]:
-        """Return the runs of the tuned arm on the evaluation seeds."""
+        """Return the trials of the tuned arm on the evaluation seeds."""
         return self._seeds(choice.recipe)
 
     def _seeds(self, recipe: Recipe) -> list[Trial]:
@@ -176,7 +177,7 @@ class Cell:
         ]
 
     def controls(self) -> list[str]:
-        """Return the names of the controls that this arm is held against here."""
+        """Return the names of the controls that this arm is compared with here."""
         if self.arm.baseline is None or self.arm.law.rho == 1 or not self.arm.law.queued:
             return []
         law = replace(self.arm.law, n_clusters=self.n_clusters)
@@ -185,12 +186,12 @@ class Cell:
         if self.config.nproc_per_trial > 1:
             names = [name for name in names if not CONTROLS[name].inside]
             if self.n_clusters is not None and self.n_clusters < 2 * self.config.nproc_per_trial:
-                # One cluster per rank: permuted, it is the same.
+                # Each rank has one cluster, and permuting its samples changes nothing.
                 names = [name for name in names if name != "random-clusters"]
         return names
 
     def control(self, name: str, choice: Choice) -> list[Trial]:
-        """Return the runs of a control on the evaluation seeds."""
+        """Return the trials of a control on the evaluation seeds."""
         return self._seeds(altered(name, Tuned(choice.recipe, self.arm.family, **choice.measured)))
 
 
@@ -199,7 +200,7 @@ def _mean(values: list[float]) -> float:
 
 
 def cells(config: StudyConfig) -> list[Cell]:
-    """Return every arm at every batch size of every task that it makes sense for."""
+    """Return every arm at every batch size of every task; class weights need classes."""
     return [
         Cell(config, task, size, ARMS[arm])
         for task in config.tasks
@@ -209,21 +210,21 @@ def cells(config: StudyConfig) -> list[Cell]:
     ]
 
 
-def missing(cell: Cell, store: Store) -> list[Trial]:
-    """Return the runs of a cell that can start now and were not run."""
-    return [trial for trial in cell.known(store) if store.get(trial) is None]
+def missing(cell: Cell, records: Records) -> list[Trial]:
+    """Return the trials of a cell that can start now and have no record."""
+    return [trial for trial in cell.known(records) if records.get(trial) is None]
 
 
-def progress(all_cells: list[Cell], store: Store) -> tuple[int, int]:
-    """Return how many different runs were finished, and how many the study takes.
+def progress(all_cells: list[Cell], records: Records) -> tuple[int, int]:
+    """Return the number of finished trials, and that of all trials as far as it is known.
 
-    The latter as far as can be known by now: arms whose settings agree share runs.
+    The latter falls when tuning chooses the same settings for several arms, which then share runs.
     """
-    known = {trial.key: trial for cell in all_cells for trial in cell.known(store)}
-    finished = sum(store.get(trial) is not None for trial in known.values())
+    known = {trial.key: trial for cell in all_cells for trial in cell.known(records)}
+    finished = sum(records.get(trial) is not None for trial in known.values())
     unknown = sum(
         cell.config.seeds * (1 + len(cell.controls()))
         for cell in all_cells
-        if cell.choice(store) is None
+        if cell.choice(records) is None
     )
     return finished, len(known) + unknown

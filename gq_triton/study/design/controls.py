@@ -1,21 +1,21 @@
 """Controls: a Grad Queue arm's tuned settings with one thing changed.
 
-Each answers a question: would the same have come of a longer step, of less momentum, of any weights
-of that size, of any clusters, of rebalancing alone? A gain that a control shares is no gain of Grad
-Queue.
+Each control answers one question: is the gain that of a longer step, of less momentum, of any
+weights of that size, of any clusters, of rebalancing? A gain that a control shares is no gain of
+Grad Queue.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gq_triton.study.arms import NO_LAW, Law, Recipe
+from gq_triton.study.design.law import NO_LAW, Recipe, StudyLaw
 
 __all__ = ["CONTROLS", "LAG", "PRIMARY", "Control", "Tuned", "altered", "applicable"]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a control starts from.
+    """The tuned arm that a control starts from.
 
     Args:
         recipe: the arm's tuned settings, its law with K.
@@ -36,14 +36,14 @@ class Control:
 
     Args:
         text: one line about it.
-        needs_clusters: whether it says something only where there are clusters.
-        needs_labels: whether samples must have classes.
-        plain: whether it is the optimizer alone.
+        needs_clusters: whether it is left out where there are no clusters.
+        needs_labels: whether it is left out where samples have no classes.
+        plain: whether it is the optimizer without a law.
         inside: whether it changes what the DDP hook computes inside, so that it needs one process.
-        kinds: by kind of law that of the control, where it changes the weights. Others have none:
-            one weight per tensor has nothing to permute or average; the mean of weights by rank
-            is the same every time, as ``mean-weight`` has it; a queue of weighted gradients would
-            fill with others.
+        kinds: the control's kind of law, by the arm's kind; None if the control changes no weights.
+            With an arm of another kind it is left out: one weight per tensor cannot be permuted or
+            averaged; weights by rank have the same mean in every step, as ``mean-weight`` has; with
+            other weights a queue of weighted gradients would hold others.
     """
 
     text: str
@@ -55,12 +55,12 @@ class Control:
 
 
 PRIMARY = {"sgd": "norm-ratio", "adam": "same-lr"}
-"""What takes steps of the same length without Grad Queue, by the arm's family.
+"""The control that takes steps of the same length without Grad Queue, by the arm's family.
 
-Adam and its kin divide by the gradient's size: a longer gradient makes no longer step there."""
+Adam divides by the gradient's size, so that a longer gradient makes no longer step there."""
 
 LAG = "lower-momentum", "lead"
-"""What makes momentum lag less behind the gradient, as Grad Queue does besides weighting."""
+"""The controls that make momentum lag less behind the gradient, as Grad Queue does too."""
 
 CONTROLS: dict[str, Control] = {
     "norm-ratio": Control(
@@ -95,11 +95,11 @@ CONTROLS: dict[str, Control] = {
     "rho1-population": Control("its clusters, rho = 1, by population: no Grad Queue at all", True),
     "rho1-equal": Control("its clusters, rho = 1, equally weighted: plain rebalancing", True),
 }
-"""What an arm can be held against; ``--help`` lists them."""
+"""All controls by name; ``gq-triton study run --help`` lists them."""
 
 
-def applicable(name: str, law: Law, labels: bool) -> bool:
-    """Return whether a control says something about a law, on a task with or without classes."""
+def applicable(name: str, law: StudyLaw, labels: bool) -> bool:
+    """Return whether a control applies to a law, on a task with or without classes."""
     control = CONTROLS[name]
     if control.needs_labels and not labels:
         return False
@@ -114,7 +114,7 @@ def altered(name: str, tuned: Tuned) -> Recipe:
     if name == "lower-momentum":
         return _less_momentum(replace(recipe, law=NO_LAW), tuned.family)
     if name == "lead":
-        return replace(recipe, law=Law("lead", queue_length=law.queue_length))
+        return replace(recipe, law=StudyLaw("lead", queue_length=law.queue_length))
     if CONTROLS[name].plain:
         factors = {"norm-ratio": tuned.norm_ratio, "mean-weight": tuned.mean_weight}
         return replace(recipe, lr=_digits(recipe.lr * factors.get(name, 1.0)), law=NO_LAW)
@@ -134,10 +134,10 @@ def altered(name: str, tuned: Tuned) -> Recipe:
 def _less_momentum(recipe: Recipe, family: str) -> Recipe:
     """Return settings with half the momentum's memory, 1 / (1 - beta1); at the least none.
 
-    A formula and no search: nothing can be chosen by the runs that judge it.
+    A formula gives the value, so that no run which is compared can have chosen it.
     """
     beta1 = _digits(max(0.0, 1 - 2 * (1 - recipe.beta1)))
-    # SGD adds gradients up to 1 / (1 - momentum) times one, Adam averages them.
+    # A steady gradient moves SGD by lr / (1 - momentum) per step, and Adam by lr.
     factor = (1 - beta1) / (1 - recipe.beta1) if family == "sgd" else 1.0
     return replace(recipe, lr=_digits(recipe.lr * factor), beta1=beta1)
 

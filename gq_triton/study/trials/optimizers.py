@@ -1,4 +1,4 @@
-"""The optimizers under the arms."""
+"""The optimizers that the arms build on."""
 
 from collections.abc import Callable, Iterable
 
@@ -26,7 +26,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor], float, float], Optimizer]] = {
     "nesterov": _nesterov,
     "adamw": _adamw,
 }
-"""Builders by name: ``(parameters, learning rate, beta1) -> optimizer``, the rest at its default.
+"""Builders by name: ``(parameters, learning rate, beta1) -> optimizer``.
 
-``beta1`` is the momentum of SGD.
+With SGD ``beta1`` is the momentum. All other settings have torch's defaults.
 """

@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: a table and a bar on a terminal, plain lines elsewhere."""
+"""The view of a running study: a table and a bar on a terminal, plain lines elsewhere."""
 
 import time
 
@@ -7,8 +7,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gq_triton.study.protocol import Cell
-from gq_triton.study.records import TUNE, Record, Store
+from gq_triton.study.design.protocol import Cell
+from gq_triton.study.design.trial import TUNE, Record, Records
 from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["Board"]
@@ -20,9 +20,9 @@ class Board:
     """The live view; use it as a context manager.
 
     Args:
-        cells: of the study.
-        total: trials in all, as far as known.
-        finished: how many of them have a record already.
+        cells: cells of the study.
+        total: number of trials, as far as it is known.
+        finished: number of trials that have a record.
     """
 
     def __init__(self, cells: list[Cell], total: int, finished: int) -> None:
@@ -37,7 +37,7 @@ class Board:
             speed_estimate_period=600,  # trials of one arm take ten times those of another
         )
         self.task = self.bar.add_task("", total=total, completed=finished, now="starting")
-        # Best validation score so far and how many trials it is of, by (task, batch size) and arm.
+        # Best validation score and number of trials so far, by (task, batch size) and by arm.
         self.best: dict[tuple[str, int], dict[str, tuple[float, int]]] = {}
         self.arms = list(dict.fromkeys(cell.arm.name for cell in cells))
         self.owners: dict[str, list[Cell]] = {}
@@ -62,13 +62,13 @@ class Board:
         if self.live is not None:
             self.live.stop()
 
-    def recall(self, store: Store) -> None:
-        """Show what earlier runs of the study have found."""
+    def recall(self, records: Records) -> None:
+        """Show the records that the study has already."""
         for cells in self.owners.values():
             for cell in cells:
                 for trials in cell.tuning:
                     for trial in trials:
-                        record = store.get(trial)
+                        record = records.get(trial)
                         if record is not None:
                             self._note(record, cell)
             if self.live is None:
@@ -78,9 +78,9 @@ class Board:
         """Show a finished trial.
 
         Args:
-            record: of the trial.
-            finished: how many have a record.
-            total: trials in all, as far as known by now.
+            record: record of the trial.
+            finished: number of trials that have a record.
+            total: number of trials, as far as it is known.
         """
         trial = record.trial
         for cell in self.owners.get(trial.key, []):
@@ -117,12 +117,12 @@ class Board:
         return Group(table, self.bar)
 
     def note(self, text: str) -> None:
-        """Say one line."""
+        """Print one line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:
-    """Return a time as people say it."""
+    """Return a time in seconds, minutes or hours, whichever reads best."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60

@@ -1,48 +1,43 @@
-"""One trial: train, look at the validation data now and then, score at the end."""
+"""The training run of a trial: it trains, looks at validation data, and scores at the end."""
 
 import math
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import gq_triton
-from gq_triton.study.laws import Backward, build_law
-from gq_triton.study.optimizers import OPTIMIZERS
-from gq_triton.study.records import EVALUATE, Record, Trial
+from gq_triton.study.design.trial import EVALUATE, SERIES, Record, Trial
+from gq_triton.study.trials.backward import Backward, build_backward
+from gq_triton.study.trials.environment import environment
+from gq_triton.study.trials.optimizers import OPTIMIZERS
 from gq_triton.tasks import STUDY_TASKS, ScoredTask, batches, measure, sample_losses
 
-__all__ = ["SERIES", "Run", "learning_rate", "run_trial"]
+__all__ = ["TrainingRun", "learning_rate", "run_trial"]
 
-SERIES = "mean_weight", "norm_ratio", "saturated_high", "saturated_low", "effective_length"
-_CHUNK = 1024  # samples per forward pass of a look
+_CHUNK = 1024  # samples per forward pass when a set of data is scored
 
 
 def run_trial(trial: Trial, data: Path | None = None) -> Record:
-    """Run a trial in this process.
+    """Run a trial in this process and return its record.
 
-    A run whose loss stops being finite is a result: it counts as having learnt nothing.
+    A run whose loss stops being finite diverged: it has the score of a model that learnt nothing.
 
     Args:
-        trial: what to run.
+        trial: the trial.
         data: folder with the files of tasks that need some.
     """
-    return Run(trial, STUDY_TASKS[trial.task].load(trial.seed, data)).record()
+    return TrainingRun(trial, STUDY_TASKS[trial.task].load(trial.seed, data)).record()
 
 
-class Run:
-    """A trial under way in this process.
+class TrainingRun:
+    """The training run of a trial, in this process.
 
     Args:
-        trial: what to run.
+        trial: the trial.
         task: its data and model.
     """
 
@@ -54,7 +49,7 @@ class Run:
         self.model = task.model().to(self.device)  # drawn on the CPU: the same weights everywhere
         params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[trial.base](params, trial.lr, trial.beta1)
-        self.law = self._build_law()
+        self.backward = self._build_backward()
         self.class_weights = _class_weights(self.task) if trial.class_weighted else None
         self.losses: list[float] = []
         self.series: dict[str, list[float]] = {}
@@ -63,25 +58,25 @@ class Run:
         self.reached: dict[str, float] | None = None
         self.seconds = 0.0
 
-    def _build_law(self) -> Backward:
+    def _build_backward(self) -> Backward:
         trial, features = self.trial, self.task.features
-        return build_law(trial.law, self.model, self.optimizer, features, trial.seed)
+        return build_backward(trial.law, self.model, self.optimizer, features, trial.seed)
 
     def record(self) -> Record:
-        """Train, score, and return all of it."""
+        """Train, score, and return the record."""
         self._train()
-        return Record(self.trial, self._result(), self._timing(), _environment(self.device))
+        return Record(self.trial, self._result(), self._timing(), environment(self.device))
 
     def _train(self) -> None:
         order = _stream(len(self.task.train[1]), self.trial.batch_size, self.trial.seed)
-        # Dropout draws from here on; drawing the initial weights took as many numbers as it took.
+        # Dropout draws the same numbers, however many the initial weights took.
         torch.manual_seed(self.trial.seed)
         for step in range(1, self.trial.steps + 1):
             started = time.perf_counter()
             finite = self._step(step, next(order))
             look = step % self.trial.looks_every == 0 or step == self.trial.steps
             if look and self.device.type == "cuda":
-                torch.cuda.synchronize()  # the look's time is not counted, the step's is
+                torch.cuda.synchronize()  # the time of the step counts, that of the look does not
             self.seconds += time.perf_counter() - started
             if not finite:
                 self.diverged_at = step
@@ -90,7 +85,10 @@ class Run:
                 self._look(step)
 
     def _step(self, step: int, indices: Tensor) -> bool:
-        """Take one step; return False, without taking it, if the loss is not finite."""
+        """Take a step; return False if the loss or a measure is not finite.
+
+        With a loss that is not finite the optimizer takes no step.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.trial, step)
         self.optimizer.zero_grad()
@@ -99,24 +97,24 @@ class Run:
             return False
         self.optimizer.step()
         self.losses.append(_short(loss))
-        for name, value in self.law.metrics().items():
+        for name, value in self.backward.metrics().items():
             if not math.isfinite(value):
                 return False
             self.series.setdefault(name, []).append(_short(value))
         return True
 
     def _gradients(self, indices: Tensor) -> float:
-        """Leave the gradients of a batch for the optimizer, unless its loss is not finite.
+        """Leave the gradients of a batch for the optimizer, and return the batch's loss.
 
-        Returns:
-            The loss, before any weighting by class.
+        The loss is the one before any weighting by class. If it is not finite there are no
+        gradients.
         """
         inputs, labels = self._samples(indices)
         outputs = self.model(inputs)
         losses = sample_losses(outputs, labels)
         loss = losses.mean().item()
         if math.isfinite(loss):
-            self.law.backward(outputs, self._weighted(losses, labels), labels)
+            self.backward.backward(outputs, self._weighted(losses, labels), labels)
         return loss
 
     def _samples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,10 +131,10 @@ class Run:
         measures = self._measure(*self.task.validation, groups)
         score = measures[self.entry.score]
         if not math.isfinite(measures["loss"]):
-            return  # the next step finds out
+            return  # the next step finds the divergence
         self.curve.append({"step": step, "score": score, "loss": measures["loss"]})
         if self.entry.gain(score, self.trial.target) < 0:
-            self.reached = None  # a passing success, as of an untrained model, does not count
+            self.reached = None  # the score must stay at the target to the end
         elif self.reached is None:
             self.reached = {"step": step, "seconds": self.seconds}
 
@@ -148,7 +146,7 @@ class Run:
         return measure(outputs, labels, groups)
 
     def _result(self) -> dict[str, Any]:
-        """Return what the run came to."""
+        """Return the result that goes into the record."""
         last = self.curve[-1] if self.curve else None
         finished = (
             self.diverged_at is None and last is not None and last["step"] == len(self.losses)
@@ -172,12 +170,12 @@ class Run:
         }
 
     def _test(self) -> dict[str, float]:
-        """Look at the test data: called once, when nothing can change any more."""
+        """Score the test data; called once, after the last step."""
         groups = None if self.task.groups is None else self.task.groups[1]
         return self._measure(*self.task.test, groups)
 
     def _timing(self) -> dict[str, Any]:
-        """Return seconds of training alone, looks and loading not counted, and the time of day."""
+        """Return the seconds of training, without looks and loading, and the time of day."""
         reached = self.reached if self.diverged_at is None else None
         return {
             "seconds": self.seconds,
@@ -187,10 +185,10 @@ class Run:
 
 
 def learning_rate(trial: Trial, step: int) -> float:
-    """Return the learning rate of a step, counted from 1.
+    """Return the learning rate of a step; steps count from 1.
 
-    It rises linearly over the warm-up, and is ``trial.lr`` first in the step after; from there the
-    cosine falls over the steps that are left.
+    The learning rate rises linearly over the warm-up and is ``trial.lr`` in the step after it. From
+    there the cosine falls to 0 over the steps that are left.
     """
     rising = round(trial.warmup * trial.steps)
     if step <= rising:
@@ -202,9 +200,9 @@ def learning_rate(trial: Trial, step: int) -> float:
 
 
 def _stream(samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield batches of indices: shuffled passes over the data end to end, cut to equal length.
+    """Yield batches of indices, all of one size, cut from shuffled passes over the data.
 
-    A batch larger than the data holds some samples twice.
+    A batch that spans the end of a pass may hold a sample twice.
     """
     epoch, left = 0, torch.empty(0, dtype=torch.int64)
     while True:
@@ -227,44 +225,5 @@ def _mean(values: list[float]) -> float | None:
 
 
 def _short(value: float) -> float:
-    """Round to 6 digits: the series would fill the disk."""
+    """Return a value rounded to 6 digits, which keeps the series of steps small on disk."""
     return float(f"{value:.6g}")
-
-
-@cache
-def _environment(device: torch.device) -> dict[str, Any]:
-    gpu = {"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {}
-    return {
-        **gpu,
-        "gq_triton": gq_triton.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """Return the commit that the code was run from, with a mark if files differ from it."""
-    folder = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *args],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        )
-        return done.stdout.strip()
-
-    try:
-        if git("ls-files", "trial.py") == "":
-            return None  # installed into a folder that belongs to some other repository
-        return git("rev-parse", "HEAD") + (
-            "-changed" if git("status", "--porcelain", "-uno") else ""
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None

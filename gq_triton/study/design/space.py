@@ -1,4 +1,4 @@
-"""The settings that are tried: the first points of one Sobol sequence."""
+"""The settings that tuning tries: the first points of one Sobol sequence."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,16 @@ Settings = dict[str, float]
 
 _RHO = 1.5, 6.0
 _LENGTHS = 3, 4, 5  # the paper: "3 to 5 queue length good enough"
-# Of the sequence; a column that is added at the end leaves the others as they were.
+# The columns of the sequence. One that is added at the end leaves the others as they are.
 _COLUMNS = "lr", "rho", "queue_length", "beta1", "warmup"
 _CONTINUOUS = "lr", "rho"
+# Where the best value is the first or the last tried, a better one may lie beyond.
+_OPEN = "lr", "rho", "beta1"
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a study tunes over, the same for all arms of a family.
+    """The settings that a study tunes over, the same for all arms of a family.
 
     Args:
         lr: lowest and highest learning rate, tried on a logarithmic scale.
@@ -35,16 +37,17 @@ class Space:
 def candidates(names: Sequence[str], space: Space, trials: int) -> list[Settings]:
     """Return the settings of every tuning trial.
 
-    All arms draw from one sequence: equally many trials, with the same learning rate, beta1 and
-    warm-up where they share the space, so that an arm with more settings gets no more tries.
+    All arms draw from one sequence. The arms of a family therefore try the same learning rates,
+    with the same beta1 and warm-up, and an arm with more settings gets no more trials.
 
     Args:
-        names: what is tuned, of ``lr``, ``beta1``, ``warmup``, ``rho``, ``queue_length``.
-        space: that it is tuned over.
-        trials: how many.
+        names: the settings that are tuned: ``lr``, ``beta1``, ``warmup``, ``rho``,
+            ``queue_length``.
+        space: the values that are tried.
+        trials: number of trials.
     """
-    # In the middle of their cells: 2^k trials then try 2^k evenly spread learning rates, where a
-    # scrambled sequence leaves gaps in which the best rate of one arm may hide.
+    # Points in the middle of their cells: 2^k trials try 2^k evenly spread learning rates. A
+    # scrambled sequence leaves gaps, in which the best learning rate of one arm may lie.
     engine = torch.quasirandom.SobolEngine(len(_COLUMNS))
     points = (engine.draw(trials, dtype=torch.float64) + 0.5 / trials).remainder(1).tolist()
     return [
@@ -63,15 +66,15 @@ def _at(name: str, share: float, space: Space) -> float:
 
 
 def at_edge(best: Mapping[str, float], tried: Sequence[Mapping[str, float]]) -> list[str]:
-    """Return which continuous settings of the best trial nobody went beyond, as ``"lr low"``.
+    """Return the settings of the best trial beyond which no trial went, as ``"lr low"``.
 
-    There the best may lie outside of what was tried. The queue's length, beta1 and the warm-up
-    have a few values each, which the protocol gives: their ends are no edge.
+    A better value may lie beyond them. The queue's length has no edge, since its values are those
+    of the paper, and neither has the warm-up.
     """
     found = []
     for name in best:
         values = [settings[name] for settings in tried]
-        if name not in _CONTINUOUS or min(values) == max(values):
+        if name not in _OPEN or min(values) == max(values):
             continue
         if best[name] == min(values):
             found.append(f"{name} low")

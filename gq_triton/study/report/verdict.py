@@ -1,29 +1,28 @@
-"""What a study found, in words: helps, hurts or no difference, where, and against what."""
+"""The verdicts of a study: does an arm help, hurt or change nothing, where, compared with what."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gq_triton.study.config import StudyConfig
-from gq_triton.study.controls import LAG, PRIMARY
-from gq_triton.study.results import Group, gains
-from gq_triton.study.statistics import Comparison, compare
+from gq_triton.study.design.config import StudyConfig
+from gq_triton.study.design.controls import LAG, PRIMARY
+from gq_triton.study.report.results import Group, gains
+from gq_triton.study.report.statistics import Comparison, compare
 from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["Finding", "findings", "lacking", "sentence", "task_verdict"]
 
 HELPS, HURTS, NONE = "helps", "hurts", "no difference"
-# Its 95 % interval excludes 0, but among so many comparisons that is to be expected now and then.
-# Or the study is too small for any verdict.
+# The 95 % interval excludes 0, as some do by chance among many, or the study is too small.
 UNDECIDED = "undecided"
 LONGER = "better, but no more than a longer step is"
 PLAIN = "better, but no more than the same learning rate is without it"
 LESS_LAG = "better, but no more than less momentum lag is"
 UNKNOWN = "no verdict"
-LEAST_TRIALS, LEAST_SEEDS = 8, 10  # the defaults: of fewer nothing is called a finding
+LEAST_TRIALS, LEAST_SEEDS = 8, 10  # a study with fewer gives no verdict; the defaults
 
 
 def lacking(config: StudyConfig) -> list[str]:
-    """Return what a study has too little of for a verdict."""
+    """Return what a study has too few of for a verdict; empty if it has enough."""
     needs = (
         (config.trials, LEAST_TRIALS, "tuning trials"),
         (config.seeds, LEAST_SEEDS, "evaluation seeds"),
@@ -33,13 +32,13 @@ def lacking(config: StudyConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class Finding:
-    """A Grad Queue arm at one batch size, against its tuned baseline and its controls.
+    """A Grad Queue arm at one batch size, compared with its tuned baseline and its controls.
 
     Args:
         group: the arm's runs.
-        against: the comparison with each, by name; the baseline comes first if the study has it.
-        baseline: name of the baseline, None if the study lacks it.
-        pairs: comparisons that are the same run on both sides; they say nothing.
+        against: a comparison with each, by name; the baseline is first if the study has it.
+        baseline: name of the baseline, or None if the study lacks it.
+        pairs: names of those whose runs are the arm's own; their comparisons say nothing.
     """
 
     group: Group
@@ -49,9 +48,10 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """``helps`` only if it beats the tuned baseline and, of those that ran, two controls.
+        """The verdict in words.
 
-        They are a step as long, and less lag of the momentum.
+        ``helps`` means better than the tuned baseline and better than those of these controls that
+        ran: a step as long, and less lag of the momentum.
         """
         if self.baseline is None:
             return UNKNOWN
@@ -72,24 +72,24 @@ class Finding:
 
     @property
     def controls(self) -> dict[str, Comparison]:
-        """The comparisons but for that with the baseline."""
+        """The comparisons with the controls."""
         return {name: c for name, c in self.against.items() if name != self.baseline}
 
     @property
     def beaten(self) -> list[str]:
-        """Controls that it is better than."""
+        """Names of the controls that the arm is better than."""
         return [name for name, comparison in self.controls.items() if comparison.sign > 0]
 
     @property
     def unbeaten(self) -> list[str]:
-        """Controls that it is not better than: they share the gain, if there is one."""
+        """Names of the other controls, which share the gain if there is one."""
         return [name for name, comparison in self.controls.items() if comparison.sign <= 0]
 
 
 def findings(groups: Sequence[Group], task: str) -> list[Finding]:
-    """Return every Grad Queue arm of a task against its baseline and controls.
+    """Return the finding of every Grad Queue arm of a task at every batch size.
 
-    The intervals of the verdicts share 5 % over all arms and batch sizes of the task.
+    The intervals of all these verdicts share an error of 5 %.
     """
     mine = [group for group in groups if group.cell.task == task]
     arms = [g for g in mine if not g.control and g.cell.arm.baseline is not None]
@@ -121,7 +121,7 @@ def _finding(
 
 
 def sentence(finding: Finding) -> str:
-    """Return a finding in words, with its numbers."""
+    """Return a finding as a line of text with its numbers."""
     verdict, size, baseline = finding.verdict, finding.group.cell.batch_size, finding.baseline
     if baseline is None:
         return f"batch {size}: {verdict}, the study has no {finding.group.cell.arm.baseline}"
@@ -146,11 +146,11 @@ def sentence(finding: Finding) -> str:
 
 
 def task_verdict(found: Sequence[Finding], task: str) -> list[tuple[str, str, list[str]]]:
-    """Return for every arm that has a baseline its name, a verdict and a line per batch size.
+    """Return for every arm its name, its verdicts in one line, and a line per batch size.
 
     Args:
-        found: the findings of the task.
-        task: its name.
+        found: findings of the task.
+        task: name of the task.
     """
     unit = STUDY_TASKS[task].score.replace("_", " ")
     lines = []
@@ -165,7 +165,7 @@ def task_verdict(found: Sequence[Finding], task: str) -> list[tuple[str, str, li
 
 
 def _where(finding: Finding) -> str:
-    """Return the batch size, and what shares the gain if there is one."""
+    """Return the batch size, with the controls that share a gain."""
     size = str(finding.group.cell.batch_size)
     if finding.verdict != HELPS or not finding.unbeaten:
         return size

@@ -1,4 +1,4 @@
-"""Running a study: parallel processes, a record per finished trial, nothing lost but what runs."""
+"""Worker processes that run a study's trials; a kill loses only the trials under way."""
 
 import multiprocessing
 import os
@@ -15,8 +15,9 @@ from multiprocessing.connection import wait as wait_for_sentinel
 from pathlib import Path
 from typing import Any
 
-from gq_triton.study.protocol import Cell, missing
-from gq_triton.study.records import EVALUATE, Record, Store, Trial
+from gq_triton.study.design.protocol import Cell, missing
+from gq_triton.study.design.trial import EVALUATE, Record, Trial
+from gq_triton.study.run.records import Store
 from gq_triton.training.options import Refusal
 
 __all__ = ["estimate_seconds", "run_study"]
@@ -30,16 +31,17 @@ def run_study(
 ) -> None:
     """Run every trial of a study that has no record yet.
 
-    Each worker writes its own record, so that killing this process loses at most the trials under
-    way. What tuning decides is started as soon as its cell is tuned.
+    Each worker writes its own records, so that a kill of this process loses at most the trials
+    under way. The evaluation of a cell starts as soon as the cell is tuned.
 
     Args:
-        cells: of the study.
-        store: its records; those found are not run again.
-        folder: of the study.
-        jobs: processes; each computes with one thread, so that results do not depend on it.
+        cells: cells of the study.
+        store: records of the study; trials that have one are not run again.
+        folder: folder of the study.
+        jobs: number of worker processes. Each computes with one thread, so that results do not
+            depend on it.
         data: folder with the files of tasks that need some.
-        done: told about every finished trial.
+        done: called with every new record.
 
     Raises:
         Refusal: a worker was killed.
@@ -71,7 +73,7 @@ def run_study(
             "run the same command again, with a smaller --jobs if it happens again"
         ) from error
     finally:
-        if running:  # after Ctrl-C or a failure nobody waits for the trials under way
+        if running:  # Ctrl-C or a failure: the trials under way are not waited for
             for worker in workers.values():
                 worker.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
@@ -86,7 +88,7 @@ def _submit(
     data: Path | None,
     limit: int,
 ) -> None:
-    """Start trials that can start, up to ``limit`` at once; forget the cells that are complete."""
+    """Start the trials that can start, until ``limit`` run; drop the cells that are complete."""
     started = {trial.key for trial in running.values()}
     for cell in list(open_cells):
         todo = missing(cell, store)
@@ -101,10 +103,10 @@ def _submit(
 
 
 def _start_worker(device: str, started: Any) -> None:
-    """Prepare a worker: one thread, deaf to Ctrl-C, and gone when its parent is."""
-    from gq_triton.study.device import take_device
+    """Prepare a worker: one thread; it ignores Ctrl-C and ends when its parent ends."""
+    from gq_triton.study.run.device import take_device
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and stops the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too and stops workers
     with started.get_lock():
         number = started.value
         started.value += 1
@@ -126,7 +128,7 @@ def _start_worker(device: str, started: Any) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-_ranks: list[subprocess.Popen[str]] = []  # the torchrun that this worker waits for
+_ranks: list[subprocess.Popen[str]] = []  # the torchrun process that this worker waits for
 
 
 def _stop_ranks() -> None:
@@ -135,10 +137,10 @@ def _stop_ranks() -> None:
 
 
 def _work(trial: Trial, folder: Path, data: Path | None) -> Record:
-    from gq_triton.study.trial import run_trial
+    from gq_triton.study.trials.training import run_trial
 
     if trial.processes > 1:
-        from gq_triton.study.ranks import launch
+        from gq_triton.study.run.ranks import launch
 
         try:
             return launch(trial, folder, data, _ranks.append)
@@ -152,20 +154,20 @@ def _work(trial: Trial, folder: Path, data: Path | None) -> Record:
 def estimate_seconds(
     cells: list[Cell], trials: int, jobs: int, data: Path | None
 ) -> tuple[float, int]:
-    """Return the seconds that trials will take, and of how many short runs that was measured.
+    """Return an estimate of the seconds that trials take, and the number of runs it is from.
 
-    One short run per task and arm at the middle batch size; the looks at the data are part of it.
-    With several processes per trial one whole trial.
+    There is one short run per task and arm at the middle batch size, with its looks at the data.
+    With several processes per trial there is one whole trial.
 
     Args:
-        cells: of the study.
-        trials: how many are still to run.
-        jobs: processes.
+        cells: cells of the study.
+        trials: number of trials still to run.
+        jobs: number of worker processes.
         data: folder with the files of tasks that need some.
     """
     import torch
 
-    from gq_triton.study.trial import run_trial
+    from gq_triton.study.trials.training import run_trial
 
     if cells[0].config.nproc_per_trial > 1:
         return _ranked_seconds(cells[0].tuning[0][0], data) * trials / jobs, 1
@@ -181,7 +183,7 @@ def estimate_seconds(
             first = cell.tuning[0][0]
             steps = min(first.steps, _PROBE_STEPS)
             short = replace(first, steps=steps, looks_every=min(first.looks_every, steps))
-            # The first runs read the data and compile what is compiled.
+            # The first run reads the data and compiles; it is not timed.
             run_trial(replace(short, steps=min(steps, 8), looks_every=min(steps, 8)), data)
             started = time.perf_counter()
             run_trial(replace(short, purpose=EVALUATE), data)
@@ -192,8 +194,8 @@ def estimate_seconds(
 
 
 def _ranked_seconds(trial: Trial, data: Path | None) -> float:
-    """Return the seconds of one whole trial under torchrun, most of which is starting it."""
-    from gq_triton.study.ranks import launch
+    """Return the seconds of one whole trial under torchrun, most of which its start takes."""
+    from gq_triton.study.run.ranks import launch
 
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where trials compute: what a study may ask for, and how a process gets ready for it."""
+"""The device of a study's trials: whether it is there, and how a process prepares for it."""
 
 import os
 
@@ -7,20 +7,18 @@ from torch.utils import deterministic
 
 from gq_triton.training.options import Refusal
 
-__all__ = ["DEVICES", "check_device", "take_device"]
-
-DEVICES = "cpu", "cuda"
+__all__ = ["check_device", "take_device"]
 
 
 def check_device(device: str, processes: int) -> None:
     """Refuse a device that this machine does not have.
 
     Args:
-        device: of ``DEVICES``.
-        processes: that share a trial; each needs a GPU of its own.
+        device: ``"cpu"`` or ``"cuda"``.
+        processes: number of processes that share a trial; each needs a GPU of its own.
 
     Raises:
-        Refusal: there are too few GPUs.
+        Refusal: this machine has too few GPUs.
     """
     gpus = torch.cuda.device_count()
     if device == "cuda" and gpus < processes:
@@ -29,16 +27,16 @@ def check_device(device: str, processes: int) -> None:
 
 
 def take_device(device: str, number: int) -> None:
-    """Prepare this process, once: one thread, and on a GPU the same bits every time.
+    """Prepare this process, once: one thread, and on a GPU the same bits in every run.
 
     Args:
-        device: of ``DEVICES``.
-        number: of this process; they take the GPUs in turn.
+        device: ``"cpu"`` or ``"cuda"``.
+        number: number of this process; processes take the GPUs in turn.
     """
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(number % torch.cuda.device_count())
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS sums in any order
         torch.use_deterministic_algorithms(True)
-        # Filling every new tensor finds errors; here it would only take time.
+        # Deterministic mode also fills every new tensor, which only takes time here.
         deterministic.fill_uninitialized_memory = False  # pyright: ignore  (torch has no stub)

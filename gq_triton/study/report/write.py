@@ -1,4 +1,4 @@
-"""``study report``: the page, the tables and the pictures of a study."""
+"""``gq-triton study report``: writes the page, the tables and the pictures of a study."""
 
 import base64
 import math
@@ -7,16 +7,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from gq_triton.study import figures
-from gq_triton.study.board import clock
-from gq_triton.study.config import StudyConfig, command_line, write_toml
-from gq_triton.study.controls import CONTROLS
-from gq_triton.study.page import PAGE
-from gq_triton.study.protocol import cells, progress
-from gq_triton.study.records import Store
-from gq_triton.study.results import Group, collect, results_csv, timing_csv
-from gq_triton.study.statistics import interval, median_interval
-from gq_triton.study.verdict import Finding, findings, lacking, task_verdict
+from gq_triton.study.design.config import StudyConfig
+from gq_triton.study.design.controls import CONTROLS
+from gq_triton.study.design.protocol import cells, progress
+from gq_triton.study.design.study_file import command_line, write_toml
+from gq_triton.study.report import figures
+from gq_triton.study.report.page import PAGE
+from gq_triton.study.report.results import Group, collect, results_csv, timing_csv
+from gq_triton.study.report.statistics import interval, median_interval
+from gq_triton.study.report.verdict import Finding, findings, lacking, task_verdict
+from gq_triton.study.run.board import clock
+from gq_triton.study.run.records import Store
 from gq_triton.tasks import STUDY_TASKS
 from gq_triton.training.files import whole_file
 from gq_triton.training.options import Refusal
@@ -28,14 +29,14 @@ def write_report(config: StudyConfig, folder: Path) -> list[str]:
     """Write ``report.html``, ``results.csv``, ``timing.csv`` and the pictures of a study.
 
     Args:
-        config: of the study.
-        folder: of the study.
+        config: options of the study.
+        folder: folder of the study.
 
     Returns:
-        Lines for the terminal: the verdicts and where the page is.
+        Lines for the terminal: the verdicts, and the path of the page.
 
     Raises:
-        Refusal: no trial is finished; what an earlier report has written stays.
+        Refusal: no trial is finished. Nothing is written then.
     """
     store = Store(folder)
     damaged = store.load()
@@ -91,7 +92,7 @@ def _render(**values: Any) -> str:
 def _pictures(
     groups: Sequence[Group], found: Sequence[Finding], task: str, config: StudyConfig
 ) -> dict[str, bytes]:
-    """Return the pictures of a task by file name without ending."""
+    """Return the pictures of a task, by file name without its ending."""
     if not groups:
         return {}
     drawn = {
@@ -189,7 +190,7 @@ def _pair_rows(finding: Finding) -> list[list[str]]:
 
 
 def _environment(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Return every value that each fact about the runs' surroundings had."""
+    """Return all values that the records name for each fact about where they ran."""
     found: dict[str, dict[str, None]] = {}
     for group in groups:
         for record in group.records:
@@ -199,7 +200,7 @@ def _environment(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def _dates(groups: Sequence[Group]) -> str:
-    """Return when the page was written and when its trials finished."""
+    """Return a sentence that says when the page was written and when its trials finished."""
     times = [r.timing["finished"] for g in groups for r in g.records if "finished" in r.timing]
     shown = [f"{datetime.fromisoformat(time):%Y-%m-%d %H:%M}" for time in sorted(times)]
     ran = f"trials finished {shown[0]} to {shown[-1]}" if shown else "its trials carry no date"
@@ -207,7 +208,7 @@ def _dates(groups: Sequence[Group]) -> str:
 
 
 def _flat(groups: Sequence[Group]) -> list[str]:
-    """Return where every run of every arm scored the same, so that nothing was compared."""
+    """Return a note for each batch size at which all runs of all arms have one score."""
     found: dict[tuple[str, int], set[float]] = {}
     for group in groups:
         cell = group.cell
@@ -223,7 +224,7 @@ def _flat(groups: Sequence[Group]) -> list[str]:
 def _notes(
     config: StudyConfig, environment: dict[str, list[str]], damaged: int, finished: int, total: int
 ) -> list[str]:
-    """Return what a reader must know before believing anything below."""
+    """Return what a reader must know before the verdicts."""
     notes = []
     if finished < total:
         notes.append("The study is not finished: only arms whose runs are all there are shown.")

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gq_triton.study.results import Group
-from gq_triton.study.statistics import Comparison, interval, median_interval
-from gq_triton.study.verdict import Finding
+from gq_triton.study.report.results import Group
+from gq_triton.study.report.statistics import Comparison, interval, median_interval
+from gq_triton.study.report.verdict import Finding
 from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["forest", "scores", "steps_to_target", "weights"]

@@ -1,0 +1,1 @@
+"""The design of a study: options, arms, controls, settings that are tried, and their order."""

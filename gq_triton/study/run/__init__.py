@@ -1,0 +1,1 @@
+"""Running the trials of a study: processes, ranks, devices, records on disk."""

@@ -1,0 +1,1 @@
+"""One trial of a study: a training run and its record."""
