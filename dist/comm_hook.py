@@ -52,7 +52,8 @@ def register(model: object, **options: Any) -> GradQueueState:
 
     Raises:
         ValueError: no DDP module, or more than one; one with a hook already, with
-            ``mixed_precision``, or with the Python reducer; an option that cannot hold.
+            ``mixed_precision``, or with the Python reducer; an option that cannot hold; a
+            ``GradQueue`` or one of this package's optimizers that weights these parameters already.
 
     Example:
         >>> import torch
@@ -67,7 +68,8 @@ def register(model: object, **options: Any) -> GradQueueState:
     if ddp is None:
         raise ValueError(
             f"there is no DistributedDataParallel module in {type(model).__name__}: register after "
-            "the model is wrapped, and pass the wrapped one"
+            "the model is wrapped, and pass the wrapped one; on one device, where nothing is "
+            "wrapped, use gq_triton.GradQueue(model, ...).attach(optimizer)"
         )
     if ddp.mixed_precision is not None:
         raise ValueError(
@@ -82,6 +84,7 @@ def register(model: object, **options: Any) -> GradQueueState:
             "wrap the model anew"
         )
     state = GradQueueState(ddp, **options)
+    state.claim()
     ddp.register_comm_hook(state, grad_queue_hook)
     return state
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from gq_triton.claims import HOOK, claim
 from gq_triton.dist.buckets import Buckets
 from gq_triton.dist.clustered_slices import ClusteredSlices
 from gq_triton.dist.clusters import ClusteredQueues, LocalClusters
@@ -192,11 +193,26 @@ class GradQueueState:
         self.local: LocalClusters | None = None
         if n_clusters is not None:
             assert isinstance(self.queues, (ClusteredQueues, ClusteredSlices))
+            self.claim()  # from now on backward passes leave weighted gradients
             self.local = LocalClusters(
                 bare(model if ddp is None else ddp.module), self.queues, self,
                 mixing=Mixing(population_power, centroid_scale, "mean", accumulation_steps),
                 n_clusters=n_clusters, features=features, clusterer=clusterer, strict=strict,
             )  # fmt: skip
+
+    def claim(self) -> None:
+        """Note that the hook weights the model's gradients.
+
+        Raises:
+            ValueError: something else weights them already.
+        """
+        alive = weakref.ref(self)
+
+        def active() -> bool:
+            state = alive()
+            return state is not None and (state.local is not None or state.ddp is not None)
+
+        claim(self.queues.params.values(), self, HOOK, active)
 
     def joining(self) -> bool:
         """Return whether ranks may run out of batches (``DDP.join``)."""
@@ -330,6 +346,7 @@ class GradQueueState:
             return
         self._steps += 1
         if self._steps == 1:
+            self.claim()
             texts = {name: repr(value).encode() for name, value in self._options.items()}
             digests = {name: hashlib.sha256(text).digest() for name, text in texts.items()}
             check_same(digests, self.process_group, device, "the first backward pass", "option")

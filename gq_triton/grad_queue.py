@@ -1,6 +1,5 @@
 """GradQueue: the plug-in that weights the gradients of any torch optimizer in any loop."""
 
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from gq_triton.claims import ATTACH, claim, release
 from gq_triton.cluster_grad import Clusters
 from gq_triton.grouping import Groups, Mixing
 from gq_triton.names import bare, parameter_names
@@ -18,9 +18,6 @@ from gq_triton.queues import Queues
 from gq_triton.ring import MIN_QUEUE_LENGTH, flat, local, write_back_
 
 __all__ = ["GradQueue", "Handle"]
-
-# Optimizers that a plug-in weights already, so that no second one weights twice.
-_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 class Handle:
@@ -149,7 +146,8 @@ class GradQueue:
         Args:
             optimizer: any torch optimizer over parameters of the model; others that it holds are
                 left as they are. Several optimizers may share the model, each with parameters of
-                its own.
+                its own. A wrapper that keeps the optimizer under ``.optimizer``, as those of
+                Accelerate, Lightning and Fabric do, may be given in its place.
             grad_scaler: the loop's ``torch.amp.GradScaler``; needed only with clusters, whose
                 gradients are weighted while they carry its scale.
 
@@ -160,6 +158,7 @@ class GradQueue:
             TypeError: not a torch optimizer.
             ValueError: the gradients would be weighted twice, or none of them is the model's.
         """
+        optimizer = _innermost(optimizer)
         self._check_optimizer(optimizer)
         if self._clusters and self._handle is not None:
             raise ValueError("with clusters a GradQueue serves one optimizer: call remove() first")
@@ -175,18 +174,23 @@ class GradQueue:
             rest = {name: value for name, value in kwargs.items() if name != "closure"}
             return (optimizer, weighing, *args[2:]), rest
 
+        # Clusters weight in the backward pass, whichever optimizer steps.
+        claimed = list(self._names) if self._clusters else self._own(optimizer)
+        claim(claimed, before_step, ATTACH)
         hook = optimizer.register_step_pre_hook(before_step)
         scale = partial(_scale_of, grad_scaler)
         restore = self._clusters.install(scale) if self._clusters else None
+        guard = self._clusters.model.register_forward_pre_hook(_refuse_ddp) if restore else None
 
         def undo() -> None:
             hook.remove()
             if restore is not None:
                 restore()
-            _attached.discard(optimizer)
+            if guard is not None:
+                guard.remove()
+            release(claimed, before_step)
             self._handle = None
 
-        _attached.add(optimizer)
         self._handle = Handle(undo)
         return self._handle
 
@@ -206,15 +210,12 @@ class GradQueue:
                     f"{name} weights its gradients itself: attach to a plain torch optimizer, or "
                     f"use {name} without GradQueue"
                 )
-        params = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for other in _attached:
-            if any(id(p) in params for group in other.param_groups for p in group["params"]):
-                raise ValueError(
-                    "attached already to these parameters, and a second time would weight twice: "
-                    "call remove() on the first handle"
-                )
-        if not any(id(p) in params for p in self._names):
+        if not self._own(optimizer):
             raise ValueError("none of the optimizer's parameters belongs to the model")
+
+    def _own(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return the optimizer's parameters that belong to the model."""
+        return [p for group in optimizer.param_groups for p in group["params"] if p in self._names]
 
     def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def weighing() -> Any:
@@ -370,6 +371,24 @@ class GradQueue:
         self._queues.load_state_dict(state)
         if self._clusters is not None:
             self._clusters.load_state_dict(clusters)
+
+
+def _innermost(optimizer: Any) -> Any:
+    """Return the optimizer inside of all wrappers that keep it under ``.optimizer``."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _refuse_ddp(model: nn.Module, args: Any) -> None:
+    """Refuse a forward pass inside DDP where a plug-in with clusters is attached to the model."""
+    if torch.compiler.is_compiling():
+        return
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        raise RuntimeError(
+            "the model was wrapped in DistributedDataParallel after GradQueue.attach: every rank "
+            "would queue gradients of its own: call remove() on the handle, and use "
+            "gq_triton.dist.register(ddp, n_clusters=..., features=...)"
+        )
 
 
 def _scale_of(grad_scaler: Any) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gq_triton.backend import engine
+from gq_triton.claims import OPTIMIZER, claim
 from gq_triton.optim.plan import QUEUE, QUEUED, Batch, Found, Plan, State
 from gq_triton.ring import (
     check_options,
@@ -90,6 +91,7 @@ class GradQueueOptimizer(Optimizer):
                         f"{self._name(param)} must have a real floating type, got {param.dtype}: "
                         "give it to another optimizer (complex: as torch.view_as_real)"
                     )
+            claim(group["params"], self, OPTIMIZER)
         except BaseException:
             self.param_groups.pop()
             raise

@@ -142,7 +142,7 @@ def test_two_plug_ins_do_not_share_a_layer():
         part.attach(torch.optim.SGD(model[0].parameters(), lr=0.1))
     handle.remove()
     handle = GradQueue(model, n_clusters=2, features="0.features").attach(others)
-    with pytest.raises(ValueError, match=r"another GradQueue computes the clustered gradients of"):
+    with pytest.raises(ValueError, match="attached already"):
         part.attach(torch.optim.SGD(model[0].parameters(), lr=0.1))
     handle.remove()
     part.attach(torch.optim.SGD(model[0].parameters(), lr=0.1))

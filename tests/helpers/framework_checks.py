@@ -4,6 +4,7 @@ The examples of docs/frameworks.md are run as they stand there.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from gq_triton.dist import GradQueueState, register
+from gq_triton import GradQueue
+from gq_triton.dist import register
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "frameworks.md"
 OPTIONS: dict[str, Any] = {"rho": 3.0, "queue_length": 3, "backend": "torch"}
 EPOCH = 5  # steps of each rank
-Result = tuple[nn.Module, GradQueueState]
+Result = tuple[nn.Module, Any]  # a GradQueueState, or a GradQueue on one device
 
 
 def example(word: str, **names: Any) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def check_lightning(rank: int, folder: str) -> None:
     check_same(resumed, whole)
 
 
-def lightning_run(folder: str | None, epochs: int, path: Path | None) -> Result:
+def lightning_run(folder: str | None, epochs: int, path: Path | None, devices: int = 2) -> Result:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -91,8 +93,8 @@ def lightning_run(folder: str | None, epochs: int, path: Path | None) -> Result:
         callbacks.append(ModelCheckpoint(dirpath=Path(folder, "lightning"), save_top_k=-1))
     trainer = lightning.Trainer(
         accelerator="cpu",
-        devices=2,
-        strategy="ddp",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
         max_epochs=epochs,
         callbacks=callbacks,
         enable_checkpointing=folder is not None,
@@ -227,6 +229,27 @@ def trainer_run(path: Path, resume: bool) -> Result:
     callback.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)
     return model, callback.state
+
+
+# --- one device
+
+
+def alone(rank: int, folder: str) -> None:
+    """Run the examples in a process that belongs to no group: they attach to the optimizer."""
+    dist.destroy_process_group()
+    runs: dict[str, Callable[[], Result]] = {
+        "lightning": lambda: lightning_run(None, epochs=1, path=None, devices=1),
+        "accelerate": lambda: accelerate_run(Path(folder, "accelerate"), resume=False),
+        "transformers": lambda: trainer_run(Path(folder, "transformers"), resume=False),
+    }
+    for name, run in runs.items():
+        model, state = run()
+        assert isinstance(state, GradQueue), name
+        assert state.metrics()["mean_weight"] != 1, name
+        named = dict(model.named_parameters())
+        assert {key.removeprefix("net.") for key in state.state_dict()["queue"]} == set(named), name
+    # What ends the process expects the group.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def two_ranks(rank: int, folder: str) -> None:

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from framework_checks import two_ranks
+from framework_checks import alone, two_ranks
 from train_runs import free_port
 
 from gq_triton.testing import spawn
@@ -28,4 +28,16 @@ def rank_of_torchrun(rank, folder):
 def test_frameworks_train_save_and_resume(tmp_path, monkeypatch):
     for name, value in {**WORLD, "MASTER_PORT": str(free_port())}.items():
         monkeypatch.setenv(name, value)
-    spawn(2, rank_of_torchrun, str(tmp_path))
+    spawn(2, rank_of_torchrun, str(tmp_path), timeout=300.0)
+
+
+def one_process(rank, folder):
+    for name in (*WORLD, "MASTER_PORT", "RANK", "LOCAL_RANK"):  # what the ranks above were told
+        os.environ.pop(name, None)
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    alone(rank, folder)
+
+
+@pytest.mark.slow
+def test_the_examples_run_on_one_device(tmp_path):
+    spawn(1, one_process, str(tmp_path), timeout=300.0)

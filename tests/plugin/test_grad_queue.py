@@ -107,6 +107,7 @@ def test_weighting_twice_is_refused():
     for own in (GQSGD(model.parameters(), lr=0.1), GQAdamW(model.parameters())):
         with pytest.raises(ValueError, match="weights its gradients itself"):
             queue.attach(own)
+    del own  # while it lives it may step
     queue.attach(optimizer)
     with pytest.raises(ValueError, match="weight twice"):
         queue.attach(optimizer)

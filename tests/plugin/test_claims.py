@@ -1,0 +1,145 @@
+"""Gradients are weighted once: two doors over the same parameters are refused, in either order."""
+
+import gc
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from gq_triton import GQSGD, GQAdamW, GradQueue
+from gq_triton.dist import GradQueueState, grad_queue_hook, register
+
+
+@contextmanager
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def model():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+CLUSTERS = {"n_clusters": 2, "features": "0"}
+
+
+@pytest.mark.parametrize("options", [{}, CLUSTERS], ids=["whole", "clusters"])
+def test_the_hook_and_attach(options):
+    with one_rank():
+        ddp = DDP(model())
+        optimizer = sgd(ddp)
+        state = register(ddp, **options)
+        with pytest.raises(ValueError, match=r"gq_triton\.dist weights these parameters already"):
+            GradQueue(ddp.module).attach(optimizer)
+        net = model()
+        handle = GradQueue(net, **options).attach(sgd(net))
+        other = DDP(net)
+        with pytest.raises(ValueError, match=r"attach weights .* already, and the hook"):
+            register(other)
+        handle.remove()
+        register(other, **options)
+        del state
+
+
+@pytest.mark.parametrize("kind", [GQSGD, GQAdamW])
+def test_the_hook_and_our_optimizers(kind):
+    with one_rank():
+        ddp = DDP(model())
+        register(ddp)
+        with pytest.raises(ValueError, match=r"use torch\.optim\.SGD or torch\.optim\.AdamW"):
+            kind(ddp.parameters(), lr=0.1)
+        ddp = DDP(model())
+        optimizer = kind(ddp.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match=r"weights these parameters already, and the hook"):
+            register(ddp)
+        state = GradQueueState(ddp)
+        ddp.register_comm_hook(state, grad_queue_hook)
+        with pytest.raises(ValueError, match=r"weights these parameters already, and the hook"):
+            ddp(torch.ones(2, 3)).sum().backward()
+        del optimizer
+
+
+def test_attach_and_our_optimizers():
+    net = model()
+    handle = GradQueue(net).attach(sgd(net))
+    with pytest.raises(ValueError, match=r"attach weights these parameters already, and GQSGD"):
+        GQSGD(net.parameters(), lr=0.1)
+    handle.remove()
+    optimizer = GQSGD(net.parameters(), lr=0.1)
+    again = GQSGD(net.parameters(), lr=0.2)  # one that takes the first one's place
+    with pytest.raises(ValueError, match=r"already, and GradQueue\.attach would"):
+        GradQueue(net).attach(sgd(net))
+    del optimizer, again
+    GradQueue(net).attach(sgd(net))  # those that are gone weight nothing
+
+
+def test_one_attach_for_each_part_of_a_model():
+    net = model()
+    queue = GradQueue(net)
+    queue.attach(sgd(net[0]))
+    handle = queue.attach(sgd(net[2]))
+    with pytest.raises(ValueError, match="attached already"):
+        queue.attach(sgd(net))
+    handle.remove()
+    queue.attach(sgd(net[2]))
+
+
+def test_clusters_attached_before_ddp_wraps():
+    """Every rank would queue gradients of its own: the first forward pass says so."""
+    with one_rank():
+        net = model()
+        handle = GradQueue(net, **CLUSTERS).attach(sgd(net))
+        ddp = DDP(net)
+        with pytest.raises(RuntimeError, match=r"wrapped in DistributedDataParallel after"):
+            ddp(torch.ones(2, 3))
+        net(torch.ones(2, 3)).sum().backward()
+        handle.remove()
+        ddp(torch.ones(2, 3)).sum().backward()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate's: an optimizer by type, without what torch's constructor sets up."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __repr__(self):
+        return "Wrapper"
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups):
+        raise NotImplementedError
+
+    def step(self, closure=None):
+        return self.optimizer.step()
+
+
+def test_attach_finds_the_optimizer_in_wrappers():
+    net = model()
+    inner = sgd(net)
+    queue = GradQueue(net, queue_length=1)
+    handle = queue.attach(Wrapper(Wrapper(inner)))
+    for _ in range(2):
+        net(torch.ones(2, 3)).sum().backward()
+        Wrapper(inner).step()
+    assert queue.metrics()["mean_weight"] != 1
+    with pytest.raises(ValueError, match="attached already"):
+        queue.attach(inner)
+    handle.remove()
+    with pytest.raises(ValueError, match="GQSGD weights its gradients itself"):
+        queue.attach(Wrapper(GQSGD(net.parameters(), lr=0.1)))
