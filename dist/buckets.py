@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gq_triton.backend import engine
+from gq_triton.engines import engine
 
 __all__ = ["Buckets", "Rooms"]
 

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gq_triton.backend import engine
 from gq_triton.dist.buckets import Rooms
 from gq_triton.dist.collectives import start_all_gather
 from gq_triton.dist.placement import SlicedQueues
 from gq_triton.dist.shares import Shares
+from gq_triton.engines import engine
+from gq_triton.law import square_norm
 from gq_triton.queues import sha
 from gq_triton.ring import flat
 
@@ -79,20 +80,17 @@ class ClusteredSlices(SlicedQueues):
         self._settle(names)
         held, means = self._held(names, part)
         shares.correct_(held, means, 1)
-        accepted = self._accepted(names, held, means, part.device, skip_zeros)
+        accept = self._accepted(names, held, means, part.device, skip_zeros)
         ops = engine(part.device, self.backend)
         squares = torch.zeros(len(names), dtype=torch.float64, device=part.device)
-        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.double()
         places = {name: index for index, name in enumerate(names)}
         rings, counters = ([kept[n] for n in held] for kept in (self._queue, self._queued))
-        ops.push_(means, rings, counters, accepted, grad_scale=grad_scale)
+        ops.push_(means, rings, counters, accept, grad_scale=grad_scale)
         for name, mean in zip(held, means, strict=True):
-            wide = torch.promote_types(mean.dtype, torch.float32)
-            norm = torch.linalg.vector_norm(mean, dtype=wide).double() * unscale
-            squares[places[name]] = norm.square()
+            squares[places[name]] = square_norm(mean, grad_scale)
         self._share(names, held, part.numel(), length)
         whole = squares
-        if self.match_norm and self.rho > 1:
+        if self.match_norm:
             whole = squares.clone()
             dist.all_reduce(whole, group=self._group())
         return torch.stack([squares, whole], dim=1)

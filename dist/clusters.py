@@ -20,8 +20,9 @@ from gq_triton.dist.buckets import Rooms
 from gq_triton.dist.clustered_slices import ClusteredSlices
 from gq_triton.dist.shares import Shares
 from gq_triton.grouping import Groups, Mixing
+from gq_triton.law import all_zero, match_norm_, square_norm
 from gq_triton.queues import Queues, in_use
-from gq_triton.ring import flat, rescale_
+from gq_triton.ring import flat
 
 if TYPE_CHECKING:
     from gq_triton.dist.state import GradQueueState
@@ -261,14 +262,13 @@ class LocalClusters:
         assert isinstance(self._queues, ClusteredQueues)
         shares.correct_(names, slices, 0)
         shares.correct_(names, raw, 1)
-        inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.double()
         tables = []
         for name, grad, mean in zip(names, slices, raw, strict=True):
-            squares = [_square(values, inverse) for values in (mean, grad)]
+            squares = [square_norm(values, grad_scale) for values in (mean, grad)]
             tables.append(self._table(name, *squares, shares))
             self._match_norm(grad, tables[-1], *squares)
-        absent = torch.stack([mean.abs().sum() == 0 for mean in raw]) if skip_zeros else None
-        self._queues.push_batch(names, raw, tables, grad_scale=grad_scale, found_inf=absent)
+        absent = all_zero(raw) if skip_zeros else None
+        self._queues.push_batch(names, raw, tables, grad_scale=grad_scale, absent=absent)
 
     def finish_slices(
         self,
@@ -290,14 +290,13 @@ class LocalClusters:
         """
         assert isinstance(self._queues, ClusteredSlices)
         shares.correct_(names, grads, 0)
-        inverse = 1.0 if grad_scale is None else 1.0 / grad_scale.double()
         tables = []
         for name, grad, (mine, whole) in zip(names, grads, squares, strict=True):
             # Each rank counts the norms of its slice: metrics() adds the ranks up.
             part = grad[slice(*self._queues.bounds(name))]
-            table = self._table(name, mine, _square(part, inverse), shares)
-            if self._queues.match_norm and self._queues.rho > 1:
-                self._match_norm(grad, table, whole, _square(grad, inverse))
+            table = self._table(name, mine, square_norm(part, grad_scale), shares)
+            if self._queues.match_norm:
+                self._match_norm(grad, table, whole, square_norm(grad, grad_scale))
             tables.append(table)
         self._queues._keep_statistics(tuple(names), torch.cat(tables))
 
@@ -313,15 +312,8 @@ class LocalClusters:
 
     def _match_norm(self, grad: Tensor, table: Tensor, raw: Tensor, weighted: Tensor) -> None:
         """Give a weighted gradient the norm of the raw one where ``match_norm`` asks for it."""
-        if self._queues.match_norm and self._queues.rho > 1:
-            rescale_([grad], torch.stack([raw, weighted])[None])
-            table[0, 1] = table[0, 0]
-
-
-def _square(values: Tensor, inverse: Tensor | float) -> Tensor:
-    """Return the squared norm without the loss scale, 0-d float64."""
-    wide = torch.promote_types(values.dtype, torch.float32)
-    return (torch.linalg.vector_norm(values, dtype=wide).double() * inverse).square()
+        if self._queues.match_norm:
+            match_norm_([grad], table, torch.stack([raw, weighted])[None])
 
 
 def _one_cluster(features: Tensor) -> Tensor:

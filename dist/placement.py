@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gq_triton.backend import engine
 from gq_triton.dist.collectives import all_gather, slice_size
+from gq_triton.engines import engine
+from gq_triton.law import accepted, all_zero, match_norm_
 from gq_triton.queues import LOSSES, Queues, in_use
-from gq_triton.ring import flat, new_queue, rescale_, rows
+from gq_triton.ring import flat, new_queue, rows
 
 __all__ = ["SlicedQueues", "cut"]
 
@@ -88,11 +89,11 @@ class SlicedQueues(Queues):
             skip_zeros: whether a parameter whose gradient is zero throughout is left alone.
         """
         held, grads = self._held(names, part)
-        accepted = self._accepted(names, held, grads, part.device, skip_zeros)
+        accept = self._accepted(names, held, grads, part.device, skip_zeros)
         statistics = torch.zeros(0, 5, dtype=torch.float64, device=part.device)
         if held:
-            statistics = self._weigh_rings(held, grads, accepted, grad_scale).to(part.device)
-        if self.match_norm and self.rho > 1:
+            statistics = self._weigh_rings(held, grads, accept, grad_scale).to(part.device)
+        if self.match_norm:
             self._match_norms(names, held, grads, statistics)
         self._keep_statistics(tuple(names), statistics)
 
@@ -116,25 +117,23 @@ class SlicedQueues(Queues):
         device: torch.device,
         skip_zeros: bool,
     ) -> Tensor:
-        """Return which slices held here are weighted and queued: ``(N,)`` bool.
-
-        The least vote on any part of a parameter counts: 0 for one that is not finite, 1 for one
-        with a gradient, 2 for one of zeros. Only 1 is a gradient.
-        """
-        votes = torch.zeros(0, dtype=torch.uint8, device=device)
+        """Return which slices held here are weighted and queued: ``(N,)`` bool; a collective."""
+        finite = torch.ones(0, dtype=torch.bool, device=device)
+        absent = None
         if held:
-            votes = engine(device, self.backend).all_finite(grads).to(torch.uint8)
-        if held and skip_zeros:
-            # A sum of magnitudes: 0 only where every element is, as squares would not be.
-            sums = torch._foreach_norm(grads, 1)  # pyright: ignore[reportPrivateImportUsage]
-            votes += (torch.stack(sums) == 0).to(votes)
-        shared = self._shared(names, held)
-        if shared:
-            all_votes = torch.full((len(shared),), 2, dtype=torch.uint8, device=device)
-            _copy_where_held(all_votes, votes, shared, to_held=False)
-            dist.all_reduce(all_votes, dist.ReduceOp.MIN, group=self._group())
-            _copy_where_held(all_votes, votes, shared, to_held=True)
-        return votes == 1
+            finite = engine(device, self.backend).all_finite(grads)
+            absent = all_zero(grads) if skip_zeros else None
+
+        def least(votes: Tensor) -> Tensor:
+            shared = self._shared(names, held)
+            if shared:
+                all_votes = torch.full((len(shared),), 2, dtype=torch.uint8, device=device)
+                _copy_where_held(all_votes, votes, shared, to_held=False)
+                dist.all_reduce(all_votes, dist.ReduceOp.MIN, group=self._group())
+                _copy_where_held(all_votes, votes, shared, to_held=True)
+            return votes
+
+        return accepted(finite, absent=absent, least=least)
 
     def _match_norms(
         self,
@@ -151,8 +150,7 @@ class SlicedQueues(Queues):
             _copy_where_held(sums, norms, shared, to_held=False)
             dist.all_reduce(sums, group=self._group())
             _copy_where_held(sums, norms, shared, to_held=True)
-        rescale_(grads, norms)
-        statistics[:, 1] = statistics[:, 0]
+        match_norm_(grads, statistics, norms)
 
     def _shared(self, names: Sequence[str], held: Sequence[str]) -> list[int | None]:
         """Return, for each parameter of a bucket that several ranks hold, its place in ``held``."""

@@ -14,6 +14,7 @@ from gq_triton.dist.clusters import LocalClusters
 from gq_triton.dist.collectives import all_gather, completed, reduce_scatter
 from gq_triton.dist.placement import SlicedQueues
 from gq_triton.dist.shares import Shares
+from gq_triton.law import all_zero
 from gq_triton.queues import in_use
 
 if TYPE_CHECKING:
@@ -232,12 +233,10 @@ def _weigh_slices(state: "GradQueueState", names: Sequence[str], grads: Sequence
     """Weight reduced gradients in place and queue the raw ones."""
     absent = None
     if grads and _skips_zeros(state):
-        # A sum of magnitudes: 0 only where every element is, as squares would not be.
-        sums = torch._foreach_norm(list(grads), 1)  # pyright: ignore[reportPrivateImportUsage]
-        absent = torch.stack(sums) == 0
+        absent = all_zero(grads)
     if grads:
         scale = state.loss_scale(grads[0].device)
-        state.queues.weigh_(names, grads, grad_scale=scale, found_inf=absent)
+        state.queues.weigh_(names, grads, grad_scale=scale, absent=absent)
 
 
 def _static_graph(state: "GradQueueState") -> bool:

@@ -3,8 +3,8 @@
 from importlib.metadata import version
 
 from gq_triton.grad_queue import GradQueue
+from gq_triton.law import scarcity_weight
 from gq_triton.optim import GQSGD, GQAdamW
-from gq_triton.ring import scarcity_weight
 
 __all__ = ["GQSGD", "GQAdamW", "GradQueue", "scarcity_weight"]
 __version__ = version("gq_triton")

@@ -3,24 +3,26 @@
 import ctypes
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gq_triton.backend import engine
+from gq_triton.engines import engine
+from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.ring import (
     MIN_QUEUE_LENGTH,
     check_options,
     effective_length,
     flat,
+    least_over,
     local,
     new_counter,
     new_losses,
     new_queue,
     record_loss,
-    rescale_,
     rows,
     shard_groups,
 )
@@ -94,6 +96,7 @@ class Queues:
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        absent: Tensor | None = None,
     ) -> None:
         """Weight gradients in place and queue the raw ones, all in one launch.
 
@@ -102,8 +105,9 @@ class Queues:
             grads: their gradients, flat, in the memory order of the parameter, of one type and on
                 one device.
             grad_scale: the loss scale the gradients carry, or None.
-            found_inf: non-zero where nothing may be weighted or queued, 0-d for all or ``(N,)`` one
-                per gradient, or None.
+            found_inf: non-zero where nothing may be weighted or queued, one number, or None.
+            absent: ``(N,)`` bool, which gradients are zeros of a parameter that no rank used; None
+                for none.
         """
         if not names:
             return
@@ -111,37 +115,35 @@ class Queues:
             self._allocate(name, grad.device)
         groups = shard_groups(self.params[names[0]])
         finite = engine(grads[0].device, self.backend).all_finite(grads)
-        for group in groups:
-            votes = finite.int()
-            dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
-            finite = votes.bool()
-        if found_inf is not None:
-            finite = finite & (found_inf == 0).to(finite.device)
-        statistics = self._weigh_rings(names, grads, finite, grad_scale)
+        accept = accepted(
+            finite, absent=absent, found_inf=found_inf, least=partial(least_over, groups)
+        )
+        statistics = self._weigh_rings(names, grads, accept, grad_scale)
         for group in groups:
             dist.all_reduce(statistics, group=group)
-        if self.match_norm and self.rho > 1:
-            rescale_(grads, statistics)
-            statistics[:, 1] = statistics[:, 0]
+        if self.match_norm:
+            match_norm_(grads, statistics)
         self._keep_statistics(tuple(names), statistics)
 
     def _weigh_rings(
         self,
         names: Sequence[str],
         grads: Sequence[Tensor],
-        finite: Tensor,
+        accept: Tensor,
         grad_scale: Tensor | None,
     ) -> Tensor:
-        """Weight gradients in place and queue the raw ones where ``finite``; return statistics."""
-        return engine(grads[0].device, self.backend).weigh_(
+        """Weight gradients in place and queue the raw ones where ``accept``; return statistics."""
+        device = grads[0].device
+        return engine(device, self.backend).weigh_(
             grads,
             [rows(local(self._queue[name])) for name in names],
             [self._queued[name] for name in names],
-            finite,
-            rho=self.rho,
-            length=self.effective_length(grads[0].device),
-            grad_scale=grad_scale,
+            accept,
+            self._law(device, grad_scale),
         )
+
+    def _law(self, device: torch.device, grad_scale: Tensor | None) -> Law:
+        return Law(self.rho, self.effective_length(device), grad_scale)
 
     def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
         """Keep what the law did; a parameter that comes again begins a new step."""
@@ -186,12 +188,10 @@ class Queues:
             sums,
             queue,
             queued,
+            self._law(sums.device, grad_scale),
             inverse_shares=inverse_shares,
             mixture=mixture,
             sigma_scales=sigma_scales,
-            rho=self.rho,
-            length=self.effective_length(sums.device),
-            grad_scale=grad_scale,
             into=into,
             queue_dtype=self.queue_dtype or self.params[name].dtype,
         )
@@ -238,6 +238,7 @@ class Queues:
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        absent: Tensor | None = None,
     ) -> None:
         """Queue raw gradients of one type, on one device, that were weighted elsewhere.
 
@@ -246,18 +247,17 @@ class Queues:
             raw: their gradients, flat, in the memory order of the parameter.
             statistics: what the weighting of each did, ``(C, 5)`` to be added up.
             grad_scale: the loss scale the gradients carry, or None.
-            found_inf: non-zero where one is not to be queued, 0-d or ``(1,)`` for all or ``(N,)``
-                one per gradient, or None.
+            found_inf: non-zero where none of them is to be queued, one number, or None.
+            absent: ``(N,)`` bool, which gradients are zeros of a parameter that no rank used; None
+                for none.
         """
         for name, grad in zip(names, raw, strict=True):
             self._allocate(name, grad.device)
         ops = engine(raw[0].device, self.backend)
-        finite = ops.all_finite(raw)
-        if found_inf is not None:
-            finite = finite & (found_inf == 0).to(finite.device)
+        accept = accepted(ops.all_finite(raw), absent=absent, found_inf=found_inf)
         rings = [rows(local(self._queue[name])) for name in names]
         counters = [self._queued[name] for name in names]
-        ops.push_(raw, rings, counters, finite, grad_scale=grad_scale)
+        ops.push_(raw, rings, counters, accept, grad_scale=grad_scale)
         self._keep_statistics(tuple(names), torch.cat(list(statistics)))
 
     def _allocate(self, name: str, device: torch.device) -> None:

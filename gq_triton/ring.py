@@ -8,21 +8,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from gq_triton import eager
-from gq_triton.backend import check_backend
+from gq_triton.options import check_backend, check_rho
 
 __all__ = [
     "check_options",
     "effective_length",
     "flat",
+    "least_over",
     "local",
     "new_counter",
     "new_losses",
     "new_queue",
     "record_loss",
-    "rescale_",
     "rows",
-    "scarcity_weight",
     "shard_groups",
     "write_back_",
 ]
@@ -31,56 +29,6 @@ __all__ = [
 MIN_QUEUE_LENGTH = 3
 # A queue is that many times the model: more is a slip.
 LONGEST = 4096
-
-
-def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
-    r"""Return how unusual each gradient element is: ``clip(|g - mu| / sigma, 1/rho, rho)``.
-
-    Equations 1 and 2 of Grad Queue (arXiv 2404.16917). ``mu`` and ``sigma`` are
-    the mean and the population standard deviation of the queue, which must not hold ``grad``
-    itself. Where the queue is constant the weight is ``1/rho`` if ``grad`` equals it, else ``rho``.
-
-    Args:
-        grad: the new gradient, shape ``(*)``, any floating type. It is rounded to the queue's type
-            before the comparison.
-        queue: the last L gradients, shape ``(L, *)``; their order does not matter.
-        rho: bound of the weight, at least 1; with 1 every weight is exactly 1.
-
-    Returns:
-        Weights of the shape of ``grad``, float32; float64 where ``grad`` or ``queue`` is float64.
-        All 1 where ``grad`` holds a NaN or an infinity, and 1 where the queue does.
-
-    Raises:
-        ValueError: ``rho < 1``, ``L < 1``, or shapes, types or devices that do not fit.
-
-    Example:
-        >>> queue = torch.tensor([[1.0], [2.0], [3.0]])
-        >>> scarcity_weight(torch.tensor([3.0]), queue)
-        tensor([1.2247])
-    """
-    check_rho(rho)
-    for name, tensor in (("grad", grad), ("queue", queue)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must have a real floating type, got {tensor.dtype}")
-    if queue.dim() == 0 or queue.shape[0] < 1 or queue.shape[1:] != grad.shape:
-        raise ValueError(
-            "queue must have shape (L, *grad.shape) with L >= 1, got queue "
-            f"{tuple(queue.shape)} for grad {tuple(grad.shape)}"
-        )
-    if queue.device != grad.device:
-        raise ValueError(f"grad is on {grad.device}, queue on {queue.device}: move one of them")
-    dtype = torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
-    with torch.no_grad():
-        x = eager.to_queue(grad, queue.dtype).to(dtype)
-        weights = eager.scarcity_weight(x, queue.to(dtype).unbind(0), rho)
-        known = torch.isfinite(queue).all(dim=0) & torch.isfinite(grad).all() & ~weights.isnan()
-        return torch.where(known, weights, torch.ones_like(weights))
-
-
-def check_rho(rho: float) -> None:
-    """Raise a ValueError unless ``rho`` is a finite number of at least 1."""
-    if not isinstance(rho, (int, float)) or not 1 <= rho <= 1e30:
-        raise ValueError(f"rho must be a finite number >= 1 (1 switches the law off), got {rho!r}")
 
 
 def check_options(
@@ -167,6 +115,13 @@ def shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
     return [tensor.device_mesh.get_group(dimension) for dimension in sharded]
 
 
+def least_over(groups: Sequence[dist.ProcessGroup], votes: Tensor) -> Tensor:
+    """Return the least of all ranks' votes ``(N,)``, as `law.accepted` wants it."""
+    for group in groups:
+        dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
+    return votes
+
+
 def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """Return ``tensor`` as one dimension in the memory order of ``like`` (default: itself).
 
@@ -190,20 +145,6 @@ def write_back_(tensor: Tensor, values: Tensor, like: Tensor | None = None) -> N
 def _memory_order(like: Tensor) -> list[int]:
     """Return the dimensions of a tensor from the one that strides farthest to the nearest."""
     return sorted(range(like.dim()), key=lambda d: (-like.stride(d), -like.shape[d]))
-
-
-def rescale_(grads: Sequence[Tensor], statistics: Tensor) -> None:
-    """Give weighted gradients the norm of the raw ones (``match_norm``), parameter by parameter.
-
-    Args:
-        grads: N weighted gradients, changed in place.
-        statistics: what ``weigh_`` returned, ``(N, 5)``.
-    """
-    raw, weighted = statistics[:, 0], statistics[:, 1]
-    known = (weighted > 0) & torch.isfinite(weighted) & torch.isfinite(raw)
-    factors = torch.where(known, (raw / weighted).sqrt(), torch.ones_like(raw))
-    for grad, factor in zip(grads, factors.unbind(0), strict=True):
-        grad.mul_(factor.to(grad.dtype))
 
 
 def new_losses(window: int, longest: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import Table
+from gq_triton.kernels.launch import Table
 
 # Columns that every table has, in this order.
 NUMEL = tl.constexpr(0)

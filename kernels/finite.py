@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import (
+from gq_triton.kernels.chunks import GRAD, INDEX, chunk_bounds, find_tensor, typed
+from gq_triton.kernels.launch import (
     CHUNK,
     TRITON_DTYPE,
     VECTOR,
@@ -27,7 +28,6 @@ from gq_triton.kernels._launch import (
     shared,
     tables,
 )
-from gq_triton.kernels.chunks import GRAD, INDEX, chunk_bounds, find_tensor, typed
 
 __all__ = ["all_finite"]
 
@@ -65,13 +65,7 @@ def _all_finite_kernel(
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:
-    """Return for each gradient whether all of its elements are finite.
-
-    Args:
-        grads: N gradients ``(P,)`` of one dtype: float16, bfloat16, float32 or float64.
-
-    Returns:
-        ``(N,)`` bool on their device; an empty gradient is finite.
+    """Return for each gradient whether all of its elements are finite; see ``engines.protocol``.
 
     Raises:
         ValueError: the gradients are not flat or differ in dtype.

@@ -1,6 +1,6 @@
 # pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
-"""The statistics of a ring, written down: for a rank, or a product, that does not read the ring.
+"""The statistics of a ring, written down for whoever does not read the ring.
 
 Shape legend: L = queue slots, P = elements of one parameter.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import (
+from gq_triton.kernels.launch import (
     TRITON_DTYPE,
     check_queues,
     check_scalars,
@@ -56,15 +56,9 @@ def _statistics_kernel(
 def queue_statistics(
     queue: Tensor, queued: Tensor, out: Tensor, *, length: Tensor | None = None
 ) -> None:
-    """Write what ``combine`` needs to know of a ring: its mean and 1 / sigma.
+    """Write a ring's mean and 1 / sigma; see ``engines.protocol``.
 
-    Arithmetic in the type of ``out``. Repeats agree bit for bit.
-
-    Args:
-        queue: the ring ``(L, P)`` with contiguous rows at any distance, read only.
-        queued: gradients queued so far, 0-d int64; below L 1 / sigma is NaN: every weight is 1.
-        out: ``(2, P)`` with contiguous rows, float32 or float64.
-        length: effective length, 0-d int64, or None for L.
+    Computed in the type of ``out``. Repeats agree bit for bit.
 
     Raises:
         ValueError: the tensors disagree in shape, dtype, layout or device.

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import THREADS, as_bytes, device_guard, ring_launch
 from gq_triton.kernels.chunks import (
     GRAD,
     INDEX,
@@ -23,17 +22,17 @@ from gq_triton.kernels.chunks import (
     ring_turn,
     typed,
 )
+from gq_triton.kernels.launch import THREADS, as_bytes, device_guard, ring_launch
 from gq_triton.kernels.law import (
     fold,
     inverse_scale,
     load,
-    ring_row,
     store,
-    to_queue,
     weigh_and_queue,
 )
+from gq_triton.law import Law
 
-__all__ = ["push_", "weigh_"]
+__all__ = ["weigh_"]
 
 # Sums of each tensor: g^2, (w g)^2, w, elements at rho, elements at 1/rho.
 _SUMS = tl.constexpr(5)
@@ -140,31 +139,13 @@ def weigh_(
     grads: Sequence[Tensor],
     queues: Sequence[Tensor],
     queued: Sequence[Tensor],
-    finite: Tensor | None,
-    *,
-    rho: float,
-    length: Tensor | None = None,
-    grad_scale: Tensor | None = None,
+    accepted: Tensor | None,
+    law: Law,
 ) -> Tensor:
-    """Weight gradients in place and queue the raw ones.
+    """Weight gradients in place and queue the raw ones; see ``engines.protocol``.
 
-    The law is Grad Queue's (arXiv 2404.16917, equations 1 and 2), computed in float32 (float64 if
-    a tensor is float64) with one rounding at each store. Repeats agree bit for bit.
-
-    Args:
-        grads: N gradients ``(P,)``; replaced by ``w * g``, still scaled if `grad_scale` is given.
-        queues: N ring buffers ``(L, P)`` with contiguous rows; the oldest row is replaced by the
-            raw, unscaled gradient.
-        queued: N counters, 0-d int64: gradients queued so far, increased by `finite`.
-        finite: ``(N,)`` bool; where False the gradient passes untouched and is not queued. None
-            stands for all True.
-        rho: bound of the weight, at least 1.
-        length: effective length, 0-d int64, or None for L.
-        grad_scale: the loss scale the gradients carry, 0-d float32, or None.
-
-    Returns:
-        ``(N, 5)`` float32 on the device: sum of g^2, sum of (w g)^2 (both unscaled), sum of w,
-        elements at rho, elements at 1/rho (0 where rho = 1 or the law does not act).
+    Computed in float32 (float64 if a tensor is float64) with one rounding at each store; the
+    statistics are float32. Repeats agree bit for bit.
 
     Raises:
         ValueError: the lists disagree in length, shape, dtype or layout.
@@ -174,14 +155,14 @@ def weigh_(
     device = grads[0].device
     with device_guard(device):
         ring, tables = ring_launch(grads, queues, queued, {})
-        flags = as_bytes(finite)
+        flags = as_bytes(accepted)
         sums = torch.empty(len(grads), 5, device=device)
         for table in tables:
             partials = torch.empty(table.n_chunks, 5, device=device)
             if table.n_chunks:
                 _weigh_kernel[(table.n_chunks,)](
-                    table.rows, table.starts, table.n_tensors, flags, length, grad_scale,
-                    partials, 1.0 / rho, float(rho), ALIGNED=table.aligned,
+                    table.rows, table.starts, table.n_tensors, flags, law.length,
+                    law.grad_scale, partials, 1.0 / law.rho, float(law.rho), ALIGNED=table.aligned,
                     THREADS=THREADS, **ring.constants,
                 )  # fmt: skip
             _total_kernel[(table.n_tensors,)](
@@ -190,68 +171,3 @@ def weigh_(
             )  # fmt: skip
             count_(table, flags, None)
     return sums
-
-
-@triton.jit(do_not_specialize=["n_tensors"])
-def _push_kernel(
-    rows, starts, n_tensors, finite_ptr, grad_scale_ptr,
-    G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, C_DTYPE: tl.constexpr, L: tl.constexpr,
-    W: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write one chunk of a gradient over the oldest row of its ring.
-
-    Example: L = 2, rows 1 (oldest) and 2, g = 3 under a loss scale of 4: rows 0.75 and 2.
-    """
-    chunk = tl.program_id(0)
-    tensor = find_tensor(starts, n_tensors, chunk)
-    row = rows + tensor.to(tl.int64) * W
-    first, count = chunk_bounds(starts, row, tensor, chunk, CHUNK)
-    slot, _, queue_it = ring_turn(row, finite_ptr, L)
-    if queue_it:
-        g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
-        ring = typed(tl.load(row + QUEUE), Q_DTYPE, ALIGNED) + first
-        oldest = ring_row(ring, tl.load(row + STRIDE), slot, L - 1, L, ALIGNED)
-        unscale = inverse_scale(grad_scale_ptr, C_DTYPE)
-        full = count // BLOCK * BLOCK
-        for at in range(0, full, BLOCK):
-            offsets = at + tl.arange(0, BLOCK)
-            g = load(g_ptr + offsets, True, C_DTYPE) * unscale
-            tl.store(oldest + offsets, to_queue(g, Q_DTYPE))
-        if full < count:
-            offsets = full + tl.arange(0, BLOCK)
-            g = load(g_ptr + offsets, offsets < count, C_DTYPE) * unscale
-            tl.store(oldest + offsets, to_queue(g, Q_DTYPE), mask=offsets < count)
-
-
-def push_(
-    grads: Sequence[Tensor],
-    queues: Sequence[Tensor],
-    queued: Sequence[Tensor],
-    finite: Tensor,
-    *,
-    grad_scale: Tensor | None = None,
-) -> None:
-    """Queue gradients that were weighted elsewhere: one slot is written, no other is read.
-
-    Args:
-        grads: N gradients ``(P,)``, with the loss scale if there is one; read only.
-        queues: N rings ``(L, P)``; the oldest row is replaced by the unscaled gradient.
-        queued: N counters, 0-d int64: gradients queued so far, increased by `finite`.
-        finite: ``(N,)`` bool; where False the gradient is not queued.
-        grad_scale: the loss scale the gradients carry, 0-d float32, or None.
-
-    Raises:
-        ValueError: the lists disagree in length, shape, dtype or layout.
-    """
-    if not grads:
-        return
-    with device_guard(grads[0].device):
-        ring, tables = ring_launch(grads, queues, queued, {})
-        flags = as_bytes(finite)
-        for table in tables:
-            if table.n_chunks:
-                _push_kernel[(table.n_chunks,)](
-                    table.rows, table.starts, table.n_tensors, flags, grad_scale,
-                    ALIGNED=table.aligned, **ring.constants,
-                )  # fmt: skip
-            count_(table, flags, None)

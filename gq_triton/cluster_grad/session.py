@@ -11,8 +11,9 @@ from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.cluster_grad.site import Block, new_number
 from gq_triton.cluster_grad.step import Partial, Step
 from gq_triton.grouping.groups import Groups
+from gq_triton.law import match_norm_
 from gq_triton.queues import Queues
-from gq_triton.ring import flat, rescale_
+from gq_triton.ring import flat
 
 __all__ = ["Session"]
 
@@ -236,8 +237,7 @@ class Session:
         """
         if self.match_norm:
             statistics = statistics.sum(dim=0, keepdim=True)
-            rescale_([weighted], statistics)
-            statistics[:, 1] = statistics[:, 0]
+            match_norm_([weighted], statistics)
         self.statistics[name] = statistics
         return weighted
 

@@ -1,13 +1,14 @@
 """GQAdamW: AdamW on gradients weighted by their scarcity."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gq_triton.optim.base import GradQueueOptimizer, Law
+from gq_triton.engines import Engine
+from gq_triton.law import Law
+from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.plan import Batch, State
 from gq_triton.ring import local
 
@@ -99,14 +100,14 @@ class GQAdamW(GradQueueOptimizer):
         return None
 
     def _update(
-        self, ops: ModuleType, batch: Batch, finite: Tensor | None, group: dict[str, Any], law: Law
+        self, ops: Engine, batch: Batch, accept: Tensor | None, group: dict[str, Any], law: Law
     ) -> None:
         names = "lr", "eps", "weight_decay", "maximize"
         beta1, beta2 = group["betas"]
         ops.gqadamw_(
             batch.params, batch.grads, batch.queues, batch.queued,
-            batch.state(EXP_AVG), batch.state(EXP_AVG_SQ), batch.columns[STEP], finite,
-            **{name: group[name] for name in names}, **law._asdict(), beta1=beta1, beta2=beta2,
+            batch.state(EXP_AVG), batch.state(EXP_AVG_SQ), batch.columns[STEP], accept, law,
+            **{name: group[name] for name in names}, beta1=beta1, beta2=beta2,
         )  # fmt: skip
 
 

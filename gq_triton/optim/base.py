@@ -2,8 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,34 +12,26 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from gq_triton.backend import engine
 from gq_triton.claims import OPTIMIZER, claim
+from gq_triton.engines import Engine, engine
+from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.optim.plan import QUEUE, QUEUED, Batch, Found, Plan, State
 from gq_triton.ring import (
     check_options,
     effective_length,
+    least_over,
     local,
     new_counter,
     new_losses,
     new_queue,
     record_loss,
-    rescale_,
     shard_groups,
 )
 
-__all__ = ["GradQueueOptimizer", "Law"]
+__all__ = ["GradQueueOptimizer"]
 
 # Key of a parameter group: the losses that the effective length follows.
 LOSSES = "losses"
-
-
-class Law(NamedTuple):
-    """The arguments of an engine's update that do not depend on the optimizer."""
-
-    rho: float
-    length: Tensor | None
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
 
 
 class GradQueueOptimizer(Optimizer):
@@ -155,30 +147,23 @@ class GradQueueOptimizer(Optimizer):
                 batch.params.write_back()
         return loss
 
-    def _step_batch(self, ops: ModuleType, batch: Batch, group: dict[str, Any], law: Law) -> None:
+    def _step_batch(self, ops: Engine, batch: Batch, group: dict[str, Any], law: Law) -> None:
         groups = shard_groups(batch.members[0])
-        finite = None
+        accept = None
+        # A loss scaler has looked at every gradient here already; none is read a second time.
         if law.found_inf is None or group["match_norm"] or groups:
             finite = ops.all_finite(batch.grads)
-            for process_group in groups:
-                votes = finite.int()
-                dist.all_reduce(votes, dist.ReduceOp.MIN, group=process_group)
-                finite = votes.bool()
-        if group["match_norm"] and law.rho > 1:
-            assert finite is not None
-            queueing = finite if law.found_inf is None else finite & (law.found_inf == 0)
+            accept = accepted(finite, found_inf=law.found_inf, least=partial(least_over, groups))
+        if group["match_norm"]:
+            assert accept is not None
             batch.grads = [grad.clone() for grad in batch.grads]
-            rings = batch.queues, batch.queued
-            statistics = ops.weigh_(
-                batch.grads, *rings, queueing, rho=law.rho, length=law.length,
-                grad_scale=law.grad_scale,
-            )  # fmt: skip
+            statistics = ops.weigh_(batch.grads, batch.queues, batch.queued, accept, law)
             for process_group in groups:
                 dist.all_reduce(statistics, group=process_group)
-            rescale_(batch.grads, statistics)
+            match_norm_(batch.grads, statistics)
             # Weighted and queued already: the update passes these gradients through.
-            finite = torch.zeros_like(finite)
-        self._update(ops, batch, finite, group, law)
+            accept = torch.zeros_like(accept)
+        self._update(ops, batch, accept, group, law)
 
     def _check_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
         """Raise what keeps any group from its step before any group has taken it."""
@@ -381,7 +366,7 @@ class GradQueueOptimizer(Optimizer):
         raise NotImplementedError
 
     def _update(
-        self, ops: ModuleType, batch: Batch, finite: Tensor | None, group: dict[str, Any], law: Law
+        self, ops: Engine, batch: Batch, accept: Tensor | None, group: dict[str, Any], law: Law
     ) -> None:
         raise NotImplementedError
 

@@ -1,14 +1,15 @@
 """GQSGD: SGD with momentum on gradients weighted by their scarcity."""
 
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gq_triton.optim.base import GradQueueOptimizer, Law
+from gq_triton.engines import Engine
+from gq_triton.law import Law
+from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.plan import Batch, State
 
 __all__ = ["GQSGD"]
@@ -116,7 +117,7 @@ class GQSGD(GradQueueOptimizer):
         return group["momentum"] != 0 and MOMENTUM_BUFFER not in state
 
     def _update(
-        self, ops: ModuleType, batch: Batch, finite: Tensor | None, group: dict[str, Any], law: Law
+        self, ops: Engine, batch: Batch, accept: Tensor | None, group: dict[str, Any], law: Law
     ) -> None:
         first = self._batch_key(group, batch.states[0])
         if first:
@@ -128,8 +129,8 @@ class GQSGD(GradQueueOptimizer):
         buffers = batch.state(MOMENTUM_BUFFER) if group["momentum"] != 0 else None
         names = "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
         ops.gqsgd_(
-            batch.params, batch.grads, batch.queues, batch.queued, buffers, finite,
-            **{name: group[name] for name in names}, **law._asdict(), first=first,
+            batch.params, batch.grads, batch.queues, batch.queued, buffers, accept, law,
+            **{name: group[name] for name in names}, first=first,
         )  # fmt: skip
 
 

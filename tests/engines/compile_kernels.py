@@ -20,17 +20,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gq_triton.kernels import (
-    chunks,
-    cluster_combine,
-    finite,
-    gqadamw,
-    gqsgd,
-    segment_sums,
-    statistics,
-    weigh,
-)
-from gq_triton.kernels._launch import CHUNK, THREADS, block_size
+from gq_triton.kernels import adamw, chunks, finite, push, sgd, statistics, sums, weigh
+from gq_triton.kernels.combine import CHUNK as COMBINE_CHUNK
+from gq_triton.kernels.combine import _combine_kernel
+from gq_triton.kernels.launch import CHUNK, THREADS, block_size
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -69,7 +62,7 @@ COMBINE = {
     "n_clusters": "i32",
 }  # fmt: skip
 COMBINED = {
-    "C_DTYPE": F32, "L": 5, "CHUNK": cluster_combine.CHUNK, "BLOCK": block_size(torch.float32),
+    "C_DTYPE": F32, "L": 5, "CHUNK": COMBINE_CHUNK, "BLOCK": block_size(torch.float32),
     "THREADS": THREADS, "REPAIR": False, "Q_DTYPE": F32,
 }  # fmt: skip
 F64_COMBINE = dict.fromkeys(("sums", "queue", "weighted", "raw"), "*fp64:16")
@@ -103,9 +96,9 @@ SUMS = {
     "n": "i32:16", "n_clusters": "i32",
 }  # fmt: skip
 IMAGES = {"per_group": "i32", "stride_stat": "i32"}
-PARTS = {"C_DTYPE": F32, "K": 16, "PART": segment_sums.ROWS}
-ROW_TILES = PARTS | {"TILE_R": segment_sums.TILE // 128, "TILE_C": 128}
-IMAGE_TILES = PARTS | {"TILE_C": segment_sums.TILE // 128, "TILE_S": 128, "PART": 1}
+PARTS = {"C_DTYPE": F32, "K": 16, "PART": sums.ROWS}
+ROW_TILES = PARTS | {"TILE_R": sums.TILE // 128, "TILE_C": 128}
+IMAGE_TILES = PARTS | {"TILE_C": sums.TILE // 128, "TILE_S": 128, "PART": 1}
 BF16_ROWS = {"dy": "*bf16:16", "x": "*bf16:16"}
 F64_ROWS = dict.fromkeys(("dy", "x", "shifts", "scales"), "*fp64:16")
 ODD = {"n": "i32", "positions": "i32"}
@@ -119,10 +112,10 @@ SUMS_CASES = {
     "unaligned": ({}, ODD),
     "65 clusters": ({"K": 128}, {}),
 }
-NARROW_ROWS = {"one column": {"TILE_C": 1, "TILE_R": segment_sums.TILE, "PART": segment_sums.TILE}}
+NARROW_ROWS = {"one column": {"TILE_C": 1, "TILE_R": sums.TILE, "PART": sums.TILE}}
 NARROW_IMAGES = {
-    "one position": {"TILE_C": 128, "TILE_S": 1, "PART": segment_sums.ROWS},
-    "49 positions": {"TILE_C": segment_sums.TILE // 64, "TILE_S": 64, "PART": 2},
+    "one position": {"TILE_C": 128, "TILE_S": 1, "PART": sums.ROWS},
+    "49 positions": {"TILE_C": sums.TILE // 64, "TILE_S": 64, "PART": 2},
 }
 TOTAL_PARTS = {
     "parts": "*fp32:16", "offsets": "*i64", "sums": "*fp32:16", "n": "i32:16", "n_parts": "i32",
@@ -139,15 +132,15 @@ def cases():
     """Yield (kernel name, case name, kernel, runtime types, constants)."""
     for name, kernel, width in (
         ("weigh", weigh._weigh_kernel, 6),
-        ("push", weigh._push_kernel, 6),
-        ("gqsgd", gqsgd._gqsgd_kernel, 8),
-        ("gqadamw", gqadamw._gqadamw_kernel, 10),
+        ("push", push._push_kernel, 6),
+        ("gqsgd", sgd._gqsgd_kernel, 8),
+        ("gqadamw", adamw._gqadamw_kernel, 10),
     ):
         types = TABLE | ({"partials": "*fp32"} if name == "weigh" else {}) | scalars(kernel)
         for case, (constants, extra) in RING_CASES.items():
             used = {key: value for key, value in extra.items() if key in kernel.arg_names}
             yield name, case, kernel, types | used, FULL | constants | {"W": width}
-    kernel = cluster_combine._combine_kernel
+    kernel = _combine_kernel
     for case, (constants, extra) in COMBINE_CASES.items():
         used = {key: value for key, value in extra.items() if key in kernel.arg_names}
         merged = (COMBINE | scalars(kernel) | used).items()
@@ -174,17 +167,17 @@ def cases():
 def sums_cases():
     """Yield the cases of the sums by cluster."""
     for name, kernel, types, tiles, narrow in (
-        ("position_sums", segment_sums._position_kernel, SUMS, ROW_TILES, NARROW_ROWS),
-        ("channel_sums", segment_sums._channel_kernel, SUMS | IMAGES, IMAGE_TILES, NARROW_IMAGES),
+        ("position_sums", sums._position_kernel, SUMS, ROW_TILES, NARROW_ROWS),
+        ("channel_sums", sums._channel_kernel, SUMS | IMAGES, IMAGE_TILES, NARROW_IMAGES),
     ):
         more = {case: (constants, ODD) for case, constants in narrow.items()}
         for case, (constants, changed) in (SUMS_CASES | more).items():
             merged = {key: text for key, text in (types | changed).items() if text is not None}
             yield name, case, kernel, merged, tiles | constants
-    tiles = PARTS | {"TILE_M": segment_sums.TILE_M, "TILE_N": segment_sums.TILE_N}
-    yield "total_parts", "float32", segment_sums._total_parts_kernel, TOTAL_PARTS, tiles
+    tiles = PARTS | {"TILE_M": sums.TILE_M, "TILE_N": sums.TILE_N}
+    yield "total_parts", "float32", sums._total_parts_kernel, TOTAL_PARTS, tiles
     wide = TOTAL_PARTS | dict.fromkeys(("parts", "sums"), "*fp64:16")
-    yield "total_parts", "float64", segment_sums._total_parts_kernel, wide, tiles
+    yield "total_parts", "float64", sums._total_parts_kernel, wide, tiles
 
 
 def compile_for(target: GPUTarget, kernel: triton.JITFunction, types: dict, constants: dict):
@@ -205,7 +198,7 @@ def compile_for(target: GPUTarget, kernel: triton.JITFunction, types: dict, cons
     warps = 4 if constants.get("CHUNK") is None else THREADS // target.warp_size
     options = {"num_warps": warps}
     if "PART" in constants:
-        options = {"num_warps": segment_sums.NUM_WARPS}
+        options = {"num_warps": sums.NUM_WARPS}
     return triton.compile(source, target=target, options=options)
 
 

@@ -6,30 +6,35 @@ import pytest
 import torch
 from kernel_cases import INTERPRETED, QUIET
 
-from gq_triton import GQSGD, GQAdamW, compiled, eager, kernels
+from gq_triton import GQSGD, GQAdamW, kernels
+from gq_triton.engines import Engine, compiled, eager
 from gq_triton.ring import flat
 
 pytestmark = QUIET
 ENGINES = [kernels, compiled, eager]
-# What the rest of the package asks an engine for.
-OPERATIONS = [
-    "all_finite", "channel_sums", "combine", "gqadamw_", "gqsgd_", "position_sums", "push_",
-    "queue_statistics", "weigh_",
-]  # fmt: skip
+OPERATIONS = sorted(name for name in vars(Engine) if not name.startswith("_"))
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled here, for CUDA.")
 BACKENDS = ["torch", "numba", pytest.param("triton", marks=interpreted)]
 
 
+def test_the_protocol_says_what_every_operation_does():
+    assert len(OPERATIONS) == 9
+    assert [name for name in OPERATIONS if not vars(Engine)[name].__doc__] == []
+
+
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.__name__)
-def test_an_engine_has_what_it_lists(engine):
-    assert [name for name in engine.__all__ if not hasattr(engine, name)] == []
+def test_an_engine_offers_the_operations_of_the_protocol(engine):
+    assert sorted(engine.__all__) == OPERATIONS
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_engines_take_the_same_arguments(name):
-    signatures = [inspect.signature(getattr(engine, name)) for engine in ENGINES]
-    parameters = [[(p.name, p.kind, p.default) for p in s.parameters.values()] for s in signatures]
-    assert parameters[0] == parameters[1] == parameters[2]
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.__name__)
+def test_an_engine_takes_the_arguments_of_the_protocol(engine, name):
+    def arguments(function):
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in parameters if p.name != "self"]
+
+    assert arguments(getattr(engine, name)) == arguments(vars(Engine)[name])
 
 
 @pytest.mark.parametrize("make", [GQAdamW, lambda p, **o: GQSGD(p, lr=0.1, momentum=0.9, **o)])

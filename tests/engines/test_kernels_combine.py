@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICES, QUIET, Clusters, Guarded, newest_first, truncated
 
-from gq_triton import eager
+from gq_triton.engines import eager
 from gq_triton.kernels import combine, weigh_
-from gq_triton.kernels._launch import block_size
-from gq_triton.kernels.cluster_combine import CHUNK
+from gq_triton.kernels.combine import CHUNK
+from gq_triton.kernels.launch import block_size
+from gq_triton.law import Law
 
 BLOCK = block_size(torch.float32)
 SIZES = [1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1]
@@ -74,8 +75,8 @@ def _types(rows):
 
 def run(sums, queue, count, clusters, *, rho=3.0, **options):
     """Run the kernel on clusters of known sizes; return the statistics added up."""
-    queued = torch.tensor(count, device=sums.device)
-    actual = combine(sums, queue, queued, rho=rho, **clusters.vectors(), **options)
+    queued, law = torch.tensor(count, device=sums.device), Law(rho, **options)
+    actual = combine(sums, queue, queued, law, **clusters.vectors())
     return *actual[:2], actual[2].sum(dim=0)
 
 
@@ -160,7 +161,7 @@ def test_one_cluster_equals_no_clusters(device):
     grad, queue = guarded.normal(BLOCK + 9), guarded.normal(5, BLOCK + 9)
     weighted, raw, statistics = run(grad[None], queue, 6, clusters)
     assert torch.equal(raw, grad)
-    sums = weigh_([grad], [queue], [torch.tensor(6, device=device)], None, rho=3.0)
+    sums = weigh_([grad], [queue], [torch.tensor(6, device=device)], None, Law(3.0))
     torch.testing.assert_close(weighted, grad, rtol=5e-7, atol=0)
     torch.testing.assert_close(statistics.float(), sums[0], rtol=1e-5, atol=0)
 
@@ -294,7 +295,7 @@ def test_any_call_agrees_with_eager(device, n, sizes, slots, turn, rho, exponent
     sums, queue = sums_of(guarded, clusters, n), guarded.normal(slots, n)
     count = max(slots + turn, 0)
     vectors: dict[str, Any] = clusters.vectors()
-    expected = eager.combine(sums, queue, torch.tensor(count), rho=rho, **vectors)
+    expected = eager.combine(sums, queue, torch.tensor(count), Law(rho), **vectors)
     clusters.device = device
     sums, queue = sums.to(device), queue.to(device)
     actual = run(sums, queue, count, clusters, rho=rho)
@@ -315,4 +316,4 @@ def test_wrong_inputs_are_named(device):
         run(sums, queue, 3, Clusters(device, [1, 1, 1]))
     vectors: dict[str, Any] = clusters.vectors()
     with pytest.raises(ValueError, match=r"queued\[0\] must be one torch.int64"):
-        combine(sums, queue, torch.tensor(3.0, device=device), rho=3.0, **vectors)
+        combine(sums, queue, torch.tensor(3.0, device=device), Law(3.0), **vectors)

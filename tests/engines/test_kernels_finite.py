@@ -7,7 +7,7 @@ import torch
 from kernel_cases import DEVICES, QUIET, Guarded
 
 from gq_triton.kernels import all_finite
-from gq_triton.kernels._launch import CHUNK, block_size
+from gq_triton.kernels.launch import CHUNK, block_size
 
 BLOCK = block_size(torch.float32, most=8)
 SIZES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1)

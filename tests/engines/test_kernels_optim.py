@@ -9,22 +9,29 @@ from kernel_cases import DEVICES, INTERPRETED, QUIET, Guarded, assert_stored, or
 
 from gq_triton import reference
 from gq_triton.kernels import all_finite, gqadamw_, gqsgd_
-from gq_triton.kernels._launch import CHUNK, block_size
+from gq_triton.kernels.launch import CHUNK, block_size
+from gq_triton.law import Law
 
 BLOCK = block_size(torch.float32)
 SIZES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1)
 SGD = {
     "lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False,
-    "maximize": False, "rho": 3.0, "first": False,
+    "maximize": False, "first": False,
 }  # fmt: skip
 ADAMW = {
     "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "maximize": False,
-    "rho": 3.0,
 }  # fmt: skip
 pytestmark = [
     pytest.mark.parametrize("device", DEVICES),
     *QUIET,
 ]
+
+
+def split(options):
+    """Return the law among the options of a call, and the others."""
+    named = {key: value for key, value in options.items() if key in Law._fields}
+    others = {key: value for key, value in options.items() if key not in Law._fields}
+    return Law(**{"rho": 3.0, **named}), others
 
 
 def exactly(tensor):
@@ -65,18 +72,20 @@ class Problem:
 
     def sgd_(self, finite=None, **options):
         lists = self.params, self.grads, self.queues, self.queued
+        law, options = split(options)
         buffers = self.first_moments if (SGD | options)["momentum"] else None
-        gqsgd_(*lists, buffers, finite, **(SGD | options))
+        gqsgd_(*lists, buffers, finite, law, **(SGD | options))
 
     def adamw_(self, finite=None, **options):
         lists = self.params, self.grads, self.queues, self.queued
         state = self.first_moments, self.second_moments, self.steps
-        gqadamw_(*lists, *state, finite, **(ADAMW | options))
+        law, options = split(options)
+        gqadamw_(*lists, *state, finite, law, **(ADAMW | options))
 
     def check_sgd(self, **options):
         """Take a step and compare it with the oracle."""
         used = {**SGD, **options}
-        first, rho = used.pop("first"), used.pop("rho")
+        first, rho = used.pop("first"), used.pop("rho", 3.0)
         before = [(exactly(p), exactly(m)) for p, m in self._pairs()]
         weighted = self.weighted(rho)
         raw = [grad.clone() for grad in self.grads]
@@ -93,7 +102,7 @@ class Problem:
     def check_adamw(self, **options):
         """Take a step and compare it with the oracle."""
         used = {**ADAMW, **options}
-        rho = used.pop("rho")
+        rho = used.pop("rho", 3.0)
         used["betas"] = (used.pop("beta1"), used.pop("beta2"))
         before = [
             (exactly(p), exactly(m), exactly(v))
@@ -330,8 +339,8 @@ def test_both_alignment_classes_in_one_call(device):
 
 
 def test_no_tensors(device):
-    gqsgd_([], [], [], [], None, None, **SGD)
-    gqadamw_([], [], [], [], [], [], [], None, **ADAMW)
+    gqsgd_([], [], [], [], None, None, Law(3.0), **SGD)
+    gqadamw_([], [], [], [], [], [], [], None, Law(3.0), **ADAMW)
 
 
 def test_wrong_inputs_are_named(device):

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICES, QUIET, Guarded
 from torch import Tensor
 
-from gq_triton import compiled, eager, kernels
+from gq_triton import kernels
+from gq_triton.engines import compiled, eager
 from gq_triton.kernels import channel_sums, position_sums
-from gq_triton.kernels.segment_sums import MOST_COLUMNS, ROWS, TILE, TILE_M, TILE_N
+from gq_triton.kernels.sums import MOST_COLUMNS, ROWS, TILE, TILE_M, TILE_N
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OCCUPATIONS = [[5], [1, 7], [40, 0, 3], [0, 0, 1, 0], [3, 1, 4, 1, 5, 9, 0, 2, 6], [70, 130]]

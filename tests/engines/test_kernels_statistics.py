@@ -6,7 +6,9 @@ import pytest
 import torch
 from kernel_cases import DEVICE, ON_DEVICE, QUIET, Clusters, Guarded, newest_first
 
-from gq_triton import compiled, eager, kernels, reference
+from gq_triton import kernels, reference
+from gq_triton.engines import compiled, eager
+from gq_triton.law import Law
 
 pytestmark = QUIET
 ENGINES = [
@@ -85,8 +87,9 @@ class TestCombine:
         dtype = torch.promote_types(queue.dtype, sums.dtype)
         out = torch.empty(2, queue.shape[1], dtype=dtype, device=device)
         ops.queue_statistics(queue, queued, out)
-        ring = ops.combine(sums, queue, queued, rho=rho, **vectors, **options)
-        known = ops.combine(sums, out, None, rho=rho, queue_dtype=queue.dtype, **vectors, **options)
+        law = Law(rho, **options)
+        ring = ops.combine(sums, queue, queued, law, **vectors)
+        known = ops.combine(sums, out, None, law, queue_dtype=queue.dtype, **vectors)
         return ring, known
 
     @pytest.mark.parametrize("scale", ["paper", "standard_error"])
@@ -114,7 +117,7 @@ class TestCombine:
         out = torch.empty(2, 9, device=device)
         ops.queue_statistics(queue, torch.tensor(4, device=device), out)
         weighted, raw, _ = ops.combine(
-            sums, out, None, rho=3.0, queue_dtype=stored, **clusters.vectors()
+            sums, out, None, Law(3.0), queue_dtype=stored, **clusters.vectors()
         )
         oracle = reference.weighted_gradient(sums[0].cpu(), queue.cpu(), rho=3.0)
         torch.testing.assert_close(weighted.double().cpu(), oracle, rtol=1e-6, atol=0)  # float32

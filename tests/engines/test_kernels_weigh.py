@@ -17,9 +17,11 @@ from kernel_cases import (
     truncated,
 )
 
-from gq_triton import eager, kernels
+from gq_triton import kernels
+from gq_triton.engines import eager
 from gq_triton.kernels import all_finite, weigh_
-from gq_triton.kernels._launch import CHUNK, block_size
+from gq_triton.kernels.launch import CHUNK, block_size
+from gq_triton.law import Law
 
 BLOCK = block_size(torch.float32)
 SIZES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1)
@@ -33,7 +35,7 @@ pytestmark = [
 def weights_of(grads, queues, queued, *, rho=3.0, **options):
     """Run the kernel and return the weights ``after / before`` in float64 and the sums."""
     before = [grad.to("cpu", torch.float64, copy=True) for grad in grads]
-    sums = weigh_(grads, queues, queued, all_finite(grads), rho=rho, **options)
+    sums = weigh_(grads, queues, queued, all_finite(grads), Law(rho, **options))
     after = [grad.double().cpu() for grad in grads]
     return [a / b for a, b in zip(after, before, strict=True)], sums
 
@@ -111,7 +113,7 @@ def test_types_are_independent(device, dtype, queue_dtype):
     # The interpreter truncates to bfloat16, so the oracle gets what the kernel will have queued.
     rounded = [truncated(g, queue_dtype) for g in raw]
     exact = [oracle_weights(g, q, 8, 3.0) for g, q in zip(rounded, queues, strict=True)]
-    weigh_(grads, queues, guarded.counters(sizes, 8), None, rho=3.0)
+    weigh_(grads, queues, guarded.counters(sizes, 8), None, Law(3.0))
     for index, grad in enumerate(grads):
         assert_stored(grad, exact[index] * raw[index].double().cpu(), scale=1.0)
         assert torch.equal(queues[index][8 % 5], rounded[index].to(queue_dtype))
@@ -127,7 +129,7 @@ def test_non_finite_gradients_pass_untouched(device, value):
     raw, rings = [g.clone() for g in grads], [q.clone() for q in queues]
     exact = [oracle_weights(g, q, 4, 3.0) for g, q in zip(grads, queues, strict=True)]
     queued = guarded.counters(sizes, 4)
-    sums = weigh_(grads, queues, queued, all_finite(grads), rho=3.0)
+    sums = weigh_(grads, queues, queued, all_finite(grads), Law(3.0))
     assert torch.equal(grads[1].view(torch.int32), raw[1].view(torch.int32))
     assert torch.equal(queues[1], rings[1])
     assert [int(count) for count in queued] == [5, 4, 5]
@@ -145,10 +147,10 @@ def test_loss_scale_changes_no_weight_and_no_queue(device):
     grads_scaled, queues_scaled = scaled.lists(sizes), scaled.rings(sizes, 5)
     for grad in grads_scaled:
         grad.mul_(4096.0)
-    sums = weigh_(grads, queues, plain.counters(sizes, 9), None, rho=3.0)
+    sums = weigh_(grads, queues, plain.counters(sizes, 9), None, Law(3.0))
     scale = torch.tensor(4096.0, device=device)
-    options = {"rho": 3.0, "grad_scale": scale}
-    sums_scaled = weigh_(grads_scaled, queues_scaled, scaled.counters(sizes, 9), None, **options)
+    law = Law(3.0, grad_scale=scale)
+    sums_scaled = weigh_(grads_scaled, queues_scaled, scaled.counters(sizes, 9), None, law)
     assert torch.equal(sums, sums_scaled)
     for index in range(2):
         assert torch.equal(grads_scaled[index], grads[index] * 4096.0)
@@ -160,7 +162,7 @@ def test_sums(device):
     guarded = Guarded(device)
     grads, queues = guarded.lists(sizes), guarded.rings(sizes, 4)
     raw = [grad.double().cpu() for grad in grads]
-    sums = weigh_(grads, queues, guarded.counters(sizes, 4), None, rho=2.0).double().cpu()
+    sums = weigh_(grads, queues, guarded.counters(sizes, 4), None, Law(2.0)).double().cpu()
     assert sums.shape == (3, 5)
     for index, before in enumerate(raw):
         after = grads[index].double().cpu()
@@ -178,7 +180,7 @@ def test_rho_one_and_warm_up_change_no_bit(device):
         guarded = Guarded(device)
         grads, queues = guarded.lists(sizes), guarded.rings(sizes, 5)
         raw = [grad.clone() for grad in grads]
-        sums = weigh_(grads, queues, guarded.counters(sizes, count), None, rho=rho)
+        sums = weigh_(grads, queues, guarded.counters(sizes, count), None, Law(rho))
         for index, n in enumerate(sizes):
             assert torch.equal(grads[index], raw[index])
             assert torch.equal(queues[index][count % 5], raw[index])
@@ -195,7 +197,7 @@ def test_constant_queue(device, dtype, value):
     near = near.clamp(min=torch.finfo(dtype).tiny) if dtype == torch.bfloat16 else near
     for grad, weight in ((queue[0].clone(), 1 / 3), (near, 3.0)):
         exact = grad.double().cpu() * weight
-        weigh_([grad], [queue.clone()], [torch.tensor(9, device=device)], None, rho=3.0)
+        weigh_([grad], [queue.clone()], [torch.tensor(9, device=device)], None, Law(3.0))
         assert_stored(grad, exact, scale=0.0, units=2)
 
 
@@ -204,7 +206,7 @@ def test_neither_tiny_nor_huge_gradients_lose_the_statistic(device, scale):
     guarded = Guarded(device)
     grad, queue = guarded.normal(200, scale=scale), guarded.normal(5, 200, scale=scale)
     exact = oracle_weights(grad, queue, 5, 3.0) * grad.double().cpu()
-    weigh_([grad], [queue], guarded.counters((1,), 5), None, rho=3.0)
+    weigh_([grad], [queue], guarded.counters((1,), 5), None, Law(3.0))
     error = (grad.double().cpu() - exact).abs() / exact.abs().clamp(min=scale * 1e-3)
     assert float(error.max()) < 1e-5
 
@@ -212,7 +214,7 @@ def test_neither_tiny_nor_huge_gradients_lose_the_statistic(device, scale):
 def test_a_gradient_beyond_the_queues_type_saturates(device):
     grad = torch.tensor([1e5, -1e30, 2.0], device=device)
     queue = torch.ones(3, 3, dtype=torch.float16, device=device)
-    weigh_([grad], [queue], [torch.tensor(3, device=device)], None, rho=3.0)
+    weigh_([grad], [queue], [torch.tensor(3, device=device)], None, Law(3.0))
     assert queue[0].tolist() == [65504.0, -65504.0, 2.0]
     assert torch.equal(grad.cpu(), torch.tensor([1e5, -1e30, 2.0]) * 3)
 
@@ -223,7 +225,7 @@ def test_repeats_agree_bit_for_bit(device):
         guarded = Guarded(device)
         sizes = (CHUNK + 3, 100)
         grads, queues = guarded.lists(sizes), guarded.rings(sizes, 5)
-        sums = weigh_(grads, queues, guarded.counters(sizes, 6), None, rho=3.0)
+        sums = weigh_(grads, queues, guarded.counters(sizes, 6), None, Law(3.0))
         results.append([sums, *grads, *queues])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -247,24 +249,24 @@ def test_scale_and_order_do_not_matter(device, n, slots, turn, exponent, seed):
         (second, queue * factor, slots),
         (third, queue.clone(), slots + turn),
     ):
-        weigh_([g], [q], [torch.tensor(count, device=device)], None, rho=3.0)
+        weigh_([g], [q], [torch.tensor(count, device=device)], None, Law(3.0))
     assert torch.equal(first * factor, second)
     torch.testing.assert_close(third, first, rtol=1e-4, atol=0)
 
 
 def test_no_tensors(device):
-    assert weigh_([], [], [], torch.ones(0, dtype=torch.bool), rho=3.0).shape == (0, 5)
+    assert weigh_([], [], [], torch.ones(0, dtype=torch.bool), Law(3.0)).shape == (0, 5)
 
 
 def test_wrong_inputs_are_named(device):
     guarded = Guarded(device)
     grads, queues, queued = [guarded.normal(4)], [guarded.normal(3, 4)], guarded.counters((4,), 3)
     with pytest.raises(ValueError, match=r"queues\[0\] must have shape \(3, 4\)"):
-        weigh_(grads, [guarded.normal(4, 3).T], queued, None, rho=3.0)
+        weigh_(grads, [guarded.normal(4, 3).T], queued, None, Law(3.0))
     with pytest.raises(ValueError, match=r"queued\[0\] must be one torch.int64"):
-        weigh_(grads, queues, [queued[0].int()], None, rho=3.0)
+        weigh_(grads, queues, [queued[0].int()], None, Law(3.0))
     with pytest.raises(ValueError, match="shorter"):
-        weigh_(grads, queues, [], None, rho=3.0)
+        weigh_(grads, queues, [], None, Law(3.0))
 
 
 @pytest.mark.parametrize("ops", [kernels, eager], ids=lambda ops: ops.__name__)

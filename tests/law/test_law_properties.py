@@ -14,12 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gq_triton import compiled, eager, reference, scarcity_weight
-from gq_triton.compiled.law import TILE
+from gq_triton import reference, scarcity_weight
+from gq_triton.engines import compiled, eager
+from gq_triton.engines.compiled.law import TILE
+from gq_triton.engines.eager.law import BLOCK
+from gq_triton.law import Law
 from gq_triton.testing import assert_ulps, weight_ulps
 
 ENGINES = {"torch": eager, "numba": compiled}
-SIZES = (0, 1, eager.BLOCK - 1, eager.BLOCK, eager.BLOCK + 1)
+SIZES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1)
 SMALL = (1, 7, TILE - 1, TILE, TILE + 1)
 
 lengths = st.integers(1, 12)
@@ -70,7 +73,7 @@ class Case:
         counters = [torch.tensor(self.count)]
         short = None if length is None else torch.tensor(length)
         flags = torch.tensor([finite])
-        ops.weigh_(grads, queues, counters, flags, rho=rho, length=short, **options)
+        ops.weigh_(grads, queues, counters, flags, Law(rho, short, **options))
         return grads[0], queues[0], int(counters[0])
 
 
@@ -305,7 +308,7 @@ def test_statistics_of_a_weighing(ops):
     case.grad.add_(torch.randn(4001, generator=torch.Generator().manual_seed(0)))
     grads, scale = [case.grad * 8], torch.tensor(8.0)
     counters, finite = [torch.tensor(case.count)], torch.tensor([True])
-    table = ops.weigh_(grads, [case.queue], counters, finite, rho=3.0, grad_scale=scale)
+    table = ops.weigh_(grads, [case.queue], counters, finite, Law(3.0, grad_scale=scale))
     w = reference.scarcity_weight(case.grad, torch.stack(case.oracle.gradients))
     g = case.grad.double()
     expected = torch.stack(

@@ -24,8 +24,8 @@ PLACES = {
 # Everything may import itself and what stands in BASE, unless it stands in BASE itself.
 HOUSE = "gq_triton"
 BASE = {"names", "options", "law", "ring", "saved", "claims"}
-ENGINES = {"engines", "backend"}
-QUEUES = {"queues", "grouping", "clustering", "distances"} | ENGINES
+ENGINES = {"engines"}
+QUEUES = {"queues", "grouping"} | ENGINES
 DOORS = {HOUSE, "grad_queue", "optim", "dist", "dist.routes", "dist.state"}
 BELOW = {"cluster_grad", "cluster_grad.layers"} | QUEUES
 MAY = {
@@ -34,18 +34,13 @@ MAY = {
     "options": set(),
     "law": {"options"},
     "saved": {"options", "ring"},
-    "ring": {"options", "backend", "eager"},
+    "ring": {"options"},
     "reference": set(),
     "testing": set(),
-    "distances": set(),
     "kernels": set(),
-    "eager": {"distances"},
-    "compiled": {"eager"},
-    "backend": {"eager", "compiled", "kernels"},
-    "engines": {"kernels", "distances"},
+    "engines": {"kernels"},
     "queues": ENGINES,
-    "grouping": {"distances"} | ENGINES,
-    "clustering": {"distances"} | ENGINES,
+    "grouping": ENGINES,
     "cluster_grad": BELOW,
     # A layer gives sums to a sink: it knows no queue.
     "cluster_grad.layers": {"cluster_grad", "grouping"} | ENGINES,
@@ -68,7 +63,7 @@ MAY = {
     "cli": {"study", "tasks", "training"} | DOORS,
     "launch": {"tasks", "training"} | DOORS,
     # They time engines alone, too.
-    "benchmarks": {"testing", "kernels", "eager", "compiled"} | DOORS | BELOW,
+    "benchmarks": {"testing", "kernels"} | DOORS | BELOW,
 }
 
 # November 2026: (module, room) of imports that must go. A line that is no longer true fails.

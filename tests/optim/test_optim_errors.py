@@ -15,7 +15,7 @@ from optim_cases import (
     values,
 )
 
-from gq_triton import GQSGD, GQAdamW, backend, scarcity_weight
+from gq_triton import GQSGD, GQAdamW, engines, scarcity_weight
 
 COMMON = [
     ({"rho": 0.5}, "rho must be a finite number >= 1 (1 switches the law off), got 0.5"),
@@ -149,20 +149,20 @@ def test_triton_on_the_cpu_needs_the_interpreter(variant, monkeypatch):
     ],
 )
 def test_a_backend_whose_package_is_missing_says_so(name, package, cure, monkeypatch):
-    monkeypatch.setattr(backend, "_installed", lambda package: False)
+    monkeypatch.setattr(engines, "_installed", lambda package: False)
     message = f'backend="{name}" needs the package {package}: {cure}'
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        backend.engine(torch.device("cpu"), name)
-    assert backend.engine(torch.device("cpu")).__name__ == "gq_triton.eager"
+        engines.engine(torch.device("cpu"), name)
+    assert engines.engine(torch.device("cpu")).__name__ == "gq_triton.engines.eager"
 
 
 def test_numba_is_for_the_cpu():
     with pytest.raises(RuntimeError, match="runs on the CPU, got tensors on cuda"):
-        backend.engine(torch.device("cuda"), "numba")
+        engines.engine(torch.device("cuda"), "numba")
 
 
 def test_numba_is_what_the_cpu_gets():
-    assert backend.engine(torch.device("cpu")).__name__ == "gq_triton.compiled"
+    assert engines.engine(torch.device("cpu")).__name__ == "gq_triton.engines.compiled"
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gq_triton.backend import engine
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
 from gq_triton.cluster_grad.layers.rows import accumulation_type, launches_cost
 from gq_triton.cluster_grad.site import Block, Call, Family, Site
 from gq_triton.cluster_grad.step import Step
+from gq_triton.engines import engine
 from gq_triton.ring import flat
 
 __all__ = ["CONV"]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gq_triton.backend import engine
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
 from gq_triton.cluster_grad.layers.rows import accumulation_type, check_rows
 from gq_triton.cluster_grad.site import Call, Family, Site
 from gq_triton.cluster_grad.step import Step
+from gq_triton.engines import engine
 
 __all__ = ["BATCH_NORM", "GROUP_NORM", "LAYER_NORM", "RMS_NORM"]
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import as_bytes, device_guard, ring_launch
 from gq_triton.kernels.chunks import (
     GRAD,
     QUEUE,
@@ -23,7 +22,9 @@ from gq_triton.kernels.chunks import (
     typed,
     unless_found_inf,
 )
+from gq_triton.kernels.launch import as_bytes, device_guard, ring_launch
 from gq_triton.kernels.law import divide, inverse_scale, load, square_root, store, weigh_and_queue
+from gq_triton.law import Law
 
 __all__ = ["gqadamw_"]
 
@@ -137,7 +138,8 @@ def gqadamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    finite: Tensor | None,
+    accepted: Tensor | None,
+    law: Law,
     *,
     lr: float | Tensor,
     beta1: float,
@@ -145,37 +147,12 @@ def gqadamw_(
     eps: float,
     weight_decay: float,
     maximize: bool,
-    rho: float,
-    length: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
 ) -> None:
-    """Take one step of AdamW on weighted gradients, in place, in the order of torch.optim.AdamW.
+    """Take one step of AdamW on weighted gradients; see ``engines.protocol``.
 
-    The law (Grad Queue, arXiv 2404.16917, equations 1 and 2) acts on the unscaled loss gradient,
-    the weighted gradient enters both moments. Float32 (float64 if a tensor is float64) with one
-    rounding at each store; types may differ from list to list. Bias corrections come from the step
-    on the device: the host waits for nothing.
-
-    Args:
-        params: N parameters ``(P,)``, updated.
-        grads: N gradients ``(P,)``, read only.
-        queues: N ring buffers ``(L, P)`` with contiguous rows; the oldest becomes the raw gradient.
-        queued: N counters, 0-d int64: gradients queued so far, increased.
-        exp_avgs: N first moments ``(P,)``.
-        exp_avg_sqs: N second moments ``(P,)``.
-        steps: N counters of updates, 0-d float32, increased by one.
-        finite: ``(N,)`` bool, or None where `found_inf` vouches for every gradient.
-        lr: learning rate, a number or a 0-d tensor; the host does not wait for one on the device.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the denominator.
-        weight_decay: decoupled decay.
-        maximize: ascend.
-        rho: bound of the weight, at least 1.
-        length: effective length, 0-d int64, or None for L.
-        grad_scale: the loss scale the gradients carry, 0-d float32, or None.
-        found_inf: non-zero where nothing must be written or counted, 0-d float32, or None.
+    Computed in float32 (float64 if a tensor is float64) with one rounding at each store; types may
+    differ from list to list. The bias corrections come from the steps on the device, and the host
+    waits neither for them nor for a learning rate there.
 
     Raises:
         ValueError: the lists disagree in length, shape, dtype or layout.
@@ -189,19 +166,19 @@ def gqadamw_(
     lr_tensor = lr if on_device else None
     with device_guard(device):
         ring, tables = ring_launch(grads, queues, queued, vectors, {"steps": steps})
-        flags = as_bytes(finite)
+        flags = as_bytes(accepted)
         for table in tables:
             if table.n_chunks:
                 _gqadamw_kernel[(table.n_chunks,)](
                     table.rows, table.starts, table.n_tensors,
-                    flags, length, grad_scale, found_inf, lr_tensor,
+                    flags, law.length, law.grad_scale, law.found_inf, lr_tensor,
                     0.0 if on_device else float(lr), float(beta1), _log2(beta1),
-                    float(beta2), _log2(beta2), float(eps), float(weight_decay), 1.0 / rho,
-                    float(rho), P_DTYPE=ring.dtypes["params"], M_DTYPE=ring.dtypes["exp_avgs"],
+                    float(beta2), _log2(beta2), float(eps), float(weight_decay), 1.0 / law.rho,
+                    float(law.rho), P_DTYPE=ring.dtypes["params"], M_DTYPE=ring.dtypes["exp_avgs"],
                     V_DTYPE=ring.dtypes["exp_avg_sqs"], MAXIMIZE=maximize,
                     ALIGNED=table.aligned, **ring.constants,
                 )  # fmt: skip
-            count_(table, flags, found_inf, step=_STEP.value)
+            count_(table, flags, law.found_inf, step=_STEP.value)
 
 
 def _log2(beta: float) -> float:

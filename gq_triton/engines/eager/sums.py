@@ -1,4 +1,4 @@
-"""What biases, and the scales and shifts of normalisation layers, get from each cluster.
+"""Sums by cluster for biases, and for the scales and shifts of normalisation layers.
 
 Shape legend: B = samples, K = clusters, T or S = positions, N or C = columns, G = groups.
 """
@@ -26,20 +26,7 @@ def position_sums(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum ``dy`` and ``dy * (x - mean) * rstd`` by cluster and column, over all positions.
-
-    Args:
-        dy: ``(B, T, N)`` gradients at the output.
-        order: ``(B,)`` int64, the samples sorted by cluster.
-        offsets: ``(K + 1,)`` int64: cluster k has the samples ``order[offsets[k]]`` to
-            ``order[offsets[k + 1] - 1]``.
-        x: ``(B, T, N)`` the layer's inputs, or None.
-        mean: ``(B, T)`` of each row of x, or None for 0.
-        rstd: ``(B, T)`` reciprocal standard deviations; with x only.
-
-    Returns:
-        The sums of dy ``(K, N)``, and those of the product or None without x, in float32 at least.
-    """
+    """Sum by cluster and column, over all positions; see ``protocol``."""
     dtype = torch.promote_types(dy.dtype, torch.float32)
     shifts = by_cluster(dy.sum(dim=1, dtype=dtype), order, offsets)
     if x is None:
@@ -59,19 +46,7 @@ def channel_sums(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum ``dy`` and ``dy * (x - mean) * rstd`` by cluster and channel, over all positions.
-
-    Args:
-        dy: ``(B, C, S)`` gradients at the output.
-        order: as in ``position_sums``.
-        offsets: as in ``position_sums``.
-        x: ``(B, C, S)`` the layer's inputs, or None.
-        mean: ``(B, G)`` of each sample's G groups of C / G channels, or ``(1, G)`` for all samples.
-        rstd: reciprocal standard deviations, of the shape of ``mean``.
-
-    Returns:
-        The sums of dy ``(K, C)``, and those of the product or None without x, in float32 at least.
-    """
+    """Sum by cluster and channel, over all positions; see ``protocol``."""
     if x is None:
         dtype = torch.promote_types(dy.dtype, torch.float32)
         return by_cluster(dy.sum(dim=2, dtype=dtype), order, offsets), None
@@ -89,7 +64,7 @@ def per_channel(statistic: Tensor, channels: int) -> Tensor:
 
 
 def sample_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over positions what a normalisation layer's scale and shift get from each sample.
+    """Return the gradients of a normalisation layer's scale and shift, sample by sample.
 
     Args:
         grad: gradient at the layer's output, ``(B, C, S)``.

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import as_bytes, device_guard, ring_launch
 from gq_triton.kernels.chunks import (
     GRAD,
     QUEUE,
@@ -22,7 +21,9 @@ from gq_triton.kernels.chunks import (
     typed,
     unless_found_inf,
 )
+from gq_triton.kernels.launch import as_bytes, device_guard, ring_launch
 from gq_triton.kernels.law import inverse_scale, load, store, weigh_and_queue
+from gq_triton.law import Law
 
 __all__ = ["gqsgd_"]
 
@@ -119,7 +120,8 @@ def gqsgd_(
     queues: Sequence[Tensor],
     queued: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor] | None,
-    finite: Tensor | None,
+    accepted: Tensor | None,
+    law: Law,
     *,
     lr: float | Tensor,
     momentum: float,
@@ -127,36 +129,12 @@ def gqsgd_(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
-    rho: float,
     first: bool,
-    length: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
 ) -> None:
-    """Take one step of SGD on weighted gradients, in place; the order is that of torch.optim.SGD.
+    """Take one step of SGD on weighted gradients; see ``engines.protocol``.
 
-    The law (Grad Queue, arXiv 2404.16917, equations 1 and 2) acts on the unscaled loss gradient;
-    then come the sign of `maximize`, L2 decay, momentum and the update, in float32 (float64 if a
-    tensor is float64) with one rounding at each store. Types may differ from list to list.
-
-    Args:
-        params: N parameters ``(P,)``, updated.
-        grads: N gradients ``(P,)``, read only.
-        queues: N ring buffers ``(L, P)`` with contiguous rows; the oldest becomes the raw gradient.
-        queued: N counters, 0-d int64: gradients queued so far, increased.
-        momentum_buffers: N buffers ``(P,)``, or None without momentum.
-        finite: ``(N,)`` bool, or None where `found_inf` vouches for every gradient.
-        lr: learning rate, a number or a 0-d tensor; the host does not wait for one on the device.
-        momentum: decay of the momentum buffer.
-        dampening: share of the gradient that does not enter the momentum.
-        weight_decay: L2 penalty.
-        nesterov: look one momentum step ahead.
-        maximize: ascend.
-        rho: bound of the weight, at least 1.
-        first: whether the buffers are written for the first time, as the gradient itself.
-        length: effective length, 0-d int64, or None for L.
-        grad_scale: the loss scale the gradients carry, 0-d float32, or None.
-        found_inf: non-zero where nothing must be written or counted, 0-d float32, or None.
+    Computed in float32 (float64 if a tensor is float64) with one rounding at each store; types may
+    differ from list to list. The host does not wait for a learning rate on the device.
 
     Raises:
         ValueError: the lists disagree in length, shape, dtype or layout.
@@ -171,17 +149,17 @@ def gqsgd_(
     lr_tensor = lr if on_device else None
     with device_guard(device):
         ring, tables = ring_launch(grads, queues, queued, vectors)
-        flags = as_bytes(finite)
+        flags = as_bytes(accepted)
         for table in tables:
             if table.n_chunks:
                 _gqsgd_kernel[(table.n_chunks,)](
                     table.rows, table.starts, table.n_tensors,
-                    flags, length, grad_scale, found_inf, lr_tensor,
+                    flags, law.length, law.grad_scale, law.found_inf, lr_tensor,
                     0.0 if on_device else float(lr), float(momentum),
-                    float(1 - dampening), float(weight_decay), 1.0 / rho, float(rho),
+                    float(1 - dampening), float(weight_decay), 1.0 / law.rho, float(law.rho),
                     P_DTYPE=ring.dtypes["params"],
                     B_DTYPE=ring.dtypes.get("momentum_buffers"),
                     DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize, FIRST=first,
                     ALIGNED=table.aligned, **ring.constants,
                 )  # fmt: skip
-            count_(table, flags, found_inf)
+            count_(table, flags, law.found_inf)

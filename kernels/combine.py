@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import (
+from gq_triton.kernels.launch import (
     THREADS,
     TRITON_DTYPE,
     block_size,
@@ -29,10 +29,11 @@ from gq_triton.kernels.law import (
     to_queue,
     widen,
 )
+from gq_triton.law import Law
 
 __all__ = ["combine"]
 
-# Elements one program works on: fewer than `_launch.CHUNK`, since a launch has one tensor only.
+# Elements one program works on: fewer than `launch.CHUNK`, since a launch has one tensor only.
 CHUNK = 4096
 
 
@@ -171,42 +172,18 @@ def combine(
     sums: Tensor,
     queue: Tensor,
     queued: Tensor | None,
+    law: Law,
     *,
     inverse_shares: Tensor,
     mixture: Tensor,
     sigma_scales: Tensor,
-    rho: float,
-    length: Tensor | None = None,
-    grad_scale: Tensor | None = None,
     into: tuple[Tensor, Tensor] | None = None,
     queue_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight the cluster means of one parameter and add them up: ``sum_k P_k w(c_k) c_k``.
+    """Weight the cluster means of one parameter and add them up; see ``engines.protocol``.
 
-    The law is Grad Queue's (arXiv 2404.16917, Algorithm 1), computed in float32 (float64 if a
-    tensor is float64). The queue's statistics are computed once per element, the sums are read
-    once, nothing is queued. Repeats agree bit for bit.
-
-    Args:
-        sums: ``(K, P)`` gradients summed over each cluster's samples, ``c_k = sums_k / share_k``.
-            If any of them is not finite, every weight is 1.
-        queue: the ring ``(L, P)`` with contiguous rows at any distance, read only; or ``(2, P)``,
-            what ``queue_statistics`` wrote.
-        queued: gradients queued so far, 0-d int64; below L every weight is 1. None says that
-            ``queue`` holds statistics.
-        inverse_shares: ``(K,)`` float64, ``1 / share_k``; 0 for an empty cluster.
-        mixture: ``(K,)`` float64, ``P_k``.
-        sigma_scales: ``(K,)`` float64, what sigma is multiplied by for cluster k.
-        rho: bound of the weight, at least 1.
-        length: effective length, 0-d int64, or None for L; statistics have theirs.
-        grad_scale: the loss scale the sums carry, 0-d float32, or None.
-        into: where to write the weighted and the raw gradient, ``(P,)`` each; None allocates.
-        queue_dtype: type of the ring that statistics are of.
-
-    Returns:
-        The weighted gradient ``(P,)`` and the raw one ``(P,)``, both with the loss scale and in the
-        type of ``sums``; and ``(C, 5)`` float64, whose sum over the chunks is as in ``weigh_``, the
-        last three mean over clusters by population.
+    Computed in float32 (float64 if a tensor is float64). The queue's statistics are computed once
+    per element and the sums are read once. Repeats agree bit for bit.
 
     Raises:
         ValueError: the tensors disagree in shape, dtype, layout or device.
@@ -232,9 +209,10 @@ def combine(
         for repair in (False, True):
             if chunks:
                 _combine_kernel[(chunks,)](
-                    sums, sums.stride(0), queue, queue.stride(0), queued, length, grad_scale,
+                    sums, sums.stride(0), queue, queue.stride(0), queued, law.length,
+                    law.grad_scale,
                     inverse_shares, mixture, sigma_scales, weighted, raw, partials, flags, n,
-                    clusters, 1.0 / rho, float(rho), C_DTYPE=wide,
+                    clusters, 1.0 / law.rho, float(law.rho), C_DTYPE=wide,
                     Q_DTYPE=TRITON_DTYPE[queue_dtype or queue.dtype], L=queue.shape[0],
                     CHUNK=CHUNK, BLOCK=block_size(*dtypes), THREADS=THREADS, REPAIR=repair,
                     num_warps=num_warps(device),

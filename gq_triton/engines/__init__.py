@@ -1,29 +1,22 @@
 """Which engine runs an operation: the only module that asks whether Triton or Numba can run.
 
-Three engines offer the same functions (``all_finite``, ``weigh_``, ``gqsgd_``, ``gqadamw_``,
-``combine``, ``queue_statistics``, ``push_``, ``position_sums``, ``channel_sums``): ``kernels``
-(Triton), ``compiled`` (Numba, CPU) and ``eager`` (plain torch, any device).
+Three engines offer the operations of ``engines.protocol``: ``gq_triton.kernels`` (Triton),
+``engines.compiled`` (Numba, CPU) and ``engines.eager`` (plain torch, any device).
 """
 
 import importlib.util
 import os
 from functools import cache
-from types import ModuleType
 
 import torch
 
-__all__ = ["BACKENDS", "check_backend", "engine"]
+from gq_triton.engines.protocol import Engine
+from gq_triton.options import check_backend
 
-BACKENDS = ("auto", "triton", "numba", "torch")
-
-
-def check_backend(backend: str) -> None:
-    """Raise a ValueError unless ``backend`` is one of ``BACKENDS``."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+__all__ = ["Engine", "engine"]
 
 
-def engine(device: torch.device, backend: str = "auto") -> ModuleType:
+def engine(device: torch.device, backend: str = "auto") -> Engine:
     """Return the module that runs the operations on ``device``.
 
     Args:
@@ -46,10 +39,10 @@ def engine(device: torch.device, backend: str = "auto") -> ModuleType:
         return kernels
     if backend == "numba":
         _check_numba(device.type)
-        from gq_triton import compiled
+        from gq_triton.engines import compiled
 
         return compiled
-    from gq_triton import eager
+    from gq_triton.engines import eager
 
     return eager
 

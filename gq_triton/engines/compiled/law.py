@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gq_triton.eager.law import VARIANCE_FLOOR, Turn
+from gq_triton.engines.eager.law import Turn
+from gq_triton.law import VARIANCE_FLOOR
 
 __all__ = [
-    "DTYPES", "TILE", "exact", "fuses", "law_arguments", "ring_arguments", "spread_of", "sums",
-    "typed", "weight_of",
+    "DTYPES", "TILE", "exact", "exact_scale", "fuses", "law_arguments", "ring_arguments",
+    "spread_of", "sums", "typed", "weight_of",
 ]  # fmt: skip
 
 # Elements that are updated before they are queued: their gradients are still in L1 then.
@@ -31,7 +32,7 @@ sums = partial(numba.njit, nogil=True, error_model="numpy", fastmath=True)
 
 @cache
 def spread_of(used: int) -> Callable[..., Any]:
-    """Return ``eager.Spread.of`` for one element and an effective length the compiler unrolls."""
+    """Return ``law.Spread.of`` for one element and an effective length the compiler unrolls."""
 
     @exact()
     def spread(ring, stride, slots, slot, j, law):
@@ -77,16 +78,20 @@ def weight_of(used: int) -> Callable[..., Any]:
 
 
 def fuses(turn: Turn, unscale: float, *tensors: Tensor) -> bool:
-    """Return whether the compiled pass does this tensor: weights active, one type it knows.
-
-    A loss scale that is no power of two goes elsewhere: the compiler may fuse its product with the
-    comparison, and what is compared would not be rounded as what is queued.
-    """
+    """Return whether the compiled pass does this tensor: weights active, one type it knows."""
     dtype = tensors[0].dtype
     known = dtype in DTYPES and all(tensor.dtype == dtype for tensor in tensors)
     dense = all(tensor.is_contiguous() for tensor in tensors)
-    exact_scale = abs(math.frexp(unscale)[0]) == 0.5
-    return known and dense and exact_scale and bool(turn.rows) and tensors[0].numel() > 0
+    return known and dense and exact_scale(unscale) and bool(turn.rows) and tensors[0].numel() > 0
+
+
+def exact_scale(unscale: float) -> bool:
+    """Return whether a loss scale is a power of two, whose product rounds nothing.
+
+    With any other the compiler may fuse the product with the comparison, and what is compared
+    would not be rounded as what is queued: ``eager`` does those.
+    """
+    return abs(math.frexp(unscale)[0]) == 0.5
 
 
 def ring_arguments(turn: Turn, queue: Tensor) -> tuple[Any, ...]:

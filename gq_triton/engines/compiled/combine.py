@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gq_triton import eager
-from gq_triton.compiled.law import (
+from gq_triton.engines import eager
+from gq_triton.engines.compiled.law import (
     DTYPES,
     exact,
+    exact_scale,
     law_arguments,
-    ring_arguments,
     spread_of,
     sums,
 )
-from gq_triton.compiled.threads import chunks, run
-from gq_triton.eager.combine import statistics_missing
-from gq_triton.eager.law import Turn
+from gq_triton.engines.compiled.threads import chunks, run
+from gq_triton.engines.eager.law import Turn
+from gq_triton.engines.eager.statistics import statistics_missing
+from gq_triton.law import Law
 
-__all__ = ["combine", "queue_statistics"]
+__all__ = ["combine"]
 
 # Elements whose statistics, sums and results stay in L1 while the clusters pass.
 TILE = 512
@@ -75,44 +76,6 @@ def _combine_kernel(used: int) -> Callable[..., Any]:
     return kernel
 
 
-@cache
-def _statistics_kernel(used: int) -> Callable[..., Any]:
-    """Return what writes the mean and 1 / sigma of a ring."""
-    spread = spread_of(used)
-
-    @exact()
-    def kernel(start, stop, ring, stride, slots, slot, largest, center, rate, law):
-        mu, per_sigma = center[start:stop], rate[start:stop]
-        for i in range(stop - start):
-            j = np.uint64(start + i)
-            base, mean, shrink, sigma = spread(ring, stride, slots, slot, j, law)
-            mu[i] = base + mean
-            per_sigma[i] = min(shrink / sigma, largest)
-
-    return kernel
-
-
-def queue_statistics(
-    queue: Tensor, queued: Tensor, out: Tensor, *, length: Tensor | None = None
-) -> None:
-    """Write the mean and 1 / sigma of a ring; see ``eager.queue_statistics``."""
-    turn = Turn(queue, queued, True, math.inf, length)
-    known = queue.dtype in DTYPES and queue.dtype == out.dtype and queue.is_contiguous()
-    if not (known and turn.rows and queue.numel()):
-        eager.queue_statistics(queue, queued, out, length=length)
-        return
-    kind, used = DTYPES[queue.dtype], len(turn.rows)
-    kernel, law = _statistics_kernel(used), law_arguments(kind, 1.0, used)
-    ring, stride, slots, slot = ring_arguments(turn, queue)
-    settled = np.finfo(kind).max, out[0].numpy(), out[1].numpy(), law
-    run(
-        [
-            partial(kernel, start, stop, ring, stride, slots, slot, *settled)
-            for start, stop in chunks(queue.shape[1])
-        ]
-    )
-
-
 # Loops of their own, over few arrays: the compiler gives up on telling more of them apart.
 @exact()
 def _weigh(part, statistics, invert, unscale, narrow, low, high, weights):
@@ -160,19 +123,17 @@ def combine(
     sums: Tensor,
     queue: Tensor,
     queued: Tensor | None,
+    law: Law,
     *,
     inverse_shares: Tensor,
     mixture: Tensor,
     sigma_scales: Tensor,
-    rho: float,
-    length: Tensor | None = None,
-    grad_scale: Tensor | None = None,
     into: tuple[Tensor, Tensor] | None = None,
     queue_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight the cluster means of one parameter and add them up; see ``eager.combine``."""
-    used, slot = _used(queue, queued, rho, length)
-    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    """Weight the cluster means of one parameter and add them up; see ``protocol``."""
+    used, slot = _used(queue, queued, law)
+    unscale = law.unscale
     types = {sums.dtype, queue.dtype, queue_dtype or queue.dtype}
     known = sums.dtype in DTYPES and len(types) == 1
     dense = sums.is_contiguous() and queue.stride(1) == 1
@@ -180,13 +141,12 @@ def combine(
     into = weighted, raw
 
     def plain() -> tuple[Tensor, Tensor, Tensor]:
-        settings: dict[str, Any] = {"rho": rho, "length": length, "grad_scale": grad_scale}
-        settings |= {"into": into, "queue_dtype": queue_dtype}
-        shares = {"inverse_shares": inverse_shares, "mixture": mixture}
-        return eager.combine(sums, queue, queued, sigma_scales=sigma_scales, **shares, **settings)
+        return eager.combine(
+            sums, queue, queued, law, inverse_shares=inverse_shares, mixture=mixture,
+            sigma_scales=sigma_scales, into=into, queue_dtype=queue_dtype,
+        )  # fmt: skip
 
-    exact_scale = abs(math.frexp(unscale)[0]) == 0.5  # see law.fuses
-    if not (known and dense and exact_scale and used is not None and sums.numel()):
+    if not (known and dense and exact_scale(unscale) and used is not None and sums.numel()):
         return plain()
     kind = DTYPES[sums.dtype]
     occupied = inverse_shares > 0
@@ -199,13 +159,13 @@ def combine(
     # A part of a ring: rows keep the distance they have in the whole.
     stride, slots = queue.stride(0), queue.shape[0]
     ring = queue.as_strided(((slots - 1) * stride + queue.shape[1],), (1,)).numpy()
-    kernel, law = _combine_kernel(used), law_arguments(kind, rho, max(used, 1))
+    kernel, bounds = _combine_kernel(used), law_arguments(kind, law.rho, max(used, 1))
     views = sums.numpy(), kind(unscale), clusters, raw.numpy(), weighted.numpy()
     pieces = chunks(sums.shape[1])
     seen = [np.zeros(5) for _ in pieces]
     run(
         [
-            partial(kernel, start, stop, ring, stride, slots, slot, *views, out, law)
+            partial(kernel, start, stop, ring, stride, slots, slot, *views, out, bounds)
             for (start, stop), out in zip(pieces, seen, strict=True)
         ]
     )
@@ -216,11 +176,9 @@ def combine(
     return weighted, raw, torch.from_numpy(statistics)[None]
 
 
-def _used(
-    queue: Tensor, queued: Tensor | None, rho: float, length: Tensor | None
-) -> tuple[int | None, int]:
+def _used(queue: Tensor, queued: Tensor | None, law: Law) -> tuple[int | None, int]:
     """Return how many rows count, 0 for statistics, None where weights are 1; and the slot."""
     if queued is not None:
-        turn = Turn(queue, queued, True, rho, length)
+        turn = Turn(queue, queued, True, law)
         return len(turn.rows) or None, turn.slot or 0
-    return (None if rho == 1.0 or statistics_missing(queue) else 0), 0
+    return (None if law.rho == 1.0 or statistics_missing(queue) else 0), 0

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gq_triton.kernels._launch import TRITON_DTYPE, device_guard
+from gq_triton.kernels.launch import TRITON_DTYPE, device_guard
 from gq_triton.kernels.law import load
 
 __all__ = ["channel_sums", "position_sums"]
@@ -243,24 +243,10 @@ def position_sums(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum ``dy`` and ``dy * (x - mean) * rstd`` by cluster and column, over all positions.
+    """Sum by cluster and column, over all positions; see ``engines.protocol``.
 
-    For the biases of linear layers, LayerNorm and RMSNorm. Everything is summed in float32 (float64
-    if a tensor is float64) in an order that depends on the clusters' sizes only: repeats agree bit
-    for bit.
-
-    Args:
-        dy: ``(B, T, N)`` gradients at the output, of any floating type.
-        order: ``(B,)`` int64 on the device, the samples sorted by cluster.
-        offsets: ``(K + 1,)`` int64 on the device: cluster k has the samples ``order[offsets[k]]``
-            to ``order[offsets[k + 1] - 1]``; begins with 0 and ends with B.
-        x: ``(B, T, N)`` the layer's inputs, of any floating type, or None.
-        mean: ``(B, T)`` of each row of x in float32 or float64, or None for 0 (RMSNorm).
-        rstd: ``(B, T)`` reciprocal standard deviations; with x only.
-
-    Returns:
-        The sums of dy ``(K, N)``, and those of the product or None without x; 0 for an empty
-        cluster.
+    Summed in float32 (float64 if a tensor is float64), in an order that depends on the clusters'
+    sizes only: repeats agree bit for bit.
 
     Raises:
         ValueError: the tensors disagree in shape, dtype, layout or device.
@@ -290,22 +276,10 @@ def channel_sums(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum ``dy`` and ``dy * (x - mean) * rstd`` by cluster and channel, over all positions.
+    """Sum by cluster and channel, over all positions; see ``engines.protocol``.
 
-    For the biases of convolutions, GroupNorm and BatchNorm. As `position_sums`, but for another
-    layout.
-
-    Args:
-        dy: ``(B, C, S)`` gradients at the output, of any floating type.
-        order: ``(B,)`` int64 on the device, the samples sorted by cluster.
-        offsets: ``(K + 1,)`` int64 on the device, as in `position_sums`.
-        x: ``(B, C, S)`` the layer's inputs, of any floating type, or None.
-        mean: ``(B, G)`` of each sample's G groups of C / G channels in float32 or float64, or
-            ``(1, G)`` for all samples: ``(1, C)`` for BatchNorm.
-        rstd: reciprocal standard deviations, of the shape of ``mean``.
-
-    Returns:
-        The sums of dy ``(K, C)``, and those of the product or None without x.
+    Summed in float32 (float64 if a tensor is float64), in an order that depends on the clusters'
+    sizes only: repeats agree bit for bit.
 
     Raises:
         ValueError: the tensors disagree in shape, dtype, layout or device.

@@ -1,4 +1,4 @@
-"""The law alone: weight in place, queue, sum.
+"""Gradients weighted in place, and the raw ones queued.
 
 Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
 """
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gq_triton import eager
-from gq_triton.compiled.law import (
+from gq_triton.engines import eager
+from gq_triton.engines.compiled.law import (
     DTYPES,
     TILE,
     exact,
@@ -22,8 +22,9 @@ from gq_triton.compiled.law import (
     sums,
     weight_of,
 )
-from gq_triton.compiled.threads import Job, chunks, count_, run
-from gq_triton.eager.law import Turn
+from gq_triton.engines.compiled.threads import Job, chunks, count_, run
+from gq_triton.engines.eager.law import Turn, flags
+from gq_triton.law import Law
 
 __all__ = ["weigh_"]
 
@@ -75,34 +76,30 @@ def weigh_(
     grads: Sequence[Tensor],
     queues: Sequence[Tensor],
     queued: Sequence[Tensor],
-    finite: Tensor,
-    *,
-    rho: float,
-    length: Tensor | None = None,
-    grad_scale: Tensor | None = None,
+    accepted: Tensor | None,
+    law: Law,
 ) -> Tensor:
-    """Weight gradients in place and queue the raw ones; see ``eager.weigh_``."""
+    """Weight gradients in place and queue the raw ones; see ``protocol``."""
     statistics = torch.zeros(len(grads), 5, dtype=torch.float64)
-    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    unscale, accept = law.unscale, flags(accepted, len(grads))
     jobs: list[Job] = []
     counters: list[Tensor] = []
     partials: list[tuple[int, list[Any]]] = []
     for index, (grad, queue) in enumerate(zip(grads, queues, strict=True)):
-        turn = Turn(queue, queued[index], bool(finite[index]), rho, length)
+        turn = Turn(queue, queued[index], accept[index], law)
         if not fuses(turn, unscale, grad, queue):
             one = slice(index, index + 1)
-            scale: dict[str, Any] = {"rho": rho, "length": length, "grad_scale": grad_scale}
-            statistics[one] = eager.weigh_(
-                grads[one], queues[one], queued[one], finite[one], **scale
-            )
+            own = None if accepted is None else accepted[one]
+            statistics[one] = eager.weigh_(grads[one], queues[one], queued[one], own, law)
             continue
         kind = DTYPES[grad.dtype]
-        kernel, law = _weigh_kernel(len(turn.rows)), law_arguments(kind, rho, len(turn.rows))
+        used = len(turn.rows)
+        kernel, bounds = _weigh_kernel(used), law_arguments(kind, law.rho, used)
         ring, g = ring_arguments(turn, queue), grad.numpy()
         sums = [np.zeros(5) for _ in chunks(grad.numel())]
         partials.append((index, sums))
         for out, (start, stop) in zip(sums, chunks(grad.numel()), strict=True):
-            jobs.append(partial(kernel, start, stop, *ring, g, kind(unscale), out, law))
+            jobs.append(partial(kernel, start, stop, *ring, g, kind(unscale), out, bounds))
         counters.append(queued[index])
     run(jobs)
     count_(counters)

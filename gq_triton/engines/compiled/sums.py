@@ -1,4 +1,4 @@
-"""What the scales and shifts of normalisation layers are made of, in one pass over memory.
+"""Sums by cluster for the scales and shifts of normalisation layers, in one pass over memory.
 
 Shape legend: B = samples, C = channels, S = positions.
 """
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gq_triton.compiled.law import DTYPES, sums
-from gq_triton.compiled.threads import run
-from gq_triton.eager import norms
+from gq_triton.engines.compiled.law import DTYPES, sums
+from gq_triton.engines.compiled.threads import run
+from gq_triton.engines.eager import sums as plain
 
 __all__ = ["channel_sums"]
 
@@ -38,20 +38,20 @@ def channel_sums(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum what scales and shifts get by cluster and channel; see ``eager.channel_sums``."""
+    """Sum by cluster and channel, over all positions; see ``protocol``."""
     if x is None or mean is None or rstd is None:
-        return norms.channel_sums(dy, order, offsets)
-    mean, rstd = (norms.per_channel(t, dy.shape[1]) for t in (mean, rstd))
+        return plain.channel_sums(dy, order, offsets)
+    mean, rstd = (plain.per_channel(t, dy.shape[1]) for t in (mean, rstd))
     scale, shift = _sample_sums(dy, x, mean, rstd)
-    return norms.by_cluster(shift, order, offsets), norms.by_cluster(scale, order, offsets)
+    return plain.by_cluster(shift, order, offsets), plain.by_cluster(scale, order, offsets)
 
 
 def _sample_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over positions what a scale and a shift get from a sample; see ``norms.sample_sums``."""
+    """Return the gradients of scale and shift, sample by sample; see ``plain.sample_sums``."""
     tensors = grad, x, mean, rstd
     known = all(t.dtype == grad.dtype and t.dtype in DTYPES for t in tensors)
     if not (known and grad.is_contiguous() and x.is_contiguous() and grad.numel()):
-        return norms.sample_sums(grad, x, mean, rstd)
+        return plain.sample_sums(grad, x, mean, rstd)
     batch, channels = grad.shape[:2]
     count = batch * channels
     per_row = [t.expand(batch, channels).reshape(count).numpy() for t in (mean, rstd)]

@@ -1,0 +1,26 @@
+"""Law and update fused into one pass over memory, compiled by Numba for the CPU.
+
+The operations are those of ``engines.protocol``. A tensor whose weights are all 1 (warm-up,
+rho = 1, a gradient that is not accepted), or whose types Numba does not know, goes to ``eager``,
+which there is bit for bit ``torch.optim``. Numba comes with the extra ``cpu``.
+"""
+
+from gq_triton.engines.compiled.adamw import gqadamw_
+from gq_triton.engines.compiled.combine import combine
+from gq_triton.engines.compiled.sgd import gqsgd_
+from gq_triton.engines.compiled.statistics import queue_statistics
+from gq_triton.engines.compiled.sums import channel_sums
+from gq_triton.engines.compiled.weigh import weigh_
+from gq_triton.engines.eager import all_finite, position_sums, push_
+
+__all__ = [
+    "all_finite",
+    "channel_sums",
+    "combine",
+    "gqadamw_",
+    "gqsgd_",
+    "position_sums",
+    "push_",
+    "queue_statistics",
+    "weigh_",
+]

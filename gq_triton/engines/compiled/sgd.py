@@ -1,0 +1,109 @@
+"""SGD with the law fused in: one pass over memory.
+
+Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gq_triton.engines import eager
+from gq_triton.engines.compiled.law import (
+    DTYPES,
+    TILE,
+    exact,
+    fuses,
+    law_arguments,
+    ring_arguments,
+    typed,
+    weight_of,
+)
+from gq_triton.engines.compiled.threads import Job, chunks, count_, run
+from gq_triton.engines.eager.law import Turn, flags
+from gq_triton.law import Law
+
+__all__ = ["gqsgd_"]
+
+
+@cache
+def _sgd_kernel(used: int, has_momentum: bool, nesterov: bool) -> Callable[..., Any]:
+    weight = weight_of(used)
+
+    @exact()
+    def kernel(start, stop, ring, stride, slots, slot, grad, unscale, p, buf, law, update):
+        sign, decay, momentum, damped, lr = update
+        for tile in range(start, stop, TILE):
+            end = min(tile + TILE, stop)
+            for i in range(tile, end):
+                j = np.uint64(i)
+                x = grad[j] * unscale
+                g = x * weight(ring, stride, slots, slot, j, x, law)
+                g = sign * g + decay * p[j]
+                if has_momentum:
+                    m = momentum * buf[j] + damped * g
+                    buf[j] = m
+                    g = g + momentum * m if nesterov else m
+                p[j] -= lr * g
+            for i in range(tile, end):
+                j = np.uint64(i)
+                ring[np.uint64(slot * stride) + j] = grad[j] * unscale
+
+    return kernel
+
+
+def gqsgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    accepted: Tensor | None,
+    law: Law,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+) -> None:
+    """Take one step of SGD on weighted gradients; see ``protocol``."""
+    if law.skips:
+        return
+    settings: dict[str, Any] = dict(
+        lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+        nesterov=nesterov, maximize=maximize, first=first,
+    )  # fmt: skip
+    unscale, accept = law.unscale, flags(accepted, len(grads))
+    hyper = (-1.0 if maximize else 1.0, weight_decay, momentum, 1.0 - dampening, float(lr))
+    jobs: list[Job] = []
+    counters: list[Tensor] = []
+    for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
+        turn = Turn(queue, queued[index], accept[index], law)
+        buffer = param if momentum_buffers is None else momentum_buffers[index]
+        if first or not fuses(turn, unscale, param, grad, queue, buffer):
+            one = slice(index, index + 1)
+            buffers = None if momentum_buffers is None else momentum_buffers[one]
+            own = None if accepted is None else accepted[one]
+            eager.gqsgd_(
+                params[one], grads[one], queues[one], queued[one], buffers, own, law, **settings
+            )
+            continue
+        kind, used = DTYPES[param.dtype], len(turn.rows)
+        kernel = _sgd_kernel(used, momentum_buffers is not None, nesterov)
+        tensors = grad.numpy(), kind(unscale), param.numpy(), buffer.numpy()
+        arguments = (
+            *ring_arguments(turn, queue),
+            *tensors,
+            law_arguments(kind, law.rho, used),
+            typed(kind, hyper),
+        )
+        for start, stop in chunks(param.numel()):
+            jobs.append(partial(kernel, start, stop, *arguments))
+        counters.append(queued[index])
+    run(jobs)
+    count_(counters)

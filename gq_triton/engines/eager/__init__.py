@@ -1,0 +1,25 @@
+"""Plain torch, block by block: for any device, and for whatever the other engines do not cover.
+
+A block's intermediates stay in cache. The operations are those of ``engines.protocol``.
+"""
+
+from gq_triton.engines.eager.adamw import gqadamw_
+from gq_triton.engines.eager.combine import combine
+from gq_triton.engines.eager.finite import all_finite
+from gq_triton.engines.eager.push import push_
+from gq_triton.engines.eager.sgd import gqsgd_
+from gq_triton.engines.eager.statistics import queue_statistics
+from gq_triton.engines.eager.sums import channel_sums, position_sums
+from gq_triton.engines.eager.weigh import weigh_
+
+__all__ = [
+    "all_finite",
+    "channel_sums",
+    "combine",
+    "gqadamw_",
+    "gqsgd_",
+    "position_sums",
+    "push_",
+    "queue_statistics",
+    "weigh_",
+]

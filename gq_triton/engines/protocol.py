@@ -1,0 +1,275 @@
+"""The operations that every engine offers, documented once.
+
+All tensors of a call share a device. Operations whose name ends in an underscore change tensors in
+place and take lists with one entry per parameter; the tensors of a list share a type.
+
+Shape legend: L = queue slots, P = elements of one parameter, N = parameters of a call,
+K = clusters, C = parts of the work, B = samples, T and S = positions.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gq_triton.law import Law
+
+__all__ = ["Engine"]
+
+
+class Engine(Protocol):
+    """A module that computes the law: ``kernels`` (Triton), ``compiled`` (Numba) or ``eager``."""
+
+    def all_finite(self, grads: Sequence[Tensor]) -> Tensor:
+        """Return for each gradient whether all of its elements are finite.
+
+        Args:
+            grads: N gradients ``(P,)``.
+
+        Returns:
+            ``(N,)`` bool on their device; an empty gradient is finite.
+        """
+        ...
+
+    def weigh_(
+        self,
+        grads: Sequence[Tensor],
+        queues: Sequence[Tensor],
+        queued: Sequence[Tensor],
+        accepted: Tensor | None,
+        law: Law,
+    ) -> Tensor:
+        """Weight gradients in place and queue the raw ones: equations 1 and 2 of Grad Queue.
+
+        Args:
+            grads: N gradients ``(P,)``; replaced by ``w * g``, which still carries the loss scale.
+            queues: N rings ``(L, P)``; the oldest row is replaced by the raw, unscaled gradient.
+            queued: N counters, 0-d int64: gradients queued so far, increased by ``accepted``. Below
+                L every weight is 1.
+            accepted: ``(N,)`` bool; where False the gradient passes untouched and is not queued.
+                None accepts all.
+            law: ``found_inf`` is not read: ``accepted`` says it.
+
+        Returns:
+            ``(N, 5)``, float32 or float64: sums of g^2 and (w g)^2, both unscaled, and of w; how
+            many weights are rho and how many 1/rho (0 where rho = 1 or the law does not act).
+        """
+        ...
+
+    def push_(
+        self,
+        grads: Sequence[Tensor],
+        queues: Sequence[Tensor],
+        queued: Sequence[Tensor],
+        accepted: Tensor | None,
+        *,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Queue gradients that were weighted elsewhere: one slot is written, no other is read.
+
+        Args:
+            grads: N gradients ``(P,)``, with the loss scale if there is one; read only.
+            queues: N rings ``(L, P)``; the oldest row is replaced by the unscaled gradient.
+            queued: N counters, 0-d int64: gradients queued so far, increased by ``accepted``.
+            accepted: ``(N,)`` bool; where False the gradient is not queued. None accepts all.
+            grad_scale: the loss scale the gradients carry, 0-d float32, or None.
+        """
+        ...
+
+    def gqsgd_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        queues: Sequence[Tensor],
+        queued: Sequence[Tensor],
+        momentum_buffers: Sequence[Tensor] | None,
+        accepted: Tensor | None,
+        law: Law,
+        *,
+        lr: float | Tensor,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        maximize: bool,
+        first: bool,
+    ) -> None:
+        """Take one step of SGD on weighted gradients, in the order of ``torch.optim.SGD``.
+
+        The law acts on the unscaled loss gradient; the sign of ``maximize``, L2 decay, momentum and
+        the update follow.
+
+        Args:
+            params: N parameters ``(P,)``, updated in place.
+            grads: N gradients ``(P,)``, read only.
+            queues: N rings ``(L, P)``; the oldest row is replaced by the raw gradient.
+            queued: N counters, 0-d int64: gradients queued so far, increased by ``accepted``.
+            momentum_buffers: N buffers ``(P,)``, or None without momentum.
+            accepted: ``(N,)`` bool; where False the gradient is used with weight 1 and not queued.
+                None accepts all: a loss scaler has looked at every gradient already.
+            law: where ``law.found_inf`` is not 0 nothing is written or counted.
+            lr: learning rate, a number or a 0-d tensor.
+            momentum: decay of the momentum buffer.
+            dampening: share of the gradient that does not enter the momentum.
+            weight_decay: L2 penalty, added after the law.
+            nesterov: look one momentum step ahead.
+            maximize: ascend.
+            first: whether the momentum buffers are written for the first time, as the gradient.
+        """
+        ...
+
+    def gqadamw_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        queues: Sequence[Tensor],
+        queued: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        accepted: Tensor | None,
+        law: Law,
+        *,
+        lr: float | Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool,
+    ) -> None:
+        """Take one step of AdamW on weighted gradients, in the order of ``torch.optim.AdamW``.
+
+        The law acts on the unscaled loss gradient; the weighted gradient enters both moments.
+
+        Args:
+            params: N parameters ``(P,)``, updated in place.
+            grads: N gradients ``(P,)``, read only.
+            queues: N rings ``(L, P)``; the oldest row is replaced by the raw gradient.
+            queued: N counters, 0-d int64: gradients queued so far, increased by ``accepted``.
+            exp_avgs: N first moments ``(P,)``.
+            exp_avg_sqs: N second moments ``(P,)``.
+            steps: N counters of updates, 0-d float32, increased by one.
+            accepted: ``(N,)`` bool; where False the gradient is used with weight 1 and not queued.
+                None accepts all: a loss scaler has looked at every gradient already.
+            law: where ``law.found_inf`` is not 0 nothing is written or counted.
+            lr: learning rate, a number or a 0-d tensor.
+            beta1: decay of the first moment.
+            beta2: decay of the second moment.
+            eps: added to the denominator.
+            weight_decay: decoupled decay.
+            maximize: ascend.
+        """
+        ...
+
+    def combine(
+        self,
+        sums: Tensor,
+        queue: Tensor,
+        queued: Tensor | None,
+        law: Law,
+        *,
+        inverse_shares: Tensor,
+        mixture: Tensor,
+        sigma_scales: Tensor,
+        into: tuple[Tensor, Tensor] | None = None,
+        queue_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight the cluster means of one parameter and add them up: ``sum_k P_k w(c_k) c_k``.
+
+        Algorithm 1 of Grad Queue; nothing is queued.
+
+        Args:
+            sums: ``(K, P)``, gradients summed over each cluster's samples; ``c_k = sums_k /
+                share_k``. If any of them is not finite, every weight is 1.
+            queue: the ring ``(L, P)``, read only; or ``(2, P)``, what ``queue_statistics`` wrote.
+            queued: gradients queued so far, 0-d int64; below L every weight is 1. None says that
+                ``queue`` holds statistics.
+            law: ``found_inf`` is not read: the raw gradient is queued, or not, by ``push_``.
+                Statistics have their effective length: ``length`` is not read with them.
+            inverse_shares: ``(K,)`` float64, ``1 / share_k``; 0 for an empty cluster.
+            mixture: ``(K,)`` float64, ``P_k``.
+            sigma_scales: ``(K,)`` float64, what sigma is multiplied by for cluster k.
+            into: where to write the weighted and the raw gradient, ``(P,)`` each; None allocates.
+            queue_dtype: type of the ring that statistics are of.
+
+        Returns:
+            The weighted gradient ``(P,)`` and the raw one ``(P,)``, both with the loss scale and in
+            the type of ``sums``; and ``(C, 5)`` float64, one row per part of the work, whose sum is
+            as in ``weigh_``, the last three averaged over the clusters by population.
+        """
+        ...
+
+    def queue_statistics(
+        self, queue: Tensor, queued: Tensor, out: Tensor, *, length: Tensor | None = None
+    ) -> None:
+        """Write what ``combine`` needs to know of a ring: its mean and 1 / sigma.
+
+        The mean is rounded once, to the type of ``out``. For a constant queue it is exact, and
+        1 / sigma is the largest number of that type: z is 0 where a gradient equals the mean.
+
+        Args:
+            queue: the ring ``(L, P)`` with contiguous rows at any distance, read only.
+            queued: gradients queued so far, 0-d int64; below L 1 / sigma is NaN: weights are 1.
+            out: ``(2, P)`` with contiguous rows, float32, or float64 where gradients or ring are.
+            length: effective length, 0-d int64, or None for L.
+        """
+        ...
+
+    def position_sums(
+        self,
+        dy: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        *,
+        x: Tensor | None = None,
+        mean: Tensor | None = None,
+        rstd: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum ``dy`` and ``dy * (x - mean) * rstd`` by cluster and column, over all positions.
+
+        For the biases of linear layers, LayerNorm and RMSNorm. Here N is the number of columns.
+
+        Args:
+            dy: ``(B, T, N)`` gradients at the output, of any floating type.
+            order: ``(B,)`` int64, the samples sorted by cluster.
+            offsets: ``(K + 1,)`` int64: cluster k has the samples ``order[offsets[k]]`` to
+                ``order[offsets[k + 1] - 1]``; begins with 0 and ends with B.
+            x: ``(B, T, N)`` the layer's inputs, of any floating type, or None.
+            mean: ``(B, T)`` of each row of x in float32 or float64, or None for 0 (RMSNorm).
+            rstd: ``(B, T)`` reciprocal standard deviations; with x only.
+
+        Returns:
+            The sums of dy ``(K, N)``, and those of the product or None without x, in float32 at
+            least; 0 for an empty cluster.
+        """
+        ...
+
+    def channel_sums(
+        self,
+        dy: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        *,
+        x: Tensor | None = None,
+        mean: Tensor | None = None,
+        rstd: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum ``dy`` and ``dy * (x - mean) * rstd`` by cluster and channel, over all positions.
+
+        For the biases of convolutions, GroupNorm and BatchNorm. Here N is the number of channels.
+
+        Args:
+            dy: ``(B, N, S)`` gradients at the output, of any floating type.
+            order: ``(B,)`` int64, the samples sorted by cluster.
+            offsets: ``(K + 1,)`` int64, as in ``position_sums``.
+            x: ``(B, N, S)`` the layer's inputs, of any floating type, or None.
+            mean: ``(B, G)`` of each sample's G groups of N / G channels in float32 or float64, or
+                ``(1, G)`` for all samples: ``(1, N)`` for BatchNorm.
+            rstd: reciprocal standard deviations, of the shape of ``mean``; with x only.
+
+        Returns:
+            The sums of dy ``(K, N)``, and those of the product or None without x, in float32 at
+            least; 0 for an empty cluster.
+        """
+        ...

@@ -1,0 +1,233 @@
+"""The law of Grad Queue in plain torch, and the two decisions that every door shares.
+
+The weight of an element (`scarcity_weight`), what one step of the law needs to know (`Law`), which
+gradients are weighted and queued (`accepted`), and the rescaling of ``match_norm``
+(`match_norm_`). Engines compute the law, doors call these functions around the engines.
+
+Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gq_triton.options import check_rho
+
+__all__ = [
+    "VARIANCE_FLOOR", "Law", "Spread", "accepted", "all_zero", "compute_type", "match_norm_",
+    "scarcity_weight", "square_norm", "to_queue",
+]  # fmt: skip
+
+# The floor lies below any squared deviation that was scaled by its largest, and above zero: a
+# constant queue gives z = 0 where the gradient equals it and z > rho where it does not, without a
+# branch.
+VARIANCE_FLOOR = 1e-36
+
+
+class Law(NamedTuple):
+    """The arguments of an engine's operation that belong to the law and not to a tensor.
+
+    Attributes:
+        rho: bound of the weight, at least 1; 1 switches the law off.
+        length: effective length E, 0-d int64 on the device; None stands for L.
+        grad_scale: the loss scale that the gradients carry, 0-d float32; None where there is none.
+        found_inf: non-zero where a loss scaler skips the step: nothing is written or counted. 0-d
+            float32, or None. Only the updates (``gqsgd_``, ``gqadamw_``) read it; for ``weigh_``
+            and ``push_`` `accepted` has taken it into account.
+    """
+
+    rho: float
+    length: Tensor | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @property
+    def unscale(self) -> float:
+        """The number that undoes the loss scale, 1 without one; the host waits for it."""
+        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+
+    @property
+    def skips(self) -> bool:
+        """Whether a loss scaler skips this step; the host waits for it."""
+        return self.found_inf is not None and bool(self.found_inf)
+
+
+def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
+    r"""Return how unusual each gradient element is: ``clip(|g - mu| / sigma, 1/rho, rho)``.
+
+    Equations 1 and 2 of Grad Queue (arXiv 2404.16917). ``mu`` and ``sigma`` are
+    the mean and the population standard deviation of the queue, which must not hold ``grad``
+    itself. Where the queue is constant the weight is ``1/rho`` if ``grad`` equals it, else ``rho``.
+
+    Args:
+        grad: the new gradient, shape ``(*)``, any floating type. It is rounded to the queue's type
+            before the comparison.
+        queue: the last L gradients, shape ``(L, *)``; their order does not matter.
+        rho: bound of the weight, at least 1; with 1 every weight is exactly 1.
+
+    Returns:
+        Weights of the shape of ``grad``, float32; float64 where ``grad`` or ``queue`` is float64.
+        All 1 where ``grad`` holds a NaN or an infinity, and 1 where the queue does.
+
+    Raises:
+        ValueError: ``rho < 1``, ``L < 1``, or shapes, types or devices that do not fit.
+
+    Example:
+        >>> queue = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> scarcity_weight(torch.tensor([3.0]), queue)
+        tensor([1.2247])
+    """
+    check_rho(rho)
+    for name, tensor in (("grad", grad), ("queue", queue)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must have a real floating type, got {tensor.dtype}")
+    if queue.dim() == 0 or queue.shape[0] < 1 or queue.shape[1:] != grad.shape:
+        raise ValueError(
+            "queue must have shape (L, *grad.shape) with L >= 1, got queue "
+            f"{tuple(queue.shape)} for grad {tuple(grad.shape)}"
+        )
+    if queue.device != grad.device:
+        raise ValueError(f"grad is on {grad.device}, queue on {queue.device}: move one of them")
+    dtype = compute_type(grad, queue)
+    with torch.no_grad():
+        x = to_queue(grad, queue.dtype).to(dtype)
+        weights = Spread.of(queue.to(dtype).unbind(0)).weight(x, rho)
+        known = torch.isfinite(queue).all(dim=0) & torch.isfinite(grad).all() & ~weights.isnan()
+        return torch.where(known, weights, torch.ones_like(weights))
+
+
+class Spread(NamedTuple):
+    """Statistics of a queue, element by element: deviations are taken from one of its rows.
+
+    Scaled by the largest of them, a constant queue is exactly constant, and neither tiny nor huge
+    gradients underflow when squared. The variance is the two-pass one (never
+    ``E[g^2] - E[g]^2``).
+
+    Attributes:
+        base: the newest row.
+        mean: mean of the deviations from ``base``.
+        inverse: reciprocal of the largest deviation.
+        sigma: standard deviation of the scaled deviations.
+    """
+
+    base: Tensor
+    mean: Tensor
+    inverse: Tensor
+    sigma: Tensor
+
+    @staticmethod
+    def of(rows: Sequence[Tensor]) -> "Spread":
+        """Return the statistics of E rows of one shape and type, newest first."""
+        base, count = rows[0], len(rows)
+        tiny = torch.finfo(base.dtype).tiny
+        if count == 1:
+            zeros = torch.zeros_like(base)
+            return Spread(base, zeros, torch.full_like(base, 1 / tiny), zeros + VARIANCE_FLOOR**0.5)
+        deviations = torch.stack(list(rows[1:])).sub_(base)
+        inverse = deviations.abs().amax(dim=0).clamp_(min=tiny).reciprocal_()
+        mean = deviations.sum(dim=0).div_(count)
+        squares = (mean * inverse).square_()
+        squares.add_(deviations.sub_(mean).mul_(inverse).square_().sum(dim=0))
+        return Spread(base, mean, inverse, squares.div_(count).clamp_(min=VARIANCE_FLOOR).sqrt_())
+
+    @staticmethod
+    def known(center: Tensor, rate: Tensor) -> "Spread":
+        """Return the statistics from the mean and 1 / sigma."""
+        return Spread(center, torch.zeros_like(center), rate, torch.ones_like(rate))
+
+    def weight(self, x: Tensor, rho: float, sigma_scale: float = 1.0) -> Tensor:
+        """Return ``clip(|x - mu| / (sigma * sigma_scale), 1/rho, rho)``."""
+        z = (x - self.base).sub_(self.mean).mul_(self.inverse).abs_().div_(self.sigma)
+        return z.div_(sigma_scale).clamp_(1.0 / rho, rho)
+
+
+def compute_type(grad: Tensor, queue: Tensor) -> torch.dtype:
+    """Return the type of the arithmetic: float64 where either is, else float32."""
+    return torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
+
+
+def to_queue(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the queue's type; what is beyond its largest number becomes that number.
+
+    An infinity in the ring would make every weight NaN for L steps.
+    """
+    if torch.finfo(dtype).max < torch.finfo(grad.dtype).max:
+        largest = torch.finfo(dtype).max
+        grad = grad.clamp(-largest, largest)
+    return grad.to(dtype)
+
+
+def accepted(
+    finite: Tensor,
+    *,
+    absent: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    least: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return which gradients are weighted and queued; all others pass through untouched.
+
+    A gradient is accepted if all of it is finite, if it stands for a parameter that was used, and
+    if no loss scaler skips the step. A parameter that several ranks hold in parts has one answer,
+    the same on all of them: the least vote on any part counts, 0 for a part that is not finite, 1
+    for a part with a gradient, 2 for a part of zeros that stand for an unused parameter.
+
+    Args:
+        finite: ``(N,)`` bool, whether all elements held here are finite (``all_finite``).
+        absent: ``(N,)`` bool, whether zeros stand for a parameter that no rank used; or None.
+        found_inf: non-zero where a loss scaler skips the step, one number; or None.
+        least: returns from the votes ``(N,)`` uint8 held here the least over all ranks that hold a
+            part of the same parameter; None where each parameter is whole here.
+
+    Returns:
+        ``(N,)`` bool on the device of ``finite``.
+    """
+    votes = finite.to(torch.uint8)
+    if absent is not None:
+        votes = votes + absent.to(votes)
+    if least is not None:
+        votes = least(votes)
+    answers = votes == 1
+    if found_inf is not None:
+        answers = answers & (found_inf == 0).to(answers.device)
+    return answers
+
+
+def all_zero(grads: Sequence[Tensor]) -> Tensor:
+    """Return for each of N gradients, N at least 1, whether every element is 0: ``(N,)`` bool.
+
+    Magnitudes are added up: their sum is 0 only where every element is; squares can underflow.
+    """
+    return torch.stack(torch._foreach_norm(list(grads), 1)) == 0  # pyright: ignore[reportPrivateImportUsage]
+
+
+def square_norm(values: Tensor, grad_scale: Tensor | None = None) -> Tensor:
+    """Return the squared norm of a tensor without the loss scale that it carries, 0-d float64."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(values, dtype=wide).double()
+    return (norm if grad_scale is None else norm * (1.0 / grad_scale.double())).square()
+
+
+def match_norm_(grads: Sequence[Tensor], statistics: Tensor, squares: Tensor | None = None) -> None:
+    """Give weighted gradients the norm of the raw ones, parameter by parameter (``match_norm``).
+
+    Wherever ``match_norm`` is set a door calls this function, whatever rho is: clusters that are
+    mixed by another power than 1 make another gradient than the raw mean even with weights of 1,
+    and the law promises the raw norm. Where weighted and raw gradient are the same (warm-up, or
+    rho = 1, without clusters) the factor is exactly 1. A gradient whose norm is not finite, or 0,
+    stays as it is.
+
+    Args:
+        grads: N weighted gradients, or the parts of them that this rank holds; changed in place.
+        statistics: ``(N, 5)``, what the law did to them: its second column, the squared norm of
+            the weighted gradient, becomes that of the raw one, its first column.
+        squares: ``(N, 2)`` or more, squared norms of the whole raw and of the whole weighted
+            gradient where ``grads`` are parts; None takes them from ``statistics``.
+    """
+    raw, weighted = (statistics if squares is None else squares)[:, :2].unbind(dim=1)
+    known = (weighted > 0) & torch.isfinite(weighted) & torch.isfinite(raw)
+    factors = torch.where(known, (raw / weighted).sqrt(), torch.ones_like(raw))
+    for grad, factor in zip(grads, factors.unbind(0), strict=True):
+        grad.mul_(factor.to(grad.dtype))
+    statistics[:, 1] = statistics[:, 0]

@@ -1,0 +1,84 @@
+# pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false
+"""Gradients queued that were weighted elsewhere, many tensors in one launch per alignment class.
+
+Shape legend: N = tensors, L = queue slots, P = elements of one tensor.
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gq_triton.kernels.chunks import (
+    GRAD,
+    QUEUE,
+    STRIDE,
+    chunk_bounds,
+    count_,
+    find_tensor,
+    ring_turn,
+    typed,
+)
+from gq_triton.kernels.launch import as_bytes, device_guard, ring_launch
+from gq_triton.kernels.law import inverse_scale, load, ring_row, to_queue
+
+__all__ = ["push_"]
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def _push_kernel(
+    rows, starts, n_tensors, finite_ptr, grad_scale_ptr,
+    G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, C_DTYPE: tl.constexpr, L: tl.constexpr,
+    W: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write one chunk of a gradient over the oldest row of its ring.
+
+    Example: L = 2, rows 1 (oldest) and 2, g = 3 under a loss scale of 4: rows 0.75 and 2.
+    """
+    chunk = tl.program_id(0)
+    tensor = find_tensor(starts, n_tensors, chunk)
+    row = rows + tensor.to(tl.int64) * W
+    first, count = chunk_bounds(starts, row, tensor, chunk, CHUNK)
+    slot, _, queue_it = ring_turn(row, finite_ptr, L)
+    if queue_it:
+        g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
+        ring = typed(tl.load(row + QUEUE), Q_DTYPE, ALIGNED) + first
+        oldest = ring_row(ring, tl.load(row + STRIDE), slot, L - 1, L, ALIGNED)
+        unscale = inverse_scale(grad_scale_ptr, C_DTYPE)
+        full = count // BLOCK * BLOCK
+        for at in range(0, full, BLOCK):
+            offsets = at + tl.arange(0, BLOCK)
+            g = load(g_ptr + offsets, True, C_DTYPE) * unscale
+            tl.store(oldest + offsets, to_queue(g, Q_DTYPE))
+        if full < count:
+            offsets = full + tl.arange(0, BLOCK)
+            g = load(g_ptr + offsets, offsets < count, C_DTYPE) * unscale
+            tl.store(oldest + offsets, to_queue(g, Q_DTYPE), mask=offsets < count)
+
+
+def push_(
+    grads: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    accepted: Tensor | None,
+    *,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Queue gradients that were weighted elsewhere; see ``engines.protocol``.
+
+    Raises:
+        ValueError: the lists disagree in length, shape, dtype or layout.
+    """
+    if not grads:
+        return
+    with device_guard(grads[0].device):
+        ring, tables = ring_launch(grads, queues, queued, {})
+        flags = as_bytes(accepted)
+        for table in tables:
+            if table.n_chunks:
+                _push_kernel[(table.n_chunks,)](
+                    table.rows, table.starts, table.n_tensors, flags, grad_scale,
+                    ALIGNED=table.aligned, **ring.constants,
+                )  # fmt: skip
+            count_(table, flags, None)
