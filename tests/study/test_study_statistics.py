@@ -161,9 +161,9 @@ def test_a_planted_loss_is_found():
 @pytest.mark.parametrize(
     ("options", "lacking"),
     [
-        ({"trials": 2}, "2 tuning trials, a verdict takes 8"),
-        ({"seeds": 9}, "9 evaluation seeds, a verdict takes 10"),
-        ({"trials": 7, "seeds": 2}, "7 tuning trials, a verdict takes 8, and 2 evaluation seeds, "),
+        ({"trials": 2}, "2 of the 8 tuning trials that a verdict takes"),
+        ({"seeds": 9}, "9 of the 10 evaluation seeds that a verdict takes"),
+        ({"trials": 7, "seeds": 2}, "7 of the 8 tuning trials and 2 of the 10 evaluation seeds "),
     ],
 )
 @pytest.mark.parametrize("effect", [0.5, -0.5])

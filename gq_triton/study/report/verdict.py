@@ -27,7 +27,7 @@ def lacking(config: StudyConfig) -> list[str]:
         (config.trials, LEAST_TRIALS, "tuning trials"),
         (config.seeds, LEAST_SEEDS, "evaluation seeds"),
     )
-    return [f"{has} {what}, a verdict takes {least}" for has, least, what in needs if has < least]
+    return [f"{has} of the {least} {what}" for has, least, what in needs if has < least]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def sentence(finding: Finding) -> str:
     )
     absent = lacking(finding.group.cell.config)
     if absent:
-        return f"{text}: {', and '.join(absent)}"
+        return f"{text}; it has {' and '.join(absent)} that a verdict takes"
     if verdict == UNDECIDED:
         text += "; too uncertain among so many comparisons"
     if result.sign > 0 and finding.controls:

@@ -230,7 +230,7 @@ def _notes(
         notes.append("The study is not finished: only arms whose runs are all there are shown.")
     absent = lacking(config)
     if absent:
-        notes.append(f"No verdicts: {', and '.join(absent)}.")
+        notes.append(f"No verdicts: {' and '.join(absent)} that a verdict takes.")
     if len(config.beta1) == 1:
         notes.append(
             "beta1 (with SGD the momentum) was not tuned, for baselines neither: a gain may be no "

@@ -1,0 +1,56 @@
+"""What docs/study keeps of the studies: enough to compute the page's numbers again, and no more."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from gq_triton.study.design.config import StudyConfig
+from gq_triton.study.design.study_file import read_toml
+from gq_triton.study.report.statistics import compare
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+KEPT = DOCS / "study"
+
+
+def test_every_picture_that_is_kept_is_shown_and_every_one_shown_is_kept():
+    shown = set(re.findall(r"\]\((study/\S+\.png)\)", (DOCS / "study.md").read_text()))
+    assert shown == {path.relative_to(DOCS).as_posix() for path in KEPT.rglob("*.png")}
+
+
+def test_the_folder_is_small():
+    assert sum(path.stat().st_size for path in KEPT.rglob("*") if path.is_file()) < 3e6
+
+
+@pytest.mark.parametrize("path", sorted(KEPT.rglob("*study.toml")), ids=lambda p: p.parent.name)
+def test_a_kept_study_can_be_asked_for_again(path):
+    config = StudyConfig.of(read_toml(path))
+    with path.with_name(path.name.replace("study.toml", "results.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["task"] for row in rows} == set(config.tasks)
+    assert {row["arm"] for row in rows} <= set(config.arms)
+    assert {row["control"] for row in rows} - {""} <= set(config.controls)
+
+
+@pytest.mark.parametrize(
+    ("study", "arms", "size", "said"),
+    [
+        ("python-lm-all", ("adamw", "gq-adamw-clusters"), 128, "+.158 [+.105, +.232]"),
+        ("python-lm-400", ("adamw", "gq-adamw"), 64, "-.038 [-.050, -.027]"),
+        ("longtail", ("gq-sgdm", "sgdm"), 256, "-.014 [-.022, -.007]"),
+        ("hidden", ("gq-sgdm", "sgdm"), 256, "-.122 [-.155, -.095]"),
+    ],
+)
+def test_the_differences_on_the_page_come_from_the_rows(study, arms, size, said):
+    """First minus second: of bits per byte, where less is better, the baseline comes first."""
+    scores = {}
+    with (KEPT / study / "results.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["batch_size"] == str(size) and not row["control"]:
+                scores.setdefault(row["arm"], {})[row["seed"]] = float(row["score"])
+    first, second = (scores[arm] for arm in arms)
+    found = compare([first[seed] - second[seed] for seed in first])
+    text = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]".replace("0.", ".")
+    assert text == said
+    assert said in (DOCS / "study.md").read_text().replace("**", "")
