@@ -1,4 +1,4 @@
-"""``gq-triton study run``, ``gq-triton study report`` and ``gq-triton study fetch``."""
+"""The commands ``gq-triton study run``, ``report`` and ``fetch``."""
 
 import argparse
 import sys
@@ -23,16 +23,20 @@ from gq_triton.training.options import Parser, Refusal
 __all__ = ["main"]
 
 _RUN = """\
-Compare ways to train over a ladder of batch sizes: every arm gets the same number of tuning trials
-at every batch size; the best settings run on fresh seeds, paired over the arms; each Grad Queue arm
-also runs against controls at its own settings. The same command again continues where it stopped,
-also after Ctrl-C or a kill: at most the trials under way are lost. Then `gq-triton study report
-DIR`.
+Compare ways to train over a ladder of batch sizes. Every arm gets the same number of tuning trials
+at every batch size. Its best settings run on fresh seeds, the same for all arms. Each Grad Queue
+arm is also compared with controls at its own settings. The same command again continues where the
+study stopped, also after Ctrl-C or a kill, which lose at most the trials under way. The next
+command is `gq-triton study report DIR`.
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return the exit status."""
+    """Run the command and return its exit status.
+
+    Args:
+        argv: the words after ``gq-triton study``.
+    """
     try:
         given = _parser().parse_args(argv)
         _check_extra()
@@ -131,7 +135,7 @@ def _target(text: str) -> tuple[str, float]:
 
 
 def _lists() -> str:
-    """Return the tasks, arms and controls with a line about each."""
+    """Return the text that lists all tasks, arms and controls."""
 
     def listed(title: str, entries: dict[str, str]) -> str:
         width = max(map(len, entries)) + 4
@@ -197,7 +201,14 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _check_folder(out: Path) -> None:
-    """Refuse a folder that holds anything but a study, or what a killed one left behind."""
+    """Refuse a folder that is not empty and holds no study.
+
+    A run that was killed before it wrote its ``study.toml`` may leave its lock, an unfinished file
+    and an empty folder; such a folder counts as empty.
+
+    Raises:
+        Refusal: the folder holds something else, or is a file.
+    """
     if not out.exists() or (out / CONFIG).exists():
         return
     if not out.is_dir():
@@ -223,7 +234,7 @@ def _warn_of_missing_baselines(config: StudyConfig) -> None:
 
 
 def _announce_changes(config: StudyConfig, stored: Path) -> None:
-    """Say how a study differs from the one that the folder holds, before it takes its place."""
+    """Print how a study differs from the one in the folder, whose options it replaces."""
     if not stored.exists():
         return
     before, now = StudyConfig.of(read_toml(stored)).to_dict(), config.to_dict()
@@ -240,7 +251,12 @@ def _shown(value: Any) -> str:
 
 
 def _check_runnable(config: StudyConfig, data: Path | None) -> None:
-    """Refuse what would fail later, or mean nothing: no data, no GPU, more samples than exist."""
+    """Refuse a study that cannot run here, before anything is written.
+
+    Raises:
+        Refusal: there are too few GPUs, or a batch is larger than a task's training data.
+        MissingData: the files of a task are not there.
+    """
     check_device(config.device, config.nproc_per_trial)
     for name in config.tasks:
         samples = len(STUDY_TASKS[name].load(0, data).train[1])

@@ -1,6 +1,6 @@
 """Data and models that the training script and the studies share, by name."""
 
-from gq_triton.tasks import files, lines, random_features, rare_digits, text
+from gq_triton.tasks import data_files, lines, random_features, rare_digits, text
 from gq_triton.tasks.digits import load_digits
 from gq_triton.tasks.scored import MissingData, ScoredTask, StudyTask, measure, sample_losses
 from gq_triton.tasks.task import Task, batches
@@ -73,21 +73,21 @@ STUDY_TASKS: dict[str, StudyTask] = {
         target=0.7,
     ),
     "cifar10": StudyTask(
-        files.load_cifar10,
+        data_files.load_cifar10,
         "CIFAR-10 from the files that --data names, small convolutional net",
         score="accuracy",
         chance=0.1,
         target=0.6,
     ),
     "mnist": StudyTask(
-        files.load_mnist,
+        data_files.load_mnist,
         "MNIST from the files that --data names, small convolutional net",
         score="accuracy",
         chance=0.1,
         target=0.97,
     ),
     "reuters": StudyTask(
-        files.load_reuters,
+        data_files.load_reuters,
         "Reuters-21578, 8 topics, from the files that --data names, 2000-64-8 net",
         score="balanced_accuracy",
         chance=0.125,

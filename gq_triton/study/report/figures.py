@@ -1,4 +1,4 @@
-"""The pictures of a report."""
+"""The pictures of a report, as PNG."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["forest", "scores", "steps_to_target", "weights"]
 
-# Okabe and Ito's palette, told apart with every common form of colour blindness; the marker and the
-# line say the same again, and go on when the colours are used up.
+# Okabe and Ito's palette, whose colours stay distinct with every common form of colour blindness.
+# Markers and lines distinguish the arms too, and go on where the colours repeat.
 _COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 _MARKERS = "osD^vP*X"
 _LINES = "-", "--", "-.", ":"
 _GRAY = "#8A8A8A"
-# More arms than these get a panel each; in it the others are lines like this.
+# More than _FEW arms get a panel each, in which the other arms are gray lines.
 _FEW, _COLUMNS = 7, 4
 _OTHERS: dict[str, Any] = {"color": "#BDBDBD", "linewidth": 0.8, "zorder": 0}
 
@@ -38,7 +38,7 @@ def _png(figure: Any) -> bytes:
 
 
 def _style(group: Group) -> dict[str, Any]:
-    """Return the look of an arm, the same in all pictures of a study."""
+    """Return the style of an arm, which is the same in all pictures of a study."""
     number = group.cell.config.arms.index(group.cell.arm.name)
     return {
         "color": _COLOURS[number % len(_COLOURS)],
@@ -50,7 +50,7 @@ def _style(group: Group) -> dict[str, Any]:
 
 
 def _arms(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Return the groups of each arm, controls left out, by batch size."""
+    """Return the groups of each arm in the order of batch sizes, without controls."""
     found: dict[str, list[Group]] = {}
     for group in groups:
         if not group.control:
@@ -77,13 +77,13 @@ def _finish(panel: Any) -> None:
 
 
 def _legend(figure: Any, panels: Mapping[str | None, Any]) -> None:
-    """Name the lines, where a panel's title does not."""
+    """Add a legend, unless every arm has a panel whose title names it."""
     if None in panels and panels[None].get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
 
 
 def _canvas(arms: Mapping[str, Any], heading: str, unit: str) -> tuple[Any, dict[str | None, Any]]:
-    """Return a figure and its panels: one for all arms, under None, or one for each of many."""
+    """Return a figure and its panels by arm; few arms share one panel, whose key is None."""
     if len(arms) <= _FEW:
         figure = _figure(8.6, 4.6)
         panel = figure.subplots()
@@ -107,12 +107,12 @@ def _canvas(arms: Mapping[str, Any], heading: str, unit: str) -> tuple[Any, dict
 
 
 def _shift(size: int, number: int, arms: int) -> float:
-    """Move arms apart along the axis, so that intervals do not hide each other."""
+    """Return the place of an arm along the axis, next to those of the other arms."""
     return size * 2 ** (0.35 * ((number + 0.5) / arms - 0.5))
 
 
 def _places(some: Sequence[Group], number: int, arms: int, alone: bool) -> list[float]:
-    """Return where an arm's points are drawn: apart from the others', unless it has a panel."""
+    """Return the places of an arm's points along the axis; an arm with a panel is not moved."""
     number, arms = (0, 1) if alone else (number, arms)
     return [_shift(g.cell.batch_size, number, arms) for g in some]
 
@@ -124,7 +124,7 @@ def steps_to_target(groups: Sequence[Group], task: str, target: float) -> bytes:
     top = 2 * max(values, default=1)
     unit = f"steps to validation {STUDY_TASKS[task].score.replace('_', ' ')} {target:g}"
     heading = f"{task}: steps to target (median, 95 % interval over seeds)"
-    if len(arms) > _FEW:  # no legend says it
+    if len(arms) > _FEW:  # there is no legend
         heading += "; dashes: perfect scaling"
     figure, panels = _canvas(arms, heading, unit)
     for place, panel in panels.items():
@@ -151,7 +151,7 @@ def steps_to_target(groups: Sequence[Group], task: str, target: float) -> bytes:
 
 
 def _draw_steps(panel: Any, some: Sequence[Group], xs: Sequence[float], top: float) -> None:
-    """Draw an arm; an open marker at the top where most seeds have not reached the target."""
+    """Draw an arm; an open marker at the top means that most seeds missed the target."""
     style, points = _style(some[0]), [median_interval(g.steps) for g in some]
     shown = [_finite(median) for median, _, _ in points]
     panel.plot(xs, shown, label=some[0].label, **style)
@@ -186,7 +186,7 @@ def _finite(value: float) -> float:
 
 
 def _perfect(panel: Any, groups: Sequence[Group], arms: dict[str, list[Group]]) -> None:
-    """Draw what halving the steps with every doubling would be, from the fastest at the left."""
+    """Draw perfect scaling: half the steps at twice the batch, from the fastest arm at the left."""
     sizes = sorted({group.cell.batch_size for group in groups})
     for size in sizes:
         medians = [median_interval(g.steps)[0] for some in arms.values() for g in some
@@ -228,7 +228,7 @@ def forest(found: Sequence[Finding], task: str, arm: str) -> bytes:
     """Draw an arm's paired differences to its baseline and controls, a panel per batch size."""
     mine = [finding for finding in found if finding.group.cell.arm.name == arm]
     rows = list(dict.fromkeys(name for finding in mine for name in finding.against))
-    # Wide enough for the title, however few panels there are.
+    # The title needs this width, however few panels there are.
     figure = _figure(max(9.6, 2.2 + 2.7 * len(mine)), 1.6 + 0.36 * len(rows))
     panels = figure.subplots(1, len(mine), sharey=True, squeeze=False)[0]
     for panel, finding in zip(panels, mine, strict=True):
@@ -261,7 +261,10 @@ def forest(found: Sequence[Finding], task: str, arm: str) -> bytes:
 
 
 def _clip(panel: Any, drawn: Sequence[Comparison]) -> None:
-    """Keep the level of the verdict, endless with two or three seeds, from hiding the rest."""
+    """Limit the axis to four times the 95 % intervals.
+
+    With two or three seeds the intervals of the verdict are so long that they would hide the rest.
+    """
     reach = 4 * max((max(abs(c.low), abs(c.high)) for c in drawn), default=0.0)
     low, high = panel.get_xlim()
     if reach > 0:
@@ -272,7 +275,7 @@ _SIGNS = {1: (_COLOURS[0], ">"), 0: ("#555555", "o"), -1: (_COLOURS[1], "<")}
 
 
 def weights(groups: Sequence[Group], task: str) -> bytes | None:
-    """Draw what the law did over the steps, mean over seeds; None if no arm has one."""
+    """Draw the measures of the laws over the steps; None if no arm has a law."""
     from matplotlib.ticker import MaxNLocator
 
     arms = {name: some for name, some in _arms(groups).items() if _weighs(some)}
@@ -316,7 +319,7 @@ _PANELS = (
 
 
 def _weighs(groups: Sequence[Group]) -> bool:
-    """Return whether an arm has a law that does something."""
+    """Return whether an arm has a law whose weights can differ from 1."""
     law = groups[0].cell.arm.law
     return law.kind != "none" and law.rho > 1
 
@@ -338,14 +341,14 @@ def _draw_series(panel: Any, group: Group, names: Sequence[str]) -> None:
 
 
 def _series(group: Group, name: str) -> np.ndarray | None:
-    """Return the mean over the seeds that have a step, for as long as all go on."""
+    """Return a measure's mean over seeds by step, up to the first end of a run; None if absent."""
     found = [record.result["series"].get(name, []) for record in group.records]
     length = min(map(len, found))
     return np.mean([values[:length] for values in found], axis=0) if length else None
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return running means over a thirtieth of the run."""
+    """Return running means over a thirtieth of the steps."""
     window = max(1, len(values) // 30)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)

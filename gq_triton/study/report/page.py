@@ -1,4 +1,4 @@
-"""The page that ``report.html`` is made from: everything inside, nothing fetched."""
+"""The template of ``report.html``, a page that fetches nothing."""
 
 __all__ = ["PAGE"]
 
@@ -61,22 +61,22 @@ arm and batch size; {{ config.seeds }} evaluation seeds.
 {% endfor %}
 <h2>How to read this</h2>
 <p>Every arm got the same number of tuning trials at every batch size, from one quasi-random
-sequence; Grad Queue's own settings (rho, queue length) count inside that budget. The best mean
-validation score was chosen. The chosen settings ran on fresh seeds, the same for all arms, so
-differences are paired: same data, same initial weights, same order. Test data was looked at once
-per run, at its end. A run that diverged counts as having learnt nothing; a target that was not
-reached counts as
-infinitely many steps. "Steps to target" count to the first look at the validation data from which
-on the score stays at the target to the end of the run.</p>
+sequence of learning rate, beta1 (with SGD the momentum) and warm-up. Grad Queue's own settings, rho
+and queue length, got no trials of their own. The settings with the best mean validation score ran
+on fresh seeds, the same for all arms, so differences are paired: same data, same initial weights,
+same order. Test data was looked at once per run, at its end. A diverged run has the score of
+chance.
+"Steps to target" are the steps to the first look at the validation data from which on the score
+stays at the target; a run that never stays there has infinitely many.</p>
 <p>Intervals of differences and scores are bootstrap percentiles of the mean over seeds, widened for
-few seeds (Hesterberg 2015); they cover the choice of seed, not that of the tuned settings. A
-verdict uses intervals that share 5&nbsp;% over all Grad Queue arms and batch sizes of a task
-(Bonferroni), each the wider of the bootstrap's and Student's.
-<i>Helps</i> means: better than its tuned baseline and better than the primary control: on SGD a
-plain step longer by the measured norm ratio, on Adam, which divides by the gradient's size, the
-same learning rate without Grad Queue. <i>Hurts</i> means worse than the tuned baseline.
-<i>Better, but no more than less momentum lag is</i> means that the controls lower-momentum or lead,
-which have no weights, do as well.
+few seeds (Hesterberg 2015). They cover the choice of seeds, not that of the tuned settings. The
+intervals of the verdicts share an error of 5&nbsp;% over all Grad Queue arms and batch sizes of a
+task (Bonferroni); each is the wider of the bootstrap's and Student's.
+<i>Helps</i> means better than the tuned baseline, the primary control, and the controls
+lower-momentum and lead. The primary control is a step of the same length: on SGD one longer by the
+measured norm ratio; on Adam, which divides by the gradient's size, the same learning rate.
+<i>Better, but no more than</i> names the control that does as well.
+<i>Hurts</i> means worse than the tuned baseline.
 <i>Undecided</i> means that the study is too small for verdicts, which is said with it, or that the
 difference's own 95&nbsp;% interval excludes 0, but not the wider one of the verdict.
 <i>No difference</i> means that these seeds show none; the interval says how large one may still
