@@ -50,8 +50,13 @@ class StudyLaw:
 
     @property
     def queued(self) -> bool:
-        """Whether gradients are queued, so that rho and the queue's length have a meaning."""
+        """Whether gradients are queued, so that the queue's length has a meaning."""
         return self.kind != "none"
+
+    @property
+    def weighted(self) -> bool:
+        """Whether gradients are weighted, so that rho has a meaning."""
+        return self.kind not in ("none", "lead")
 
 
 NO_LAW = StudyLaw()

@@ -135,7 +135,7 @@ def _result_row(group: Group, record: Record) -> dict[str, Any]:
         "lr": trial.lr,
         "beta1": trial.beta1,
         "warmup": trial.warmup,
-        "rho": law.rho if law else None,
+        "rho": law.rho if law and law.weighted else None,
         "queue_length": law.queue_length if law else None,
         "n_clusters": law.n_clusters if law else None,
         "score_name": STUDY_TASKS[trial.task].score,

@@ -153,7 +153,7 @@ def _row(group: Group) -> list[str]:
         f"{trial.lr:.4g}",
         f"{trial.beta1:g}",
         f"{trial.warmup:.3g}",
-        "" if law is None else f"{law.rho:.3g}",
+        f"{law.rho:.3g}" if law and law.weighted else "",
         "" if law is None else str(law.queue_length),
         f"{sum(group.scores) / len(group.scores):.4f}",
         f"{low:.4f} to {high:.4f}",
