@@ -15,15 +15,26 @@ SUMS = ("position_sums", "channel_sums")
 pytestmark = pytest.mark.slow
 
 
-@cache
-def compiled():
-    """Return one dict per kernel, case and architecture, from a process that does not interpret."""
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+# Triton keeps what it compiles under a key of the kernel's source and of all that it calls, the
+# types, the target, the options and its own version: the next run compiles what has changed.
+CACHE = Path(__file__).resolve().parents[2] / ".pytest_cache" / "triton"
+
+
+def lines_of(script, cache):
+    """Return the standard output of a script in a process that does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_kernels.py")
+    environment["TRITON_CACHE_DIR"] = str(cache)
     command = [sys.executable, str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+@cache
+def compiled():
+    """Return one dict per kernel, case and architecture."""
+    return [json.loads(line) for line in lines_of(SCRIPT, CACHE)]
 
 
 def select(*, kernels=None, case=None, archs=NVIDIA):
@@ -95,3 +106,40 @@ def test_an_element_belongs_to_one_thread():
     """Different layouts would let a slot be overwritten before another thread has read it."""
     several = [e for e in select(kernels=RINGS, archs=(*NVIDIA, "gfx942")) if e["layouts"] != 1]
     assert several == []
+
+
+TEXT = """
+import triton
+
+@triton.jit
+def helper(x):
+    return x * FACTOR
+
+@triton.jit
+def kernel(out):
+    triton.language.store(out, helper(triton.language.load(out)))
+"""
+CHANGES = f"""
+import importlib, json, linecache, os, sys
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.dont_write_bytecode = True
+for factor in ("3.0", "5.0", "3.0"):
+    Path(__file__).with_name("changing.py").write_text({TEXT!r}.replace("FACTOR", factor))
+    linecache.clearcache()
+    sys.modules.pop("changing", None)
+    source = ASTSource(importlib.import_module("changing").kernel, {{"out": "*fp32"}}, {{}})
+    ptx = triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+    kept = len(os.listdir(os.environ["TRITON_CACHE_DIR"]))
+    print(json.dumps(["0f40400000" in ptx, "0f40A00000" in ptx, kept]))  # 3.0 and 5.0
+"""
+
+
+def test_a_kernel_whose_helper_changed_is_compiled_anew_and_kept(tmp_path):
+    script = tmp_path / "changes.py"
+    script.write_text(CHANGES)
+    found = [json.loads(line) for line in lines_of(script, tmp_path / "cache")]
+    assert found == [[True, False, 1], [False, True, 2], [True, False, 2]]
