@@ -15,15 +15,21 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks", "assert_ulps", "spawn", "ulp_distance", "weight_ulps"]
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
+__all__ = ["PRELOAD", "Ranks", "assert_ulps", "server", "spawn", "ulp_distance", "weight_ulps"]
+
+
+# What the server that processes are forked from imports, once; it reads the list when it starts.
+PRELOAD = ["torch", "torch._dynamo", "gq_triton.dist"]
 
 
 def weight_ulps(rho: float, length: int) -> float:
@@ -101,7 +107,7 @@ class Ranks:
     """
 
     def __init__(self, world_size: int) -> None:
-        context = _context()
+        context = server()
         self.alive = True
         self._folder = tempfile.TemporaryDirectory()
         self._processes = []
@@ -183,12 +189,12 @@ def spawn(world_size: int, fn: Callable[..., None], *args: Any, timeout: float =
         ranks.close()
 
 
-def _context() -> BaseContext:
-    """Return the cheapest way to start a process that has no CUDA context of this one."""
+def server() -> "ForkServerContext | SpawnContext":
+    """Return the cheapest way to start a process that shares nothing with this one, CUDA least."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "gq_triton.dist"])
+    context.set_forkserver_preload(PRELOAD)
     return context
 
 

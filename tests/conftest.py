@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it must be set before kernels are imported.
@@ -38,21 +40,27 @@ LONGEST = [
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """Return what gives the folder of a run of 2 or 3 ranks that nothing interrupted."""
+    """Return what gives the folder of a run of 2 or 3 ranks that nothing interrupted.
+
+    The workers of pytest-xdist share the runs: whoever needs one first makes it.
+    """
     from train_runs import SCRIPT, SHORT, start, torchrun  # after the path is put right
 
-    runs = {}
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
 
     def folder(ranks):
-        if ranks not in runs:
-            out = tmp_path_factory.mktemp("whole") / f"{ranks}-ranks"
-            if ranks == 2:
-                code, shown = torchrun(ranks, SCRIPT, *SHORT, "--task", "digits", "--out", out)
-                assert code == 0, shown
-            else:
-                assert start(ranks, SCRIPT, *SHORT, "--out", out) == [0] * ranks
-            runs[ranks] = out
-        return runs[ranks]
+        out = base / f"whole-{ranks}-ranks"
+        with FileLock(f"{out}.lock"):
+            if not (out / "summary.json").exists():
+                shutil.rmtree(out, ignore_errors=True)
+                if ranks == 2:
+                    code, shown = torchrun(ranks, SCRIPT, *SHORT, "--task", "digits", "--out", out)
+                    assert code == 0, shown
+                else:
+                    assert start(ranks, SCRIPT, *SHORT, "--out", out) == [0] * ranks
+        return out
 
     return folder
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -14,7 +15,11 @@ from typing import Any
 
 import torch
 
+from gq_triton.testing import PRELOAD, server
 from gq_triton.training.files import load_newest_checkpoint, read_metrics
+
+# What every run of train.py imports: most of its seconds.
+PRELOAD.extend(["sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"])
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 # 6 steps per epoch, the last of them smaller and, with 2 ranks, of unequal shares.
@@ -98,11 +103,39 @@ def torchrun(
 
 def start(ranks: int, script: Path, *args: object) -> list[int]:
     """Do what torchrun does without its seconds; return the exit codes."""
+    return [code for code, _ in start_and_listen(ranks, script, *args)]
+
+
+def start_and_listen(
+    ranks: int, script: Path, *args: object, timeout: float = 300
+) -> list[tuple[int, str]]:
+    """Run a script in processes that need not import torch anew; return what ``finish`` does."""
     world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    envs = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    command = [sys.executable, str(script), *map(str, args)]
-    return [code for code, _ in finish([command] * ranks, envs)]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        done = []
+        for rank in range(ranks):
+            env = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            log = Path(folder, f"{rank}.txt")
+            task = (str(script), [str(arg) for arg in args], env, str(log))
+            process = server().Process(target=_be_script, args=task)
+            process.start()
+            stack.callback(process.kill)
+            done.append((process, log))
+        for process, log in done:
+            process.join(timeout=timeout)
+            assert process.exitcode is not None, f"{script} hangs: {log.read_text()}"
+        return [(process.exitcode, log.read_text()) for process, log in done]
+
+
+def _be_script(script: str, args: list[str], env: dict[str, str], log: str) -> None:
+    """Be ``python script args``, with both streams in a file."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    os.environ |= env
+    sys.argv = [script, *args]
+    runpy.run_path(script, run_name="__main__")
 
 
 def newest(out: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from train_runs import (
     assert_same_run,
     newest,
     start,
+    start_and_listen,
     torchrun,
 )
 
@@ -54,43 +55,38 @@ def wrapped(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_resumed_bit_for_bit(tmp_path, wrapped, whole_run):
+@pytest.mark.parametrize(
+    ("ranks", "every", "step", "saved"),
+    # Three ranks after one step: DDP's buckets were not yet what they are from the second step on,
+    # which changes the order in which more than two ranks are summed.
+    [(2, 4, 15, 12), (3, 1, 2, 1)],
+)
+def test_a_killed_run_is_resumed_bit_for_bit(
+    tmp_path, wrapped, whole_run, ranks, every, step, saved
+):
     killed = tmp_path / "killed"
-    script = wrapped(DIES_IN_A_STEP.format(step=15, condition="True"))
-    codes = start(2, script, *SHORT, "--checkpoint-every", 4, "--out", killed)
+    script = wrapped(DIES_IN_A_STEP.format(step=step, condition="True"))
+    codes = start(ranks, script, *SHORT, "--checkpoint-every", every, "--out", killed)
     assert -signal.SIGKILL in codes
     assert not (killed / "summary.json").exists()
-    assert newest(killed)["step"] == 12
+    assert newest(killed)["step"] == saved
     # What was written after the checkpoint is done again.
-    assert read_metrics(killed / "metrics.jsonl")[-1]["step"] == 14
+    assert read_metrics(killed / "metrics.jsonl")[-1]["step"] == step - 1
 
-    assert start(2, SCRIPT, "--resume", killed) == [0, 0]
-    assert_same_run(killed, whole_run(2))
-
-
-def of_the_first_attempt(rank):
-    return f"os.environ['RANK'] == '{rank}' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    assert start(ranks, SCRIPT, "--resume", killed) == [0] * ranks
+    assert_same_run(killed, whole_run(ranks))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ranks", "every", "step", "rank"),
-    # Three ranks after one step: DDP's buckets were not yet what they are from the second step on,
-    # which changes the order in which more than two ranks are summed.
-    [(2, 4, 15, 1), (3, 1, 2, 0)],
-)
-def test_torchrun_restarts_a_killed_rank_bit_for_bit(
-    tmp_path, wrapped, whole_run, ranks, every, step, rank
-):
+def test_torchrun_restarts_a_killed_rank_bit_for_bit(tmp_path, wrapped, whole_run):
     out = tmp_path / "out"
-    fatal = [DIES_IN_A_STEP.format(step=step, condition=of_the_first_attempt(rank))]
-    if ranks == 2:
-        fatal.append(DIES_IN_A_SAVE)
-    options = (*SHORT, "--checkpoint-every", every, "--out", out)
-    code, shown = torchrun(ranks, wrapped(*fatal), *options, restarts=4)
+    first = "os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    script = wrapped(DIES_IN_A_STEP.format(step=15, condition=first), DIES_IN_A_SAVE)
+    options = (*SHORT, "--checkpoint-every", 4, "--out", out)
+    code, shown = torchrun(2, script, *options, restarts=4)
     assert code == 0, shown
-    assert shown.count("killed by the test") == len(fatal), shown
-    assert_same_run(out, whole_run(ranks))
+    assert shown.count("killed by the test") == 2, shown
+    assert_same_run(out, whole_run(2))
     assert len(list((out / "checkpoints").iterdir())) == 2  # no half-written one is left
 
 
@@ -112,10 +108,15 @@ def test_the_script_of_the_page_survives(tmp_path):
         script = tmp_path / f"{name}.py"
         text = block.replace(step, step + lethal)
         script.write_text(text.replace(path, f"Path({str(saved)!r})"))
-        env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the page says
-        code, shown = torchrun(2, script, restarts=2, env=env)
-        assert code == 0, shown
-        assert ("exitcode: -9" in shown) == bool(lethal), shown
+        if lethal:
+            env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the page says
+            code, shown = torchrun(2, script, restarts=2, env=env)
+            assert code == 0, shown
+            assert "exitcode: -9" in shown, shown
+        else:
+            ranks = start_and_listen(2, script)
+            shown = "".join(said for _, said in ranks)
+            assert [code for code, _ in ranks] == [0, 0], shown
         digests = sorted(re.findall(r"^([01]) ([0-9a-f]{64})$", shown, re.MULTILINE))
         assert [rank for rank, _ in digests] == ["0", "1"], shown
         results.append((digests, torch.load(saved, weights_only=True)))
