@@ -25,7 +25,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-__all__ = ["PRELOAD", "Ranks", "assert_ulps", "server", "spawn", "ulp_distance", "weight_ulps"]
+__all__ = ["Ranks", "assert_ulps", "spawn", "ulp_distance", "weight_ulps"]
 
 
 # What the server that processes are forked from imports, once; it reads the list when it starts.
