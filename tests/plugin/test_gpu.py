@@ -27,17 +27,16 @@ from gpu_checks import (
     model,
     moved,
     no_waiting,
-    one_rank,
     parameters_of,
     trained,
-    two_ranks_on_one_device,
 )
+from gpu_rank_checks import ONE_RANK, run_one, two_ranks_on_one_device
 from optim_cases import VARIANTS, assert_same, snapshot, values
 from torch import Tensor
 from train_runs import SCRIPT, torchrun
 
 from gq_triton import GradQueue
-from gq_triton.testing import assert_ulps, spawn, weight_ulps
+from gq_triton.testing import assert_ulps, weight_ulps
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -328,12 +327,13 @@ def test_the_same_bits_again(name, monkeypatch):
     assert_same(*runs)
 
 
-def test_the_hook_and_fsdp2_in_one_rank():
-    spawn(1, one_rank, DEVICE, timeout=300)
+@pytest.mark.parametrize("name", ONE_RANK)
+def test_the_hook_and_fsdp2_in_one_rank(ranks, name):
+    ranks(1).run(run_one, name, DEVICE)
 
 
-def test_the_hook_on_two_ranks_that_share_the_device():
-    spawn(2, two_ranks_on_one_device, DEVICE)
+def test_the_hook_on_two_ranks_that_share_the_device(ranks):
+    ranks(2).run(two_ranks_on_one_device, DEVICE)
 
 
 def test_training_from_the_command_line(tmp_path):
