@@ -7,13 +7,17 @@ READY := $(VENV)/.ready
 # The lane of the oldest versions: the oldest Python too, in an environment of its own.
 OLDEST_PYTHON ?= python3.10
 OLDEST := .venv-oldest
+# Processes that share the tests; each takes one core and up to 2 GB.
+WORKERS ?= 2
+SHARED = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-docs test-oldest lint format build clean
+.PHONY: help setup train test test-fast test-docs test-oldest lint format build clean
 
 help:
 	@echo "make train   train on the handwritten digits with two ranks, write runs/digits-<time>/"
 	@echo "make test    lint, types and all tests: what must pass before a change goes in"
+	@echo "make test-fast  the quick tests, under 90 seconds: for the inner loop"
 	@echo "make test-docs    examples of docstrings, README.md and docs/, under a minute"
 	@echo "make test-oldest  all tests on Python 3.10 and the oldest versions promised, in .venv-oldest"
 	@echo "make lint    ruff and pyright only"
@@ -43,9 +47,14 @@ train: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=2 \
 	  launch/train.py --task digits --out $$out
 
+# A file stays with one worker, and the longest files begin first: tests/conftest.py sorts them.
 test: lint
-	@echo "pytest: all tests, a few minutes"
-	@$(BIN)/pytest
+	@echo "pytest: all tests with $(WORKERS) workers, up to 10 minutes"
+	@$(BIN)/pytest $(SHARED)
+
+test-fast: $(READY)
+	@echo "pytest: the quick tests with $(WORKERS) workers, under 90 seconds"
+	@$(BIN)/pytest $(SHARED) -m "not slow"
 
 test-docs: $(READY)
 	@echo "pytest: the examples of docstrings, README.md and docs/, under a minute"
@@ -53,7 +62,7 @@ test-docs: $(READY)
 
 test-oldest: $(OLDEST)/.ready
 	@echo "pytest: all tests on the oldest versions promised, 10 to 30 minutes"
-	@$(OLDEST)/bin/pytest
+	@$(OLDEST)/bin/pytest $(SHARED)
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	@command -v $(OLDEST_PYTHON) > /dev/null \

@@ -215,6 +215,7 @@ def test_the_folder_of_another_run_is_refused(train, tmp_path, capsys):
     assert_refused(train, capsys, ["--out", str(below)], "cannot be made")
 
 
+@pytest.mark.slow
 def test_only_a_restart_of_the_same_launch_continues(train, tmp_path, capsys, monkeypatch):
     options = ["--out", str(tmp_path), "--epochs", "1", "--batch-size", "512"]
     draft = tmp_path / "checkpoints" / "step-00000000.pt.tmp"  # a first attempt died early
@@ -244,6 +245,7 @@ def test_help_explains_every_option(train, capsys):
     assert shown.count("(default: ") >= 17
 
 
+@pytest.mark.slow
 def test_a_run_is_quiet_without_a_terminal(train, tmp_path, capsys):
     assert train.main(["--out", str(tmp_path), *FEW]) == 0
     shown = capsys.readouterr()
@@ -255,6 +257,7 @@ def test_a_run_is_quiet_without_a_terminal(train, tmp_path, capsys):
     assert "\x1b" not in shown.out
 
 
+@pytest.mark.slow
 def test_resume_refuses_what_is_not_the_run(train, tmp_path, capsys):
     out = tmp_path / "out"
     assert_refused(train, capsys, ["--resume", str(out)], "there is none")
@@ -279,6 +282,7 @@ def test_resume_refuses_what_is_not_the_run(train, tmp_path, capsys):
     assert_refused(train, capsys, ["--resume", str(out)], "all 2 there are damaged")
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(train, tmp_path, capsys):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     for out in (whole, torn):
@@ -300,6 +304,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(train, tmp_path, cap
     assert_same_run(torn, whole)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_skipped_and_not_queued(
     train, tmp_path, capsys, monkeypatch
 ):

@@ -260,6 +260,7 @@ def test_two_processes_do_not_run_one_study(tmp_path, capsys):
     assert "another process runs the study" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_changed_study_says_what_changed(tmp_path, capsys):
     short = ["--tasks", "lines-disc", "--batch-sizes", "8", "--trials", "1", "--tuning-seeds", "1",
              "--seeds", "2", "--out", str(tmp_path)]  # fmt: skip
