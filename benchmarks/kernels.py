@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gq_triton.grouping import Groups, Mixing
+from gq_triton.grouping import Groups
+from gq_triton.options import ClusterOptions
 
 
 @dataclass
@@ -40,7 +41,9 @@ class Case:
 
 def grouped(device: torch.device, batch: int, clusters: int) -> tuple[Groups, Tensor]:
     """Return samples in clusters of about the same size, and the clusters' ends on the device."""
-    groups = Groups.of(torch.randint(clusters, (batch,), device=device), clusters, Mixing(), None)
+    groups = Groups.of(
+        torch.randint(clusters, (batch,), device=device), clusters, ClusterOptions(), None
+    )
     return groups, torch.tensor([0, *groups.sizes], device=device).cumsum(0)
 
 

@@ -19,6 +19,7 @@ from gq_triton.dist.placement import SlicedQueues
 from gq_triton.dist.shares import Shares
 from gq_triton.engines import engine
 from gq_triton.law import square_norm
+from gq_triton.options import LawOptions
 from gq_triton.queues import sha
 from gq_triton.ring import flat
 
@@ -35,16 +36,16 @@ class ClusteredSlices(SlicedQueues):
     Args:
         params: by name.
         group: returns the process group.
-        **options: those of ``Queues``.
+        options: of the law.
     """
 
     def __init__(
         self,
         params: Mapping[str, Tensor],
         group: Callable[[], dist.ProcessGroup | None],
-        **options: Any,
+        options: LawOptions,
     ) -> None:
-        super().__init__(params, group, **options)
+        super().__init__(params, group, options)
         self.clustered: set[str] = set()
         self._known: dict[str, Tensor] = {}
         self._arriving: dict[str, list[dist.Work]] = {}
@@ -81,7 +82,7 @@ class ClusteredSlices(SlicedQueues):
         held, means = self._held(names, part)
         shares.correct_(held, means, 1)
         accept = self._accepted(names, held, means, part.device, skip_zeros)
-        ops = engine(part.device, self.backend)
+        ops = engine(part.device, self.options.backend)
         squares = torch.zeros(len(names), dtype=torch.float64, device=part.device)
         places = {name: index for index, name in enumerate(names)}
         rings, counters = ([kept[n] for n in held] for kept in (self._queue, self._queued))
@@ -90,7 +91,7 @@ class ClusteredSlices(SlicedQueues):
             squares[places[name]] = square_norm(mean, grad_scale)
         self._share(names, held, part.numel(), length)
         whole = squares
-        if self.match_norm:
+        if self.options.match_norm:
             whole = squares.clone()
             dist.all_reduce(whole, group=self._group())
         return torch.stack([squares, whole], dim=1)
@@ -100,7 +101,7 @@ class ClusteredSlices(SlicedQueues):
     ) -> None:
         """Compute the statistics of this rank's slice and start to gather all of them."""
         group, like = self._group(), self.params[names[0]]
-        ops = engine(like.device, self.backend)
+        ops = engine(like.device, self.options.backend)
         mine = torch.zeros(2, size, dtype=self._wide(names[0]), device=like.device)
         start = 0
         for name in held:
@@ -118,7 +119,7 @@ class ClusteredSlices(SlicedQueues):
 
     def _wide(self, name: str) -> torch.dtype:
         """Return the type in which a parameter is compared with its ring."""
-        stored = self.queue_dtype or self.params[name].dtype
+        stored = self.options.queue_dtype or self.params[name].dtype
         wide = torch.promote_types(stored, self.params[name].dtype)
         return torch.promote_types(wide, torch.float32)
 
@@ -145,7 +146,9 @@ class ClusteredSlices(SlicedQueues):
         known = torch.empty(2, param.numel(), dtype=self._wide(name), device=param.device)
         length = self.effective_length(param.device)
         queued = self._queued[name].to(param.device)
-        engine(param.device, self.backend).queue_statistics(ring, queued, known, length=length)
+        engine(param.device, self.options.backend).queue_statistics(
+            ring, queued, known, length=length
+        )
         self._known[name] = known
 
     def _cut(self, name: str, cuts: tuple[int, ...]) -> None:

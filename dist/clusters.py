@@ -8,6 +8,7 @@ W * K clusters.
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,9 @@ from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.dist.buckets import Rooms
 from gq_triton.dist.clustered_slices import ClusteredSlices
 from gq_triton.dist.shares import Shares
-from gq_triton.grouping import Groups, Mixing
+from gq_triton.grouping import Groups
 from gq_triton.law import all_zero, match_norm_, square_norm
+from gq_triton.options import ClusterOptions, LawOptions
 from gq_triton.queues import Queues, in_use
 from gq_triton.ring import flat
 
@@ -36,13 +38,16 @@ class ClusteredQueues(Queues):
     Args:
         params: by name.
         group: returns the process group.
-        **options: those of ``Queues``.
+        options: of the law.
     """
 
     def __init__(
-        self, params: Any, *, group: Callable[[], dist.ProcessGroup | None], **options: Any
+        self,
+        params: Any,
+        group: Callable[[], dist.ProcessGroup | None],
+        options: LawOptions,
     ) -> None:
-        super().__init__(params, **options)
+        super().__init__(params, options)
         self._group = group
         self.clustered: set[str] = set()
 
@@ -67,11 +72,8 @@ class LocalClusters:
         model: the bare model; its backward passes leave weighted gradients from now on.
         queues: the rings, read for the weights and fed with the mean over all ranks.
         state: what they belong to; held weakly.
-        n_clusters: K.
-        features: name of the layer whose output is clustered; may be None where K is 1.
-        clusterer: ``features (B, F) -> labels (B,)``; None is k-means.
-        mixing: how the clusters are weighted.
-        strict: refuse layers that one backward pass cannot cluster.
+        options: how the samples are grouped and the groups mixed; ``features`` may be None where
+            ``n_clusters`` is 1.
     """
 
     def __init__(
@@ -79,31 +81,27 @@ class LocalClusters:
         model: nn.Module,
         queues: ClusteredQueues | ClusteredSlices,
         state: "GradQueueState",
-        *,
-        n_clusters: int,
-        features: str | None,
-        clusterer: Callable[[Tensor], Tensor] | None,
-        mixing: Mixing,
-        strict: bool,
+        options: ClusterOptions,
     ) -> None:
-        if n_clusters == 1 and features is None and clusterer is None:
+        described = options.features is not None or options.clusterer is not None
+        sizes_only = options.n_clusters == 1 and not described
+        if sizes_only:
             # Whatever it is, it has one label; the model's own output says how many samples.
-            features, clusterer = "", _one_cluster
+            options = replace(options, features="", clusterer=_one_cluster)
         self._queues, self._owner = queues, weakref.ref(state)
         names: dict[Tensor, str] = {param: name for name, param in queues.params.items()}
         self._clusters = Clusters(
-            model, names, queues, n_clusters=n_clusters, features=features, clusterer=clusterer,
-            mixing=mixing, mode="one_backward", strict=strict,
+            model, names, queues, options,
             match_norm=False,  # the norms of the means over all ranks count
             before_assign=lambda: self._state.take_loss(),
-            whole_batch=self._whole_batch if mixing.centroid_scale == "standard_error" else int,
-            sizes_only=clusterer is _one_cluster,
+            whole_batch=self._whole_batch if options.centroid_scale == "standard_error" else int,
+            sizes_only=sizes_only,
         )  # fmt: skip
         queues.clustered = self._clusters.covered()
         self._session = self._clusters.session
         self._unit = torch.ones(2, dtype=torch.float64)
         self._rooms = Rooms()
-        self._passes, self._warned = mixing.accumulation_steps, False
+        self._passes, self._warned = options.accumulation_steps, False
         self._clusters.install(lambda: self._state.loss_scale(self._device))
 
     @property
@@ -220,7 +218,7 @@ class LocalClusters:
             shares: those of this rank.
         """
         params, given = self._queues.params, shares.given(1)
-        dtype = self._queues.queue_dtype or like.dtype
+        dtype = self._queues.options.queue_dtype or like.dtype
         dtype = like.dtype if dtype == torch.float16 else dtype
         sizes = [params[name].numel() for name in names]
         bucket = self._rooms.get(
@@ -295,7 +293,7 @@ class LocalClusters:
             # Each rank counts the norms of its slice: metrics() adds the ranks up.
             part = grad[slice(*self._queues.bounds(name))]
             table = self._table(name, mine, square_norm(part, grad_scale), shares)
-            if self._queues.match_norm:
+            if self._queues.options.match_norm:
                 self._match_norm(grad, table, whole, square_norm(grad, grad_scale))
             tables.append(table)
         self._queues._keep_statistics(tuple(names), torch.cat(tables))
@@ -312,7 +310,7 @@ class LocalClusters:
 
     def _match_norm(self, grad: Tensor, table: Tensor, raw: Tensor, weighted: Tensor) -> None:
         """Give a weighted gradient the norm of the raw one where ``match_norm`` asks for it."""
-        if self._queues.match_norm:
+        if self._queues.options.match_norm:
             match_norm_([grad], table, torch.stack([raw, weighted])[None])
 
 

@@ -4,11 +4,12 @@ Without ``from __future__ import annotations``, and with a hook that has no anno
 those at registration and would take their text for a wrong type.
 """
 
-from typing import Any
+from typing_extensions import Unpack
 
 from gq_triton.dist.reduction import average
-from gq_triton.dist.state import GradQueueState
+from gq_triton.dist.state import NOT_ON_RANKS, GradQueueState, HookOptions, StateKeywords
 from gq_triton.dist.wrappers import find_ddp
+from gq_triton.options import ClusterOptions, LawOptions, takes
 
 __all__ = ["grad_queue_hook", "register"]
 
@@ -38,7 +39,8 @@ def grad_queue_hook(state, bucket):
     return average(state, names, buffer)
 
 
-def register(model: object, **options: Any) -> GradQueueState:
+@takes(ClusterOptions, LawOptions, HookOptions, without=NOT_ON_RANKS)
+def register(model: object, **options: Unpack[StateKeywords]) -> GradQueueState:
     """Find the DDP module, build its state, register the hook; one line for a finished wrapper.
 
     Args:

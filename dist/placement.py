@@ -13,6 +13,7 @@ from torch import Tensor
 from gq_triton.dist.collectives import all_gather, slice_size
 from gq_triton.engines import engine
 from gq_triton.law import accepted, all_zero, match_norm_
+from gq_triton.options import LawOptions
 from gq_triton.queues import LOSSES, Queues, in_use
 from gq_triton.ring import flat, new_queue, rows
 
@@ -54,19 +55,16 @@ class SlicedQueues(Queues):
     Args:
         params: parameters by name.
         group: returns the process group, asked whenever it is needed; None is the default one.
-        **options: those of ``Queues``.
-
-    Raises:
-        ValueError: an option that cannot hold.
+        options: of the law.
     """
 
     def __init__(
         self,
         params: Mapping[str, Tensor],
         group: Callable[[], dist.ProcessGroup | None],
-        **options: Any,
+        options: LawOptions,
     ) -> None:
-        super().__init__(params, **options)
+        super().__init__(params, options)
         self._group = group
         # Of every parameter that is placed. A ring without cuts was loaded, and is whole.
         self._cuts: dict[str, tuple[int, ...]] = {}
@@ -93,7 +91,7 @@ class SlicedQueues(Queues):
         statistics = torch.zeros(0, 5, dtype=torch.float64, device=part.device)
         if held:
             statistics = self._weigh_rings(held, grads, accept, grad_scale).to(part.device)
-        if self.match_norm:
+        if self.options.match_norm:
             self._match_norms(names, held, grads, statistics)
         self._keep_statistics(tuple(names), statistics)
 
@@ -121,7 +119,7 @@ class SlicedQueues(Queues):
         finite = torch.ones(0, dtype=torch.bool, device=device)
         absent = None
         if held:
-            finite = engine(device, self.backend).all_finite(grads)
+            finite = engine(device, self.options.backend).all_finite(grads)
             absent = all_zero(grads) if skip_zeros else None
 
         def least(votes: Tensor) -> Tensor:
@@ -234,8 +232,8 @@ class SlicedQueues(Queues):
     def _new_ring(self, name: str, cuts: tuple[int, ...]) -> Tensor:
         """Return an empty ring for this rank's slice of a parameter: ``(L, elements)``."""
         rank, param = dist.get_rank(self._group()), self.params[name]
-        size = self.queue_length, cuts[rank + 1] - cuts[rank]
-        return torch.zeros(size, dtype=self.queue_dtype or param.dtype, device=param.device)
+        size = self.options.queue_length, cuts[rank + 1] - cuts[rank]
+        return torch.zeros(size, dtype=self.options.queue_dtype or param.dtype, device=param.device)
 
     def _hold(self, name: str, ring: Tensor, queued: Tensor) -> None:
         """Keep a ring and its counter; nothing of a parameter that has no elements here."""
@@ -282,16 +280,16 @@ class SlicedQueues(Queues):
 
     def _empty(self, name: str) -> Tensor:
         row = torch.empty_like(self.params[name], device="cpu", memory_format=torch.preserve_format)
-        return new_queue(row, self.queue_length, self.queue_dtype)
+        return new_queue(row, self.options.queue_length, self.options.queue_dtype)
 
     def _gather(self, name: str) -> Tensor:
         """Return the whole ring of a parameter ``(L, *param.shape)``, on the CPU."""
         cuts, param, group = self._cuts[name], self.params[name], self._group()
         lengths = [b - a for a, b in pairwise(cuts)]
         part = torch.zeros(
-            self.queue_length,
+            self.options.queue_length,
             max(lengths),
-            dtype=self.queue_dtype or param.dtype,
+            dtype=self.options.queue_dtype or param.dtype,
             device=param.device,
         )
         if name in self._queue:

@@ -4,13 +4,15 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Unpack
 
 from gq_triton.claims import HOOK, claim
 from gq_triton.dist.buckets import Buckets
@@ -21,8 +23,17 @@ from gq_triton.dist.placement import SlicedQueues
 from gq_triton.dist.streams import SideStreams
 from gq_triton.dist.verify import check_same
 from gq_triton.dist.wrappers import carries, ddp_carrying, find_ddp
-from gq_triton.grouping import Mixing
 from gq_triton.names import bare, parameter_names
+from gq_triton.options import (
+    ClusterOptions,
+    LawKeywords,
+    LawOptions,
+    Options,
+    RankClusterKeywords,
+    option,
+    read,
+    takes,
+)
 from gq_triton.queues import Queues
 
 __all__ = ["GradQueueState"]
@@ -34,13 +45,63 @@ CLUSTERS = "clusters"
 
 # Which queues: with clusters of each rank's own, in slices.
 _KINDS: dict[tuple[bool, bool], Callable[..., Queues]] = {
-    (False, False): lambda params, group, **options: Queues(params, **options),
+    (False, False): lambda params, group, options: Queues(params, options),
     (False, True): SlicedQueues,
     (True, False): ClusteredQueues,
     (True, True): ClusteredSlices,
 }
 
 
+# What the ranks must agree on of ``ClusterOptions``.
+_SHARED = "population_power", "centroid_scale", "accumulation_steps"
+# Options of the clusters that only one process has: DDP wants a mean, and calls backward itself.
+NOT_ON_RANKS = "loss_reduction", "mode"
+
+
+def _not_negative(name: str, value: Any) -> str | None:
+    fits = isinstance(value, int) and value >= 0
+    return None if fits else f"{name} must be an integer >= 0, got {value}"
+
+
+def _comparable(value: Any) -> Any:
+    """Return an option so that equal ones have one text: 3 and 3.0, True and 1."""
+    return float(value) if isinstance(value, (int, float)) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookOptions(Options):
+    """What the DDP hook does beside weighting."""
+
+    shard_queue: bool = option(False, "divide the queue among the ranks.")
+    grad_scaler: GradScaler | None = option(
+        None,
+        "the ``GradScaler`` of the run, which must scale alike on every rank; the queue then holds "
+        "unscaled gradients.",
+    )
+    verify_every: int = option(
+        0,
+        "N compares the ranks' queues at the start of every N-th backward pass and raises a "
+        "RuntimeError that names the first parameter that differs; 0 does not. It reads the whole "
+        "queue. Slices have no copy to compare with: with ``shard_queue`` it compares cuts, "
+        "counters, losses, and with clusters the statistics. The options are compared in the first "
+        "backward pass, whatever N is.",
+        _not_negative,
+    )
+
+
+class HookKeywords(TypedDict, total=False):
+    """The keywords of ``HookOptions``."""
+
+    shard_queue: bool
+    grad_scaler: GradScaler | None
+    verify_every: int
+
+
+class StateKeywords(RankClusterKeywords, LawKeywords, HookKeywords, total=False):
+    """The keywords of ``GradQueueState`` and ``register``."""
+
+
+@takes(ClusterOptions, LawOptions, HookOptions, without=NOT_ON_RANKS)
 class GradQueueState:
     """What ``grad_queue_hook`` keeps: the last L reduced gradients of every parameter.
 
@@ -81,33 +142,8 @@ class GradQueueState:
 
     Args:
         model: the model, bare, compiled or wrapped in DDP.
-        n_clusters: K clusters of each rank's own samples; None is one cluster over the global
-            batch. K = 1 makes each rank's mean a centroid.
-        features: name of the submodule whose output describes a sample, or ``"output_gradient"``:
-            as for ``GradQueue``. With K = 1 it may be None.
-        clusterer: ``features (B, F) -> labels (B,)`` in place of k-means.
-        queue_length: L, gradients kept per element.
-        min_queue_length: lower bound of the effective length.
-        rho: bound of the weight, at least 1; 1 switches the law off.
-        loss_window: None keeps the effective length at L; w turns on the paper's rule, fed by
-            ``record_loss``.
-        queue_dtype: type of the queue; None takes the parameter's.
-        match_norm: rescale each parameter's weighted gradient to the norm of the raw one.
-        backend: ``"auto"``, ``"triton"``, ``"numba"`` or ``"torch"``.
-        shard_queue: divide the queue among the ranks.
-        population_power: ``a`` in ``p_k = n_k**a / sum_j n_j**a`` over the clusters of all ranks.
-        centroid_scale: ``"paper"``, or ``"standard_error"``: ``sigma * sqrt(B / n_k)``, where B is
-            the global batch; each step's ranks then wait for each other before the first gradient.
-        accumulation_steps: backward passes, under ``no_sync`` but the last, that make one step.
-        strict: refuse trainable layers that one backward pass cannot cluster; False weights them
-            after the reduction, as one cluster.
-        grad_scaler: the ``GradScaler`` of the run, which must scale alike on every rank; the queue
-            then holds unscaled gradients.
-        verify_every: N compares the ranks' queues at the start of every N-th backward pass and
-            raises a RuntimeError that names the first parameter that differs; 0 does not. It reads
-            the whole queue. Slices have no copy to compare with: with ``shard_queue`` it compares
-            cuts, counters, losses, and with clusters the statistics. The options are compared in
-            the first backward pass, whatever N is.
+        **options: those of ``ClusterOptions``, ``LawOptions`` and ``HookOptions``; with K = 1
+            ``features`` may be None, which makes each rank's mean a centroid.
 
     Raises:
         ValueError: an option that cannot hold, or a complex parameter.
@@ -127,29 +163,12 @@ class GradQueueState:
     def __init__(
         self,
         model: nn.Module,
-        *,
-        n_clusters: int | None = None,
-        features: str | None = None,
-        clusterer: Callable[[Tensor], Tensor] | None = None,
-        queue_length: int = 5,
-        min_queue_length: int = 3,
-        rho: float = 3.0,
-        loss_window: int | None = None,
-        queue_dtype: torch.dtype | None = None,
-        match_norm: bool = False,
-        backend: str = "auto",
-        shard_queue: bool = False,
-        population_power: float = 1.0,
-        centroid_scale: str = "paper",
-        accumulation_steps: int = 1,
-        strict: bool = True,
-        grad_scaler: GradScaler | None = None,
-        verify_every: int = 0,
+        **options: Unpack[StateKeywords],
     ) -> None:
-        if n_clusters is None and (features is not None or clusterer is not None):
-            raise ValueError("features and clusterer need n_clusters: say how many clusters")
-        if int(verify_every) != verify_every or verify_every < 0:
-            raise ValueError(f"verify_every must be an integer >= 0, got {verify_every}")
+        clusters: ClusterOptions
+        law: LawOptions
+        hook: HookOptions
+        clusters, law, hook = read(options, ClusterOptions, LawOptions, HookOptions)
         ddp = find_ddp(model)
         params = parameter_names(model if ddp is None else ddp.module)
         for name, param in params.items():
@@ -158,32 +177,19 @@ class GradQueueState:
                     f"{name} must have a real floating type, got {param.dtype}: hold it as "
                     "torch.view_as_real"
                 )
-        self.shard_queue = bool(shard_queue)
-        kind = _KINDS[n_clusters is not None, self.shard_queue]
-        self.queues: Queues = kind(
-            params,
-            group=lambda: self.process_group,
-            queue_length=queue_length,
-            min_queue_length=min_queue_length,
-            rho=rho,
-            loss_window=loss_window,
-            queue_dtype=queue_dtype,
-            match_norm=match_norm,
-            backend=backend,
-        )
+        self.shard_queue = bool(hook.shard_queue)
+        kind = _KINDS[clusters.n_clusters is not None, self.shard_queue]
+        self.queues: Queues = kind(params, lambda: self.process_group, law)
         # What decides the result, or which collectives are called, and must be the same everywhere.
-        self._options = {
-            "shard_queue": self.shard_queue, "n_clusters (given or not)": n_clusters is not None,
-            "queue_length": queue_length, "min_queue_length": min_queue_length, "rho": float(rho),
-            "loss_window": loss_window, "queue_dtype": queue_dtype, "match_norm": bool(match_norm),
-            "population_power": float(population_power), "centroid_scale": centroid_scale,
-            "accumulation_steps": accumulation_steps, "verify_every": verify_every,
-        }  # fmt: skip
-        self.grad_scaler = grad_scaler
-        self.verify_every = verify_every
+        shared = vars(law) | {name: getattr(clusters, name) for name in _SHARED}
+        shared |= {"shard_queue": self.shard_queue, "verify_every": hook.verify_every}
+        self._options = {name: _comparable(v) for name, v in shared.items() if name != "backend"}
+        self._options["n_clusters (given or not)"] = clusters.n_clusters is not None
+        self.grad_scaler = hook.grad_scaler
+        self.verify_every = hook.verify_every
         # A weak reference: a hook that holds its DDP module keeps it alive forever (pytorch#63211).
         self._ddp = None if ddp is None else weakref.ref(ddp)
-        self.buckets = Buckets(params, backend)
+        self.buckets = Buckets(params, law.backend)
         # Callbacks of several buckets may run at once in threads of the process group.
         self.lock = threading.Lock()
         self.streams = SideStreams()
@@ -191,14 +197,12 @@ class GradQueueState:
         self.shares_known = False
         self._mean_loss = MeanLoss()
         self.local: LocalClusters | None = None
-        if n_clusters is not None:
+        if clusters.n_clusters is not None:
             assert isinstance(self.queues, (ClusteredQueues, ClusteredSlices))
             self.claim()  # from now on backward passes leave weighted gradients
             self.local = LocalClusters(
-                bare(model if ddp is None else ddp.module), self.queues, self,
-                mixing=Mixing(population_power, centroid_scale, "mean", accumulation_steps),
-                n_clusters=n_clusters, features=features, clusterer=clusterer, strict=strict,
-            )  # fmt: skip
+                bare(model if ddp is None else ddp.module), self.queues, self, clusters
+            )
 
     def claim(self) -> None:
         """Note that the hook weights the model's gradients.
@@ -258,7 +262,7 @@ class GradQueueState:
         Args:
             loss: one number, 0-d or one element.
         """
-        if self.queues.loss_window is not None:
+        if self.queues.options.loss_window is not None:
             self._mean_loss.record(loss)
 
     def metrics(self) -> dict[str, Any]:
@@ -355,7 +359,7 @@ class GradQueueState:
         if self.verify_every and self._steps % self.verify_every == 0:
             digests = self.queues.shared_digests()
             check_same(digests, self.process_group, device, f"backward pass {self._steps}")
-        if self.queues.loss_window is not None:
+        if self.queues.options.loss_window is not None:
             self._mean_loss.start(device, self.process_group)
         self.shares_known = False
 

@@ -8,14 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from gq_triton.claims import ATTACH, claim, release
 from gq_triton.cluster_grad import Clusters
-from gq_triton.grouping import Groups, Mixing
+from gq_triton.grouping import Groups
 from gq_triton.names import bare, parameter_names
 from gq_triton.optim.base import GradQueueOptimizer
+from gq_triton.options import (
+    ClusterKeywords,
+    ClusterOptions,
+    LawKeywords,
+    LawOptions,
+    read,
+    takes,
+)
 from gq_triton.queues import Queues
-from gq_triton.ring import MIN_QUEUE_LENGTH, flat, local, write_back_
+from gq_triton.ring import flat, local, write_back_
 
 __all__ = ["GradQueue", "Handle"]
 
@@ -33,6 +42,11 @@ class Handle:
             self._undo = None
 
 
+class PlugInKeywords(ClusterKeywords, LawKeywords, total=False):
+    """The keywords of ``GradQueue``."""
+
+
+@takes(ClusterOptions, LawOptions)
 class GradQueue:
     """Weights gradients by their scarcity just before an optimizer's step.
 
@@ -46,29 +60,7 @@ class GradQueue:
 
     Args:
         model: the model whose parameters the optimizer updates; a DDP or compiled one may be given.
-        n_clusters: K, groups per batch; None does not group.
-        features: name of the submodule whose output is the feature vector of a sample, the mean
-            over positions where it has several; or ``"output_gradient"``, the gradient at the
-            model's output.
-        clusterer: ``features (B, F) -> labels (B,)`` in place of k-means.
-        population_power: ``a`` in ``p_k = n_k**a / sum_j n_j**a``; 1 is the paper's, 0 weights
-            clusters equally.
-        centroid_scale: ``"paper"`` compares a centroid with sigma, ``"standard_error"`` with
-            ``sigma * sqrt(B / n_k)``.
-        loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over samples.
-        accumulation_steps: A, backward passes whose losses, each divided by A, make one step.
-        mode: ``"one_backward"`` for the layers that ``report`` lists; ``"microbatch"`` for any
-            model, with ``GradQueue.backward(losses)`` and K backward passes.
-        strict: refuse trainable layers that one backward pass cannot cluster; False weights them
-            without clusters and says so once.
-        queue_length: L, gradients kept per element.
-        min_queue_length: lower bound of the effective length.
-        rho: bound of the weight, at least 1; 1 switches the law off.
-        loss_window: None keeps the effective length at ``queue_length``; w turns on the paper's
-            rule with windows of w losses (section 3.1); see ``record_loss``.
-        queue_dtype: type of the queue; None takes the parameter's.
-        match_norm: rescale each parameter's weighted gradient to the norm of the raw one.
-        backend: ``"auto"``, ``"triton"``, ``"numba"`` or ``"torch"``.
+        **options: those of ``LawOptions`` and ``ClusterOptions``.
 
     Raises:
         ValueError: an option that cannot hold.
@@ -87,41 +79,21 @@ class GradQueue:
     def __init__(
         self,
         model: nn.Module,
-        *,
-        n_clusters: int | None = None,
-        features: str | None = None,
-        clusterer: Callable[[Tensor], Tensor] | None = None,
-        queue_length: int = 5,
-        min_queue_length: int = MIN_QUEUE_LENGTH,
-        rho: float = 3.0,
-        loss_window: int | None = None,
-        queue_dtype: torch.dtype | None = None,
-        match_norm: bool = False,
-        population_power: float = 1.0,
-        centroid_scale: str = "paper",
-        loss_reduction: str = "mean",
-        accumulation_steps: int = 1,
-        mode: str = "one_backward",
-        strict: bool = True,
-        backend: str = "auto",
+        **options: Unpack[PlugInKeywords],
     ) -> None:
-        mixing = Mixing(population_power, centroid_scale, loss_reduction, accumulation_steps)
+        law: LawOptions
+        clusters: ClusterOptions
+        clusters, law = read(options, ClusterOptions, LawOptions)
         self._names: dict[Tensor, str] = {
             param: name for name, param in parameter_names(model).items()
         }
         self._queues = Queues(
             {name: param for param, name in self._names.items()},
-            queue_length=queue_length,
-            min_queue_length=min_queue_length,
-            rho=rho,
-            loss_window=loss_window,
-            queue_dtype=queue_dtype,
-            match_norm=match_norm,
-            backend=backend,
+            law,
         )
         self._handle: Handle | None = None
         self._clusters: Clusters | None = None
-        if n_clusters is None:
+        if clusters.n_clusters is None:
             return
         if isinstance(bare(model), DistributedDataParallel):
             raise ValueError(
@@ -132,12 +104,7 @@ class GradQueue:
             bare(model),
             self._names,
             self._queues,
-            n_clusters=n_clusters,
-            features=features,
-            clusterer=clusterer,
-            mixing=mixing,
-            mode=mode,
-            strict=strict,
+            clusters,
         )
 
     def attach(self, optimizer: Optimizer, grad_scaler: Any = None) -> Handle:

@@ -1,17 +1,346 @@
-"""The options of the law."""
+"""The options of the law and of the clusters: default, check and help sentence of each, once.
 
-__all__ = ["BACKENDS", "check_backend", "check_rho"]
+A door (an optimizer, the plug-in, the DDP state) takes the options as keywords and passes one
+object on: ``LawOptions``, ``ClusterOptions``. ``takes`` writes every option into the door's
+signature and docstring; the ``TypedDict`` beside each class tells the same to type checkers.
+"""
+
+import inspect
+import math
+import re
+import textwrap
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+__all__ = [
+    "BACKENDS", "ClusterKeywords", "ClusterOptions", "LawKeywords", "LawOptions", "Options",
+    "RankClusterKeywords", "check_backend", "check_rho", "help_of", "option", "read", "takes",
+]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "numba", "torch")
+MODES = ("one_backward", "microbatch")
+OUTPUT_GRADIENT = "output_gradient"
+# The default of min_queue_length, which gives way to a queue_length below it.
+MIN_QUEUE_LENGTH = 3
+# A queue is that many times the model: more is a slip.
+LONGEST = 4096
+
+# From the name and the value of an option to what is wrong with it, or None.
+Check = Callable[[str, Any], str | None]
+Door = TypeVar("Door", bound=Callable[..., Any])
+
+
+def option(default: Any, sentence: str, check: Check | None = None) -> Any:
+    """Return a dataclass field: an option's default, its help sentence and its check."""
+    return field(default=default, metadata={"help": sentence, "check": check})
+
+
+def _integer(name: str, value: Any) -> str | None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        return f"{name} must be an integer >= 1, got {value!r}"
+    return f"{name} must be at most {LONGEST}, got {value}" if value > LONGEST else None
+
+
+def _count(name: str, value: Any) -> str | None:
+    try:
+        whole = int(value) == value and value >= 1
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    return None if whole else f"{name} must be an integer >= 1, got {value!r}"
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _one_of(*values: str) -> Check:
+    def check(name: str, value: Any) -> str | None:
+        fits = value in values
+        return None if fits else f"{name} must be one of {', '.join(values)}, got {value!r}"
+
+    return check
+
+
+def _either(one: str, other: str) -> Check:
+    def check(name: str, value: Any) -> str | None:
+        fits = value in (one, other)
+        return None if fits else f'{name} must be "{one}" or "{other}", got {value!r}'
+
+    return check
+
+
+def _rho(name: str, value: Any) -> str | None:
+    if isinstance(value, (int, float)) and 1 <= value <= 1e30:
+        return None
+    return f"{name} must be a finite number >= 1 (1 switches the law off), got {value!r}"
+
+
+def _power(name: str, value: Any) -> str | None:
+    fits = isinstance(value, (int, float)) and 0 <= value < math.inf
+    return None if fits else f"{name} must be >= 0, got {value!r}"
+
+
+def _queue_dtype(name: str, value: Any) -> str | None:
+    if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1:
+        return None
+    return f"{name} must be None or a floating type of 16 bits or more, got {value!r}"
+
+
+_backend = _one_of(*BACKENDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A group of options; building one checks it.
+
+    Raises:
+        ValueError: names every option that cannot hold, not only the first.
+    """
+
+    def __post_init__(self) -> None:
+        """Raise everything that is wrong at once."""
+        problems = self.problems(vars(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the options."""
+        return [entry.name for entry in fields(cls)]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Return the options among ``values``; those that are not there have their defaults."""
+        return cls(**{name: values[name] for name in cls.names() if name in values})
+
+    @classmethod
+    def problems(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return a clause for each option that cannot hold."""
+        checks = [(entry.name, entry.metadata["check"]) for entry in fields(cls)]
+        found = [check(name, values[name]) for name, check in checks if check and name in values]
+        return [problem for problem in found if problem] or cls._conflicts(values)
+
+    @classmethod
+    def _conflicts(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return a clause for each pair of options that do not fit each other."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class LawOptions(Options):
+    """How gradients are queued and weighted."""
+
+    queue_length: int = option(5, "L, gradients kept per element.", _integer)
+    min_queue_length: int = option(
+        MIN_QUEUE_LENGTH, "lower bound of the effective length.", _integer
+    )
+    rho: float = option(3.0, "bound of the weight, at least 1; 1 switches the law off.", _rho)
+    loss_window: int | None = option(
+        None,
+        "None keeps the effective length at ``queue_length``; w turns on the paper's rule with "
+        "windows of w losses (section 3.1), fed by ``record_loss``.",
+        _or_none(_integer),
+    )
+    queue_dtype: torch.dtype | None = option(
+        None, "type of the queue; None takes the parameter's.", _or_none(_queue_dtype)
+    )
+    match_norm: bool = option(
+        False, "rescale each parameter's weighted gradient to the norm of the raw one."
+    )
+    backend: str = option("auto", '``"auto"``, ``"triton"``, ``"numba"`` or ``"torch"``.', _backend)
+
+    @classmethod
+    def _conflicts(cls, values: Mapping[str, Any]) -> list[str]:
+        longest, shortest = (values.get(n) for n in ("queue_length", "min_queue_length"))
+        if longest is None or shortest is None or shortest <= longest:
+            return []
+        if values.get("loss_window") is None and shortest == MIN_QUEUE_LENGTH:
+            return []  # the default gives way
+        return [f"min_queue_length must be at most queue_length, got {shortest} > {longest}"]
+
+    @property
+    def shortest(self) -> int:
+        """The lower bound of the effective length, at most ``queue_length``."""
+        return min(self.min_queue_length, self.queue_length)
+
+
+class LawKeywords(TypedDict, total=False):
+    """The keywords of ``LawOptions``."""
+
+    queue_length: int
+    min_queue_length: int
+    rho: float
+    loss_window: int | None
+    queue_dtype: torch.dtype | None
+    match_norm: bool
+    backend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions(Options):
+    """How the samples of a batch are grouped, and how the groups' gradients are mixed."""
+
+    n_clusters: int | None = option(
+        None,
+        "K, groups per batch, or per rank's batch under DDP; None does not group.",
+        _or_none(_count),
+    )
+    features: str | None = option(
+        None,
+        "name of the submodule whose output is the feature vector of a sample, the mean over "
+        f'positions where it has several; or ``"{OUTPUT_GRADIENT}"``, the gradient at the model\'s '
+        "output.",
+    )
+    clusterer: Callable[[Tensor], Tensor] | None = option(
+        None, "``features (B, F) -> labels (B,)`` in place of k-means."
+    )
+    population_power: float = option(
+        1.0,
+        "``a`` in ``p_k = n_k**a / sum_j n_j**a`` over all clusters, those of all ranks under DDP; "
+        "1 is the paper's, 0 weights clusters equally.",
+        _power,
+    )
+    centroid_scale: str = option(
+        "paper",
+        '``"paper"`` compares a centroid with sigma, ``"standard_error"`` with ``sigma * sqrt(B / '
+        "n_k)``, where B is the whole batch, that of all ranks under DDP.",
+        _either("paper", "standard_error"),
+    )
+    loss_reduction: str = option(
+        "mean",
+        'whether the loss is the ``"mean"`` or the ``"sum"`` over samples.',
+        _either("mean", "sum"),
+    )
+    accumulation_steps: int = option(
+        1,
+        "A, backward passes whose losses, each divided by A, make one step; under DDP all of them "
+        "but the last run under ``no_sync``.",
+        _count,
+    )
+    mode: str = option(
+        "one_backward",
+        '``"one_backward"`` for the layers that ``report`` lists; ``"microbatch"`` for any model, '
+        "with ``GradQueue.backward(losses)`` and K backward passes.",
+        _one_of(*MODES),
+    )
+    strict: bool = option(
+        True,
+        "refuse trainable layers that one backward pass cannot cluster; False weights them as one "
+        "cluster and says so once.",
+    )
+
+    @classmethod
+    def _conflicts(cls, values: Mapping[str, Any]) -> list[str]:
+        described = values.get("features") is not None or values.get("clusterer") is not None
+        if values.get("n_clusters") is None and described:
+            return ["features and clusterer need n_clusters: say how many clusters"]
+        return []
+
+
+class RankClusterKeywords(TypedDict, total=False):
+    """The keywords of ``ClusterOptions`` that also the DDP state takes."""
+
+    n_clusters: int | None
+    features: str | None
+    clusterer: Callable[[Tensor], Tensor] | None
+    population_power: float
+    centroid_scale: str
+    accumulation_steps: int
+    strict: bool
+
+
+class ClusterKeywords(RankClusterKeywords, total=False):
+    """The keywords of ``ClusterOptions``."""
+
+    loss_reduction: str
+    mode: str
 
 
 def check_rho(rho: float) -> None:
     """Raise a ValueError unless ``rho`` is a finite number of at least 1."""
-    if not isinstance(rho, (int, float)) or not 1 <= rho <= 1e30:
-        raise ValueError(f"rho must be a finite number >= 1 (1 switches the law off), got {rho!r}")
+    LawOptions(rho=rho)
 
 
 def check_backend(backend: str) -> None:
     """Raise a ValueError unless ``backend`` is one of ``BACKENDS``."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    problem = _backend("backend", backend)
+    if problem:
+        raise ValueError(problem)
+
+
+def help_of(kind: type[Options], name: str) -> str:
+    """Return the help sentence of an option."""
+    return next(entry.metadata["help"] for entry in fields(kind) if entry.name == name)
+
+
+def read(keywords: Mapping[str, Any], *kinds: type[Options]) -> tuple[Any, ...]:
+    """Return one object per kind from a door's keywords.
+
+    Raises:
+        TypeError: a keyword that no kind has.
+        ValueError: names every option that cannot hold.
+    """
+    known = {name for kind in kinds for name in kind.names()}
+    for name in keywords:
+        if name not in known:
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+    problems = [problem for kind in kinds for problem in kind.problems(keywords)]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return tuple(kind.of(keywords) for kind in kinds)
+
+
+def takes(*kinds: type[Options], without: Collection[str] = ()) -> Callable[[Door], Door]:
+    """Return a decorator that shows a door's options where it is written ``**options``.
+
+    ``inspect.signature`` and ``help`` of the door, a class or a function, then have every option
+    by name, with type and default, and the line ``**options: ...`` of its docstring becomes a line
+    per option.
+
+    Args:
+        *kinds: whose options the door takes.
+        without: names that it does not take.
+    """
+
+    def decorate(door: Door) -> Door:
+        function: Any = vars(door)["__init__"] if isinstance(door, type) else door
+        signature = inspect.signature(function)
+        shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        lines: list[str] = []
+        for kind in kinds:
+            types = get_type_hints(kind)
+            for entry in fields(kind):
+                if entry.name in without:
+                    continue
+                shown.append(
+                    inspect.Parameter(
+                        entry.name,
+                        inspect.Parameter.KEYWORD_ONLY,
+                        default=entry.default,
+                        annotation=types[entry.name],
+                    )
+                )
+                lines.append(f"{entry.name}: {entry.metadata['help']}")
+        function.__signature__ = signature.replace(parameters=shown)
+        door.__doc__ = _with_lines(door.__doc__ or "", lines)
+        return door
+
+    return decorate
+
+
+def _with_lines(text: str, lines: list[str]) -> str:
+    """Return a docstring with ``lines`` in place of the entry ``**options: ...``."""
+    place = re.search(r"^([ ]*)\*\*options:.*\n(?:\1[ ]+.*\n)*", text, re.MULTILINE)
+    if place is None:
+        return text  # python -OO has no docstrings
+    indent = place.group(1)
+    wrapped = [
+        textwrap.fill(line, 100, initial_indent=indent, subsequent_indent=indent + "    ")
+        for line in lines
+    ]
+    return text[: place.start()] + "\n".join(wrapped) + "\n" + text[place.end() :]

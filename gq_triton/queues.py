@@ -12,12 +12,11 @@ from torch import Tensor
 
 from gq_triton.engines import engine
 from gq_triton.law import Law, accepted, match_norm_
+from gq_triton.options import LawOptions
 from gq_triton.ring import (
-    MIN_QUEUE_LENGTH,
-    check_options,
-    effective_length,
     flat,
     least_over,
+    length_of,
     local,
     new_counter,
     new_losses,
@@ -43,46 +42,16 @@ class Queues:
 
     Args:
         params: parameters by name.
-        queue_length: L, gradients kept per element.
-        min_queue_length: lower bound of the effective length.
-        rho: bound of the weight, at least 1; 1 switches the law off.
-        loss_window: None keeps the effective length at L; w turns on the paper's rule.
-        queue_dtype: type of the queue; None takes the parameter's.
-        match_norm: rescale each weighted gradient to the norm of the raw one.
-        backend: ``"auto"``, ``"triton"``, ``"numba"`` or ``"torch"``.
-
-    Raises:
-        ValueError: an option that cannot hold.
+        options: of the law.
     """
 
     def __init__(
         self,
         params: Mapping[str, Tensor],
-        *,
-        queue_length: int = 5,
-        min_queue_length: int = MIN_QUEUE_LENGTH,
-        rho: float = 3.0,
-        loss_window: int | None = None,
-        queue_dtype: torch.dtype | None = None,
-        match_norm: bool = False,
-        backend: str = "auto",
+        options: LawOptions,
     ) -> None:
-        check_options(
-            queue_length=queue_length,
-            min_queue_length=min_queue_length,
-            rho=rho,
-            loss_window=loss_window,
-            queue_dtype=queue_dtype,
-            backend=backend,
-        )
         self.params = dict(params)
-        self.queue_length = queue_length
-        self.min_queue_length = min(min_queue_length, queue_length)
-        self.rho = rho
-        self.loss_window = loss_window
-        self.queue_dtype = queue_dtype
-        self.match_norm = match_norm
-        self.backend = backend
+        self.options = options
         self._queue: dict[str, Tensor] = {}
         self._queued: dict[str, Tensor] = {}
         self._layouts: dict[str, tuple[torch.device, tuple[int, ...]]] = {}
@@ -114,14 +83,14 @@ class Queues:
         for name, grad in zip(names, grads, strict=True):
             self._allocate(name, grad.device)
         groups = shard_groups(self.params[names[0]])
-        finite = engine(grads[0].device, self.backend).all_finite(grads)
+        finite = engine(grads[0].device, self.options.backend).all_finite(grads)
         accept = accepted(
             finite, absent=absent, found_inf=found_inf, least=partial(least_over, groups)
         )
         statistics = self._weigh_rings(names, grads, accept, grad_scale)
         for group in groups:
             dist.all_reduce(statistics, group=group)
-        if self.match_norm:
+        if self.options.match_norm:
             match_norm_(grads, statistics)
         self._keep_statistics(tuple(names), statistics)
 
@@ -134,7 +103,7 @@ class Queues:
     ) -> Tensor:
         """Weight gradients in place and queue the raw ones where ``accept``; return statistics."""
         device = grads[0].device
-        return engine(device, self.backend).weigh_(
+        return engine(device, self.options.backend).weigh_(
             grads,
             [rows(local(self._queue[name])) for name in names],
             [self._queued[name] for name in names],
@@ -143,7 +112,7 @@ class Queues:
         )
 
     def _law(self, device: torch.device, grad_scale: Tensor | None) -> Law:
-        return Law(self.rho, self.effective_length(device), grad_scale)
+        return Law(self.options.rho, self.effective_length(device), grad_scale)
 
     def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
         """Keep what the law did; a parameter that comes again begins a new step."""
@@ -184,7 +153,7 @@ class Queues:
             queue = table.index_select(1, part).flatten(1)
         else:
             queue = queue[:, part[0] : part[1]]
-        return engine(sums.device, self.backend).combine(
+        return engine(sums.device, self.options.backend).combine(
             sums,
             queue,
             queued,
@@ -193,7 +162,7 @@ class Queues:
             mixture=mixture,
             sigma_scales=sigma_scales,
             into=into,
-            queue_dtype=self.queue_dtype or self.params[name].dtype,
+            queue_dtype=self.options.queue_dtype or self.params[name].dtype,
         )
 
     def _read(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -219,7 +188,7 @@ class Queues:
         """
         batches: dict[Any, list[str]] = {}
         for name, grad in raw.items():
-            stored = self.queue_dtype or self.params[name].dtype
+            stored = self.options.queue_dtype or self.params[name].dtype
             batches.setdefault((grad.device, grad.dtype, stored), []).append(name)
         for names in batches.values():
             self.push_batch(
@@ -253,7 +222,7 @@ class Queues:
         """
         for name, grad in zip(names, raw, strict=True):
             self._allocate(name, grad.device)
-        ops = engine(raw[0].device, self.backend)
+        ops = engine(raw[0].device, self.options.backend)
         accept = accepted(ops.all_finite(raw), absent=absent, found_inf=found_inf)
         rings = [rows(local(self._queue[name])) for name in names]
         counters = [self._queued[name] for name in names]
@@ -267,7 +236,7 @@ class Queues:
         if self._layouts.get(name) == layout:
             return
         self._layouts[name] = layout
-        fresh = new_queue(param, self.queue_length, self.queue_dtype)
+        fresh = new_queue(param, self.options.queue_length, self.options.queue_dtype)
         if queue is not None:
             fresh.copy_(queue)
             in_use(queue)
@@ -281,12 +250,10 @@ class Queues:
         Args:
             loss: one number, 0-d or one element.
         """
-        if self.loss_window is None:
+        if self.options.loss_window is None:
             return
-        if self._losses is None:
-            device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
-            self._losses = new_losses(self.loss_window, self.queue_length, device)
-        earlier = self._losses
+        device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
+        earlier = self._history(device)
         # Loaded ones may lie elsewhere.
         losses = earlier.to(loss.device) if isinstance(loss, Tensor) else earlier
         self._losses = record_loss(losses, loss)
@@ -301,16 +268,21 @@ class Queues:
             device: where it is wanted.
             coming: a loss that is yet to be recorded, 0-d, or None.
         """
-        if self.loss_window is None:
-            return None
         losses = self._losses
-        if losses is None:
-            losses = new_losses(self.loss_window, self.queue_length, device or torch.device("cpu"))
-        if coming is not None:
-            losses = record_loss(losses.to(coming.device), coming)
-        bounds = self.min_queue_length, self.queue_length
-        length = effective_length(losses, self.loss_window, *bounds)
-        return length if device is None else length.to(device, non_blocking=True)
+        if coming is not None and self.options.loss_window is not None:
+            losses = record_loss(self._history(coming.device).to(coming.device), coming)
+        length = length_of(losses, self.options, device or torch.device("cpu"))
+        if length is None or device is None:
+            return length
+        return length.to(device, non_blocking=True)
+
+    def _history(self, device: torch.device) -> Tensor:
+        """Return the losses recorded so far, or an empty history on ``device``."""
+        window = self.options.loss_window
+        assert window is not None
+        if self._losses is None:
+            return new_losses(window, self.options.queue_length, device)
+        return self._losses
 
     def metrics(self) -> dict[str, float]:
         """Return what the law did in the last step; one transfer to the host, here and only here.
@@ -327,7 +299,7 @@ class Queues:
         elements = sum(self.params[n].numel() for names in self._statistics for n in names)
         length = self.effective_length(tables[0].device)
         if length is None:
-            length = torch.tensor(self.queue_length, device=tables[0].device)
+            length = torch.tensor(self.options.queue_length, device=tables[0].device)
         total = self._over_ranks(torch.stack(tables).sum(dim=0))
         raw, weighted, weight, high, low, used = torch.cat([total, length.reshape(1)]).tolist()
         return {
@@ -371,9 +343,8 @@ class Queues:
         for name, param in self.params.items():
             if param.requires_grad:
                 self._allocate(name, local(param).device)
-        if self.loss_window is not None and self._losses is None:
-            device = next(iter(self.params.values())).device
-            self._losses = new_losses(self.loss_window, self.queue_length, device)
+        if self.options.loss_window is not None and self._losses is None:
+            self._losses = self._history(next(iter(self.params.values())).device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values only, so ``torch.load(weights_only=True)`` reads it.
@@ -384,7 +355,7 @@ class Queues:
         """
         rings = list(self._rings())
         return {
-            "options": {name: getattr(self, name) for name in _SHAPE_OPTIONS},
+            "options": {name: getattr(self.options, name) for name in _SHAPE_OPTIONS},
             "losses": self._losses,
             "queue": {name: queue for name, queue, _ in rings},
             "queued": {name: queued for name, _, queued in rings},
@@ -422,9 +393,10 @@ class Queues:
             raise ValueError(f"this is no saved queue: it lacks {', '.join(missing)}")
         for name in _SHAPE_OPTIONS:
             saved = state["options"][name]
-            if saved != getattr(self, name):
+            mine = getattr(self.options, name)
+            if saved != mine:
                 raise ValueError(
-                    f"the saved queue has {name}={saved}, this one {name}={getattr(self, name)}: "
+                    f"the saved queue has {name}={saved}, this one {name}={mine}: "
                     "build it with the saved value, or start without the saved queue"
                 )
         for name, queue in state["queue"].items():

@@ -1,4 +1,4 @@
-"""The ring buffer of past gradients, the options every door shares, and the effective length."""
+"""The ring buffer of past gradients of one parameter, and the effective length."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from gq_triton.options import check_backend, check_rho
+from gq_triton.options import LawOptions
 
 __all__ = [
-    "check_options",
     "effective_length",
     "flat",
     "least_over",
+    "length_of",
     "local",
     "new_counter",
     "new_losses",
@@ -24,47 +24,6 @@ __all__ = [
     "shard_groups",
     "write_back_",
 ]
-
-# The default of min_queue_length, which gives way to a queue_length below it.
-MIN_QUEUE_LENGTH = 3
-# A queue is that many times the model: more is a slip.
-LONGEST = 4096
-
-
-def check_options(
-    *,
-    queue_length: int,
-    min_queue_length: int,
-    rho: float,
-    loss_window: int | None,
-    queue_dtype: torch.dtype | None,
-    backend: str,
-) -> None:
-    """Raise a ValueError that names the first option that cannot hold."""
-    check_rho(rho)
-    lengths = {"queue_length": queue_length, "min_queue_length": min_queue_length}
-    if loss_window is not None:
-        lengths["loss_window"] = loss_window
-    for name, value in lengths.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        if value > LONGEST:
-            raise ValueError(f"{name} must be at most {LONGEST}, got {value}")
-    default = loss_window is None and min_queue_length == MIN_QUEUE_LENGTH
-    if min_queue_length > queue_length and not default:
-        raise ValueError(
-            f"min_queue_length must be at most queue_length, got {min_queue_length} > "
-            f"{queue_length}"
-        )
-    if queue_dtype is not None and not _is_queue_type(queue_dtype):
-        raise ValueError(
-            f"queue_dtype must be None or a floating type of 16 bits or more, got {queue_dtype!r}"
-        )
-    check_backend(backend)
-
-
-def _is_queue_type(dtype: object) -> bool:
-    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def new_queue(like: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -174,3 +133,18 @@ def effective_length(losses: Tensor, window: int, shortest: int, longest: int) -
     falling = (sums[:-1] < sums[1:]) & known[:-1] & known[1:]
     steps = falling.long().cumprod(0).sum()
     return (steps + 1).clamp(shortest, longest)
+
+
+def length_of(losses: Tensor | None, options: LawOptions, device: torch.device) -> Tensor | None:
+    """Return the effective length that the options ask for, 0-d int64; None stands for L.
+
+    Args:
+        losses: the history, or None where no loss was recorded yet.
+        options: of the law.
+        device: of the result where there are no losses yet.
+    """
+    if options.loss_window is None:
+        return None
+    if losses is None:
+        losses = new_losses(options.loss_window, options.queue_length, device)
+    return effective_length(losses, options.loss_window, options.shortest, options.queue_length)

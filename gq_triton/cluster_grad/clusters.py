@@ -14,16 +14,15 @@ from gq_triton.cluster_grad.layers.registry import survey
 from gq_triton.cluster_grad.session import Session
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.features import first_tensor, is_spatial, with_first_tensor
-from gq_triton.grouping.groups import Groups, Mixing
+from gq_triton.grouping.groups import Groups
 from gq_triton.grouping.kmeans import KMeans
+from gq_triton.options import OUTPUT_GRADIENT, ClusterOptions
 from gq_triton.queues import Queues
 
 __all__ = ["Clusters"]
 
-OUTPUT_GRADIENT = "output_gradient"
 # The model's entry that holds its clusters while they are installed.
 _INSTALLED = "_gq_triton_clusters"
-MODES = "one_backward", "microbatch"
 
 
 def _nothing() -> None:
@@ -37,13 +36,7 @@ class Clusters:
         model: the model.
         names: its parameters' names.
         queues: the rings.
-        n_clusters: K.
-        features: name of the submodule whose output is the feature vector, or
-            ``"output_gradient"``.
-        clusterer: ``features (B, F) -> labels (B,)``; None is k-means.
-        mixing: how the clusters are weighted.
-        mode: ``"one_backward"`` or ``"microbatch"``.
-        strict: refuse trainable layers that one backward pass cannot cluster.
+        options: how samples are grouped and the groups mixed.
         match_norm: whether the backward pass gives each weighted gradient the norm of the raw one;
             None is what the queues say.
         before_assign: called before the clusters of a step are found.
@@ -59,20 +52,14 @@ class Clusters:
         model: nn.Module,
         names: dict[Tensor, str],
         queues: Queues,
+        options: ClusterOptions,
         *,
-        n_clusters: int,
-        features: str | None,
-        clusterer: Callable[[Tensor], Tensor] | None,
-        mixing: Mixing,
-        mode: str,
-        strict: bool,
         match_norm: bool | None = None,
         before_assign: Callable[[], None] = _nothing,
         whole_batch: Callable[[int], int | Tensor] = int,
         sizes_only: bool = False,
     ) -> None:
-        if int(n_clusters) != n_clusters or n_clusters < 1:
-            raise ValueError(f"n_clusters must be an integer >= 1, got {n_clusters}")
+        features, clusterer = options.features, options.clusterer
         if features is None:
             raise ValueError(
                 "n_clusters needs features: the name of the submodule whose output describes a "
@@ -80,10 +67,9 @@ class Clusters:
             )
         if features != OUTPUT_GRADIENT and features not in dict(model.named_modules()):
             raise ValueError(f"features={features!r} is no submodule of the model")
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        self.model, self.features, self.mixing, self.mode = model, features, mixing, mode
-        self.n_clusters = n_clusters
+        assert options.n_clusters is not None
+        self.model, self.features, self.options = model, features, options
+        self.mode, self.n_clusters = options.mode, options.n_clusters
         self._layer: nn.Module | None = None
         self.uninstall: Callable[[], None] = _nothing
         self.kmeans = self._new_kmeans() if clusterer is None else None
@@ -94,11 +80,11 @@ class Clusters:
             queues,
             names,
             self.assign,
-            match_norm=queues.match_norm if match_norm is None else match_norm,
+            match_norm=queues.options.match_norm if match_norm is None else match_norm,
         )
-        self.layers = survey(model) if mode == "one_backward" else []
+        self.layers = survey(model) if self.mode == "one_backward" else []
         unknown = [layer for layer in self.layers if layer.family is None and layer.trainable]
-        if unknown and strict:
+        if unknown and options.strict:
             listed = ", ".join(f"{a.name or 'model'} ({type(a.module).__name__})" for a in unknown)
             raise ValueError(
                 f"one backward pass cannot cluster these trainable layers: {listed}; freeze them, "
@@ -150,7 +136,7 @@ class Clusters:
             clusters = highest + 1
         self.last = step
         whole = self._whole_batch(len(labels))
-        return Groups.of(labels, clusters, self.mixing, self.sample_weights, whole)
+        return Groups.of(labels, clusters, self.options, self.sample_weights, whole)
 
     def install(self, grad_scale: Callable[[], Tensor | None]) -> Callable[[], None]:
         """Make the model's backward passes leave weighted gradients; return what undoes it.
@@ -279,8 +265,8 @@ class Clusters:
             raise ValueError(f"backward needs the losses (B,) of a forward pass of the model, got "
                              f"{tuple(losses.shape)}")  # fmt: skip
         params = [p for p in session.params.values() if p.requires_grad]
-        count = 1 if self.mixing.loss_reduction == "sum" else len(losses)
-        scale = self.mixing.accumulation_steps
+        count = 1 if self.options.loss_reduction == "sum" else len(losses)
+        scale = self.options.accumulation_steps
         whole = losses.sum() / (count * scale)
         if step.features is None:
             output = whole  # the hook on the model's output fires on the way to it

@@ -54,7 +54,7 @@ class Session:
         self.params = {name: param for param, name in names.items()}
         self.names = names
         self.step: Step | None = None
-        self.backend = queues.backend
+        self.backend = queues.options.backend
         # What compiled graphs see of it: compiled_ops.py.
         self.number, self.clock = new_number(self), torch.zeros(1, dtype=torch.int64)
         self.token: Tensor | None = None

@@ -1,6 +1,6 @@
 """From a batch's features to the clusters of its samples."""
 
-from gq_triton.grouping.groups import Groups, Mixing
+from gq_triton.grouping.groups import Groups
 from gq_triton.grouping.kmeans import KMeans
 
-__all__ = ["Groups", "KMeans", "Mixing"]
+__all__ = ["Groups", "KMeans"]

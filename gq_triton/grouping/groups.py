@@ -1,7 +1,6 @@
 """The samples of one batch by cluster, and how their gradients are mixed."""
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,39 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Groups", "Mixing"]
+from gq_triton.options import ClusterOptions
 
-
-@dataclass(frozen=True)
-class Mixing:
-    """How the clusters of a batch are weighted: options of the plug-in.
-
-    Attributes:
-        population_power: ``a`` in ``n_k**a / sum_j n_j**a``; 1 is the paper's, 0 weights equally.
-        centroid_scale: ``"paper"`` compares a centroid with sigma, ``"standard_error"`` with
-            ``sigma * sqrt(B / n_k)``.
-        loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over samples.
-        accumulation_steps: backward passes whose gradients add up to one step.
-    """
-
-    population_power: float = 1.0
-    centroid_scale: str = "paper"
-    loss_reduction: str = "mean"
-    accumulation_steps: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.population_power < math.inf:
-            raise ValueError(f"population_power must be >= 0, got {self.population_power}")
-        if self.centroid_scale not in ("paper", "standard_error"):
-            raise ValueError(
-                f'centroid_scale must be "paper" or "standard_error", got {self.centroid_scale!r}'
-            )
-        if self.loss_reduction not in ("mean", "sum"):
-            raise ValueError(f'loss_reduction must be "mean" or "sum", got {self.loss_reduction!r}')
-        if int(self.accumulation_steps) != self.accumulation_steps or self.accumulation_steps < 1:
-            raise ValueError(
-                f"accumulation_steps must be an integer >= 1, got {self.accumulation_steps}"
-            )
+__all__ = ["Groups"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +45,7 @@ class Groups:
     def of(
         labels: Tensor,
         clusters: int,
-        mixing: Mixing,
+        options: ClusterOptions,
         sample_weights: Tensor | None = None,
         whole_batch: int | Tensor | None = None,
     ) -> "Groups":
@@ -85,7 +54,7 @@ class Groups:
         Args:
             labels: cluster of every sample.
             clusters: K.
-            mixing: how the clusters are weighted.
+            options: how the clusters are weighted.
             sample_weights: what each sample counts ``(B,)``, or None.
             whole_batch: samples of the whole batch where these are one process's part.
         """
@@ -109,15 +78,15 @@ class Groups:
         sizes = known[:clusters]
         population = sizes if sample_weights is None else known[clusters : 2 * clusters]
         whole = float(known[-1]) if isinstance(whole_batch, Tensor) else whole_batch or batch
-        share = population / (population.sum() * mixing.accumulation_steps)
-        power = torch.where(sizes > 0, population**mixing.population_power, 0.0)
+        share = population / (population.sum() * options.accumulation_steps)
+        power = torch.where(sizes > 0, population**options.population_power, 0.0)
         # The queue holds means over samples; a summed loss has B times larger gradients.
-        unit = float(batch) if mixing.loss_reduction == "sum" else 1.0
+        unit = float(batch) if options.loss_reduction == "sum" else 1.0
         inverse = torch.where((sizes > 0) & (share > 0), 1.0 / (share * unit), 0.0)
-        mixture = power / power.sum() / mixing.accumulation_steps * unit
+        mixture = power / power.sum() / options.accumulation_steps * unit
         scales = torch.ones_like(share)
-        if mixing.centroid_scale == "standard_error":
-            scales = (whole * mixing.accumulation_steps / sizes.clamp(min=1)).sqrt()
+        if options.centroid_scale == "standard_error":
+            scales = (whole * options.accumulation_steps / sizes.clamp(min=1)).sqrt()
         # Rows of an even length start at multiples of 16 bytes: kernels are compiled for that once.
         table = torch.zeros(4, max(2, clusters + clusters % 2), dtype=wide, device="cpu")
         for row, vector in zip(table, (inverse, mixture, scales), strict=False):

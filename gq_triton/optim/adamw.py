@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.plan import Batch, State
+from gq_triton.options import LawKeywords, LawOptions, takes
 from gq_triton.ring import local
 
 __all__ = ["GQAdamW"]
@@ -17,6 +19,7 @@ __all__ = ["GQAdamW"]
 STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
 
 
+@takes(LawOptions)
 class GQAdamW(GradQueueOptimizer):
     r"""AdamW whose gradient is first weighted by how unusual it is against the last L.
 
@@ -41,14 +44,7 @@ class GQAdamW(GradQueueOptimizer):
         eps: added to the denominator.
         weight_decay: decoupled decay.
         maximize: ascend instead of descend.
-        queue_length: L, gradients kept per element.
-        min_queue_length: lower bound of the effective length.
-        rho: bound of the weight, at least 1; 1 switches the law off.
-        loss_window: None keeps the effective length at ``queue_length``; w turns on the paper's
-            rule with windows of w losses (section 3.1).
-        queue_dtype: type of the queue; None takes the parameter's.
-        match_norm: rescale each parameter's weighted gradient to the norm of the raw one.
-        backend: ``"auto"``, ``"triton"``, ``"numba"`` or ``"torch"``.
+        **options: those of ``LawOptions``.
 
     Raises:
         ValueError: an option that cannot hold, a complex parameter, a sparse gradient.
@@ -69,16 +65,13 @@ class GQAdamW(GradQueueOptimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
-        queue_length: int = 5,
-        min_queue_length: int = 3,
-        rho: float = 3.0,
-        loss_window: int | None = None,
-        queue_dtype: torch.dtype | None = None,
-        match_norm: bool = False,
-        backend: str = "auto",
+        **options: Unpack[LawKeywords],
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
-        super().__init__(params, options)
+        own = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "maximize": maximize,
+        }  # fmt: skip
+        super().__init__(params, own, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if not group["eps"] >= 0:
@@ -109,6 +102,3 @@ class GQAdamW(GradQueueOptimizer):
             batch.state(EXP_AVG), batch.state(EXP_AVG_SQ), batch.columns[STEP], accept, law,
             **{name: group[name] for name in names}, beta1=beta1, beta2=beta2,
         )  # fmt: skip
-
-
-_NOT_OPTIONS = frozenset({"self", "params", "__class__"})

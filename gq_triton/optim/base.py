@@ -1,7 +1,7 @@
 """What GQSGD and GQAdamW share: options, state, batches of tensors, loss scaling, checkpoints."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,10 @@ from gq_triton.claims import OPTIMIZER, claim
 from gq_triton.engines import Engine, engine
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.optim.plan import QUEUE, QUEUED, Batch, Found, Plan, State
+from gq_triton.options import LawOptions, read
 from gq_triton.ring import (
-    check_options,
-    effective_length,
     least_over,
+    length_of,
     local,
     new_counter,
     new_losses,
@@ -45,7 +45,15 @@ class GradQueueOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     _warned_losses = False
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: ParamsT, own: dict[str, Any], options: Mapping[str, Any]) -> None:
+        """Take over the subclass's own options, and those of the law that were given.
+
+        Raises:
+            TypeError: an option that does not exist.
+            ValueError: an option that cannot hold.
+        """
+        (law,) = read(options, LawOptions)
+        defaults = own | vars(law)
         self._check(defaults)
         super().__init__(params, defaults)
         self._orders: dict[Tensor, tuple[int, ...]] = {}
@@ -57,8 +65,7 @@ class GradQueueOptimizer(Optimizer):
         self._orders, self._plans = {}, {}
 
     def _check(self, group: dict[str, Any]) -> None:
-        names = "queue_length", "min_queue_length", "rho", "loss_window", "queue_dtype", "backend"
-        check_options(**{name: group[name] for name in names})
+        LawOptions.of(group)
         lr, decay = group["lr"], group["weight_decay"]
         for name in ("lr", "weight_decay"):
             if not isinstance(group[name], (int, float, Tensor)):
@@ -269,11 +276,8 @@ class GradQueueOptimizer(Optimizer):
                 "min_queue_length: call optimizer.record_loss(loss) before optimizer.step()",
                 stacklevel=4,
             )
-        losses = group.get(LOSSES)
-        if losses is None:
-            losses = new_losses(window, group["queue_length"], local(group["params"][0]).device)
-        shortest = min(group["min_queue_length"], group["queue_length"])
-        return effective_length(losses, window, shortest, group["queue_length"])
+        device = local(group["params"][0]).device
+        return length_of(group.get(LOSSES), LawOptions.of(group), device)
 
     def _name(self, param: Tensor) -> str:
         """Return how to call a parameter in an error: its name where torch knows it."""

@@ -6,17 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
 from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.plan import Batch, State
+from gq_triton.options import LawKeywords, LawOptions, takes
 
 __all__ = ["GQSGD"]
 
 MOMENTUM_BUFFER = "momentum_buffer"
 
 
+@takes(LawOptions)
 class GQSGD(GradQueueOptimizer):
     r"""SGD whose gradient is first weighted by how unusual it is against the last L.
 
@@ -41,14 +44,7 @@ class GQSGD(GradQueueOptimizer):
         nesterov: look one momentum step ahead.
         dampening: share of the gradient that does not enter the momentum.
         maximize: ascend instead of descend.
-        queue_length: L, gradients kept per element.
-        min_queue_length: lower bound of the effective length.
-        rho: bound of the weight, at least 1; 1 switches the law off.
-        loss_window: None keeps the effective length at ``queue_length``; w turns on the paper's
-            rule with windows of w losses (section 3.1).
-        queue_dtype: type of the queue; None takes the parameter's.
-        match_norm: rescale each parameter's weighted gradient to the norm of the raw one.
-        backend: ``"auto"``, ``"triton"``, ``"numba"`` or ``"torch"``.
+        **options: those of ``LawOptions``.
 
     Raises:
         ValueError: an option that cannot hold, a complex parameter, a sparse gradient.
@@ -70,16 +66,13 @@ class GQSGD(GradQueueOptimizer):
         *,
         dampening: float = 0.0,
         maximize: bool = False,
-        queue_length: int = 5,
-        min_queue_length: int = 3,
-        rho: float = 3.0,
-        loss_window: int | None = None,
-        queue_dtype: torch.dtype | None = None,
-        match_norm: bool = False,
-        backend: str = "auto",
+        **options: Unpack[LawKeywords],
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
-        super().__init__(params, options)
+        own = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov,
+            "dampening": dampening, "maximize": maximize,
+        }  # fmt: skip
+        super().__init__(params, own, options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if not group["momentum"] >= 0:
@@ -132,6 +125,3 @@ class GQSGD(GradQueueOptimizer):
             batch.params, batch.grads, batch.queues, batch.queued, buffers, accept, law,
             **{name: group[name] for name in names}, first=first,
         )  # fmt: skip
-
-
-_NOT_OPTIONS = frozenset({"self", "params", "__class__"})

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gq_triton import GradQueue
 from gq_triton.cluster_grad.layers import conv, linear
-from gq_triton.grouping import Groups, Mixing
+from gq_triton.grouping import Groups
+from gq_triton.options import ClusterOptions
 
 F64 = torch.float64
 # Operations that only look at memory in another way, or set it aside.
@@ -104,7 +105,7 @@ def test_models_where_launches_cost(monkeypatch, launches_cost, case, padded):
 @pytest.mark.parametrize("labels", [LABELS, torch.zeros(9, dtype=torch.int64)])
 def test_padding_does_not_change_the_products(monkeypatch, labels, dtype):
     torch.manual_seed(0)
-    groups = Groups.of(labels, 5, Mixing())
+    groups = Groups.of(labels, 5, ClusterOptions())
     left, right = torch.randn(9, 4, 3).to(dtype), torch.randn(9, 4, 7).to(dtype)
     results = []
     for padded in (True, False):
@@ -125,7 +126,7 @@ def test_padding_does_not_change_the_products(monkeypatch, labels, dtype):
 def test_padding_is_for_small_layers_and_even_clusters():
     def pays(sizes, positions, height, width):
         labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        groups = Groups.of(labels, len(sizes), Mixing())
+        groups = Groups.of(labels, len(sizes), ClusterOptions())
         left, right = (torch.empty(sum(sizes), positions, n) for n in (height, width))
         return linear.pays_padding(groups, left, right)
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from gq_triton import scarcity_weight
 from gq_triton.cluster_grad import OUTPUT_GRADIENT
 from gq_triton.grouping.features import is_spatial, pooled
-from gq_triton.ring import MIN_QUEUE_LENGTH, effective_length, new_losses, record_loss
+from gq_triton.options import LawOptions
+from gq_triton.ring import length_of, new_losses, record_loss
 from gq_triton.study.design.law import StudyLaw
 from gq_triton.study.trials.clusterer import StudyClusterer
 
@@ -98,9 +99,10 @@ class AlteredWeights:
         if self.losses is None or self.law.loss_window is None:
             return self.law.queue_length
         self.losses = record_loss(self.losses, loss)
-        shortest = min(MIN_QUEUE_LENGTH, self.law.queue_length)
-        bounds = shortest, self.law.queue_length
-        return int(effective_length(self.losses, self.law.loss_window, *bounds))
+        law = LawOptions(queue_length=self.law.queue_length, loss_window=self.law.loss_window)
+        length = length_of(self.losses, law, self.losses.device)
+        assert length is not None
+        return int(length)
 
     def _weights(self, number: int, means: Tensor, length: int, scales: Tensor) -> Tensor:
         """Return the altered weights of a parameter's centroids ``(K, *param.shape)``."""
