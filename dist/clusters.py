@@ -262,9 +262,9 @@ class LocalClusters:
         shares.correct_(names, raw, 1)
         tables = []
         for name, grad, mean in zip(names, slices, raw, strict=True):
-            squares = [square_norm(values, grad_scale) for values in (mean, grad)]
-            tables.append(self._table(name, *squares, shares))
-            self._match_norm(grad, tables[-1], *squares)
+            before, after = (square_norm(values, grad_scale) for values in (mean, grad))
+            tables.append(self._table(name, before, after, shares))
+            self._match_norm(grad, tables[-1], before, after)
         absent = all_zero(raw) if skip_zeros else None
         self._queues.push_batch(names, raw, tables, grad_scale=grad_scale, absent=absent)
 

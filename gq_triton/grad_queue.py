@@ -147,7 +147,9 @@ class GradQueue:
         hook = optimizer.register_step_pre_hook(before_step)
         scale = partial(_scale_of, grad_scaler)
         restore = self._clusters.install(scale) if self._clusters else None
-        guard = self._clusters.model.register_forward_pre_hook(_refuse_ddp) if restore else None
+        guard = None
+        if self._clusters:
+            guard = self._clusters.model.register_forward_pre_hook(_refuse_ddp)
 
         def undo() -> None:
             hook.remove()

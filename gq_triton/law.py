@@ -183,12 +183,11 @@ def accepted(
     Returns:
         ``(N,)`` bool on the device of ``finite``.
     """
-    votes = finite.to(torch.uint8)
-    if absent is not None:
-        votes = votes + absent.to(votes)
-    if least is not None:
-        votes = least(votes)
-    answers = votes == 1
+    answers = finite
+    if absent is not None or least is not None:
+        votes = finite.to(torch.uint8)
+        votes = votes if absent is None else votes + absent.to(votes)
+        answers = (votes if least is None else least(votes)) == 1
     if found_inf is not None:
         answers = answers & (found_inf == 0).to(answers.device)
     return answers

@@ -308,7 +308,7 @@ def takes(*kinds: type[Options], without: Collection[str] = ()) -> Callable[[Doo
     """
 
     def decorate(door: Door) -> Door:
-        function: Any = vars(door)["__init__"] if isinstance(door, type) else door
+        function: Any = vars(door).get("__init__", door)  # of a class, or the function itself
         signature = inspect.signature(function)
         shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         lines: list[str] = []

@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,9 +83,7 @@ class Queues:
             self._allocate(name, grad.device)
         groups = shard_groups(self.params[names[0]])
         finite = engine(grads[0].device, self.options.backend).all_finite(grads)
-        accept = accepted(
-            finite, absent=absent, found_inf=found_inf, least=partial(least_over, groups)
-        )
+        accept = accepted(finite, absent=absent, found_inf=found_inf, least=least_over(groups))
         statistics = self._weigh_rings(names, grads, accept, grad_scale)
         for group in groups:
             dist.all_reduce(statistics, group=group)

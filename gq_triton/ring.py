@@ -1,7 +1,7 @@
 """The ring buffer of past gradients of one parameter, and the effective length."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -74,11 +74,21 @@ def shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
     return [tensor.device_mesh.get_group(dimension) for dimension in sharded]
 
 
-def least_over(groups: Sequence[dist.ProcessGroup], votes: Tensor) -> Tensor:
-    """Return the least of all ranks' votes ``(N,)``, as `law.accepted` wants it."""
-    for group in groups:
-        dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
-    return votes
+def least_over(groups: Sequence[dist.ProcessGroup]) -> Callable[[Tensor], Tensor] | None:
+    """Return what takes votes ``(N,)`` to the least of all ranks, for `law.accepted`.
+
+    Args:
+        groups: those over which the parameters are sharded; None is returned where there are none.
+    """
+    if not groups:
+        return None
+
+    def least(votes: Tensor) -> Tensor:
+        for group in groups:
+            dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
+        return votes
+
+    return least
 
 
 def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:

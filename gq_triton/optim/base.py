@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -160,7 +159,7 @@ class GradQueueOptimizer(Optimizer):
         # A loss scaler has looked at every gradient here already; none is read a second time.
         if law.found_inf is None or group["match_norm"] or groups:
             finite = ops.all_finite(batch.grads)
-            accept = accepted(finite, found_inf=law.found_inf, least=partial(least_over, groups))
+            accept = accepted(finite, found_inf=law.found_inf, least=least_over(groups))
         if group["match_norm"]:
             assert accept is not None
             batch.grads = [grad.clone() for grad in batch.grads]
