@@ -29,12 +29,17 @@ if importlib.util.find_spec("gq_triton") is None:
 
 # The files that take longest, longest first: what begins late must be short, or one worker waits.
 LONGEST = [
-    "test_kernel_compile.py",
-    "test_restart.py",
-    "test_study_command.py",
     "test_dist_clusters.py",
+    "test_restart.py",
+    "test_kernel_compile.py",
     "test_dist_shard.py",
+    "test_study_command.py",
     "test_cluster_compile.py",
+    "test_frameworks.py",
+    "test_dist_hook.py",
+    "test_multi_node.py",
+    "test_train.py",
+    "test_optim_fsdp2.py",
 ]
 
 

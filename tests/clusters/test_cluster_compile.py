@@ -38,6 +38,9 @@ def losses(model, batch):
     return model(batch).flatten(1).square().mean(dim=1)
 
 
+pytestmark = pytest.mark.slow
+
+
 def judged(kind, **options):
     torch.manual_seed(0)
     return Judge(kind().to(F64), LABELS, 5, **options)
@@ -82,7 +85,6 @@ def test_a_trace_that_no_flag_announces():
     compiled_steps(judge, compiled, images)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["mlp", "resnet"])
 def test_inductor(case):
     kind, make_batch = CASES[case]
