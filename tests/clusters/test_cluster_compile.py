@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from gq_triton.cluster_grad import passes
 
+pytestmark = pytest.mark.slow
 F64 = torch.float64
 LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])
 
@@ -36,9 +37,6 @@ def tokens():
 
 def losses(model, batch):
     return model(batch).flatten(1).square().mean(dim=1)
-
-
-pytestmark = pytest.mark.slow
 
 
 def judged(kind, **options):
