@@ -10,7 +10,7 @@ from gq_triton.study.design.config import StudyConfig
 from gq_triton.study.design.controls import CONTROLS, PRIMARY
 from gq_triton.study.design.protocol import cells, progress
 from gq_triton.study.design.trial import EVALUATE, Record
-from gq_triton.study.report.results import collect
+from gq_triton.study.report.results import collect, results_csv
 from gq_triton.study.report.statistics import compare, interval, median_interval
 from gq_triton.study.report.verdict import (
     HELPS,
@@ -68,7 +68,7 @@ def test_a_comparison_counts_wins_and_is_stricter_in_company():
 
 def study(
     effects, noise=0.004, seeds=10, sizes=(16, 256), seed=0, arms=("sgdm", "gq-sgdm"), trials=8,
-    controls=tuple(CONTROLS),
+    controls=tuple(CONTROLS), **options,
 ):  # fmt: skip
     """A finished study of synthetic records.
 
@@ -83,6 +83,7 @@ def study(
             "tuning_seeds": 1,
             "seeds": seeds,
             "controls": list(controls),
+            **options,
         }
     )
     rng = np.random.default_rng(seed)
@@ -228,6 +229,17 @@ def test_absent_effects_are_rarely_found():
     ]
     # Wrong in 5 % of the studies, that is in 2 of 40 with standard deviation 1.4.
     assert sum(v != NONE for v in verdict) <= 7
+
+
+def test_a_study_with_one_beta1_has_the_columns_of_the_first_studies():
+    def header(**options):
+        every, store = study(lambda t: 0.0, sizes=(16,), controls=(), **options)
+        return results_csv(collect(every, store)).splitlines()[0]
+
+    old, new = header(beta1=[0.9], warmup=[0.0]), header()
+    assert old.startswith("task,arm,control,batch_size,seed,lr,rho,queue_length,n_clusters,score_n")
+    assert new.replace(",beta1,warmup", "") == old
+    assert new != old
 
 
 def test_a_lower_score_is_better_where_it_is():
