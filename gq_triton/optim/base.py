@@ -14,18 +14,10 @@ from torch.optim.optimizer import ParamsT
 from gq_triton.claims import OPTIMIZER, claim
 from gq_triton.engines import Engine, engine
 from gq_triton.law import Law, accepted, match_norm_
-from gq_triton.optim.plan import QUEUE, QUEUED, Batch, Found, Plan, State
+from gq_triton.optim.batches import QUEUE, QUEUED, Batch, Found, Plan, State
 from gq_triton.options import LawOptions, read
-from gq_triton.ring import (
-    least_over,
-    length_of,
-    local,
-    new_counter,
-    new_losses,
-    new_queue,
-    record_loss,
-    shard_groups,
-)
+from gq_triton.queues.losses import length_of, new_losses, record_loss
+from gq_triton.ring import least_over, local, new_counter, new_queue, shard_groups
 
 __all__ = ["GradQueueOptimizer"]
 

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
-from gq_triton.optim.plan import Batch, State
+from gq_triton.optim.batches import Batch, State
 from gq_triton.options import LawKeywords, LawOptions, takes
 
 __all__ = ["GQSGD"]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gq_triton import GQSGD, reference, ring, scarcity_weight
+from gq_triton import GQSGD, reference, scarcity_weight
+from gq_triton.queues import losses as history
 
 LAWS = {"public": scarcity_weight, "oracle": reference.scarcity_weight}
 
@@ -296,7 +297,7 @@ def test_tgq17_a_queue_that_holds_the_gradient_cannot_reach_rho_before_length_10
 EFFECTIVE_LENGTHS = {
     "oracle": reference.effective_length,
     "device": lambda losses, *bounds: int(
-        ring.effective_length(torch.tensor(losses, dtype=torch.float64), *bounds)
+        history.effective_length(torch.tensor(losses, dtype=torch.float64), *bounds)
     ),
 }
 
@@ -330,17 +331,17 @@ def test_tgq19_effective_length_on_the_device_equals_the_oracle():
         if torch.rand((), generator=generator) < 0.3:
             losses[int(torch.randint(len(losses), (), generator=generator))] = math.nan
         expected = reference.effective_length(losses.tolist(), window, shortest, longest)
-        assert int(ring.effective_length(losses, window, shortest, longest)) == expected
+        assert int(history.effective_length(losses, window, shortest, longest)) == expected
 
 
 def test_tgq19_a_recorded_loss_is_the_newest():
-    losses = ring.new_losses(2, 5, torch.device("cpu"))
+    losses = history.new_losses(2, 5, torch.device("cpu"))
     assert losses.shape == (6,)
     assert losses.isnan().all()
     for loss in (0, 5, 4, 3, 2, 1):
-        losses = ring.record_loss(losses, loss)
+        losses = history.record_loss(losses, loss)
     assert losses.tolist() == [1, 2, 3, 4, 5, 0]
-    assert int(ring.effective_length(losses, 2, 3, 5)) == 4
+    assert int(history.effective_length(losses, 2, 3, 5)) == 4
 
 
 def test_tgq20_case_1_has_the_limit_q_over_b_and_not_1():

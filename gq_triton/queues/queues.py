@@ -1,6 +1,5 @@
 """The rings of a whole model, keyed by parameter name: what the plug-in and the DDP hook share."""
 
-import ctypes
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,23 +11,22 @@ from torch import Tensor
 from gq_triton.engines import engine
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.options import LawOptions
+from gq_triton.queues.losses import length_of, new_losses, record_loss
+from gq_triton.queues.measures import added, measures
+from gq_triton.queues.saved import digests
 from gq_triton.ring import (
     flat,
+    in_use,
     least_over,
-    length_of,
     local,
     new_counter,
-    new_losses,
     new_queue,
-    record_loss,
     rows,
     shard_groups,
 )
 
-__all__ = ["Queues", "in_use", "sha"]
+__all__ = ["Queues"]
 
-# The losses' name among those of the parameters.
-LOSSES = "(losses)"
 # What a saved state must share with the state it is loaded into.
 _SHAPE_OPTIONS = "queue_length", "loss_window"
 
@@ -291,21 +289,11 @@ class Queues:
         """
         if not self._statistics:
             return {}
-        tables = [table.double().sum(dim=0) for table in self._statistics.values()]
         # Statistics of sharded parameters are those of all shards; so is the size of a DTensor.
         elements = sum(self.params[n].numel() for names in self._statistics for n in names)
-        length = self.effective_length(tables[0].device)
-        if length is None:
-            length = torch.tensor(self.options.queue_length, device=tables[0].device)
-        total = self._over_ranks(torch.stack(tables).sum(dim=0))
-        raw, weighted, weight, high, low, used = torch.cat([total, length.reshape(1)]).tolist()
-        return {
-            "mean_weight": weight / elements,
-            "norm_ratio": (weighted / raw) ** 0.5 if raw > 0 else 1.0,
-            "saturated_high": high / elements,
-            "saturated_low": low / elements,
-            "effective_length": used,
-        }
+        total = self._over_ranks(added(self._statistics.values()))
+        length = self.effective_length(total.device)
+        return measures(total, elements, self.options.queue_length if length is None else length)
 
     def _over_ranks(self, total: Tensor) -> Tensor:
         """Return the sums of the statistics over all elements; every process here has all."""
@@ -324,13 +312,7 @@ class Queues:
         A ring that nothing was queued in counts as absent, allocated or not. The losses come last,
         under ``LOSSES``.
         """
-        digests = {name: sha(name) for name in (*self.params, LOSSES)}
-        for name, queue, queued in self._rings():
-            if int(local(queued)) > 0:
-                digests[name] = sha(name, queue, queued)
-        if self._losses is not None and not bool(self._losses.isnan().all()):
-            digests[LOSSES] = sha(LOSSES, self._losses)
-        return digests
+        return digests(self.params, self._rings(), self._losses)
 
     def init_state(self) -> None:
         """Allocate what every trainable parameter's first gradient would, and the losses.
@@ -407,28 +389,3 @@ class Queues:
                     f"the saved queue of {name!r} is for shape {tuple(queue.shape[1:])}, the "
                     f"parameter has {tuple(self.params[name].shape)}: it belongs to another model"
                 )
-
-
-def in_use(*tensors: Tensor) -> None:
-    """Have the memory of tensors given away only after what the current stream does with them.
-
-    A stream allocates for itself: memory that is let go while another one still reads it may be
-    written to at once. On the CPU this does nothing.
-    """
-    for tensor in map(local, tensors):
-        if tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
-
-
-def sha(name: str, *contents: Tensor) -> bytes:
-    """Return the SHA-256 of a name and of tensors."""
-    sha = hashlib.sha256(name.encode())
-    for tensor in contents:
-        sha.update(_bytes(tensor))
-    return sha.digest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """Return the content of a tensor in row-major order."""
-    dense = local(tensor).detach().cpu().contiguous()
-    return ctypes.string_at(dense.data_ptr(), dense.numel() * dense.element_size())
