@@ -17,7 +17,7 @@ __all__ = ["convert"]
 
 def _forward(module: nn.Module, *args: Any) -> Any:
     """Run a layer, with clustered gradients where this forward pass will have a backward pass."""
-    site: Site = vars(module)[SITE]
+    site: Site = getattr(module, SITE)  # the compiler of torch 2.8 does not know vars(module)
     collector, graded = site.collector, torch.is_grad_enabled()
     if site.module is not module or not trains(module):  # a copy of the model, a frozen layer
         return type(module).forward(module, *args)

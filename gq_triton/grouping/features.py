@@ -43,8 +43,11 @@ def _values(output: Any) -> list[Any]:
 
 def first_tensor(output: Any) -> Tensor | None:
     """Return the first tensor of an output that has samples; a loss has none."""
-    tensors = (value for value in _values(output) if isinstance(value, Tensor) and value.dim() > 0)
-    return next(tensors, None)
+    # No next(..., None), here and below: the compiler of torch 2.8 does not know its default.
+    for value in _values(output):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value
+    return None
 
 
 def with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -55,10 +58,12 @@ def with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
     if isinstance(output, Tensor):
         return change(output) if meant(output) else output
-    place = next((i for i, value in enumerate(_values(output)) if meant(value)), None)
-    if place is None:
+    values = _values(output)
+    places = [place for place, value in enumerate(values) if meant(value)]
+    if not places:
         return output
-    changed = change(_values(output)[place])
+    place = places[0]
+    changed = change(values[place])
     if type(output) in (tuple, list):
         return type(output)([*output[:place], changed, *output[place + 1 :]])
     if isinstance(output, MutableMapping):
