@@ -61,7 +61,7 @@ def _check_extra() -> None:
     absent = [name for module, name in packages.items() if find_spec(module) is None]
     if absent:
         raise Refusal(
-            f"studies need {', '.join(absent)}: install gq_triton with its extra, gq_triton[study]"
+            f'studies need {", ".join(absent)}: run pip install ".[study]" in the checkout'
         )
 
 
@@ -325,7 +325,7 @@ def _add_fetch(commands: Any) -> None:
 
 def _fetch(given: argparse.Namespace) -> int:
     if find_spec("pooch") is None:
-        raise Refusal("fetching needs pooch: install gq_triton with its extra, gq_triton[data]")
+        raise Refusal('fetching needs pooch: run pip install ".[data]" in the checkout')
     folder = fetch(given.task, given.data)
     sys.stdout.write(
         f"{given.task} is in {folder}; now: gq-triton study run --data {given.data} ...\n"

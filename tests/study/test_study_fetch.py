@@ -125,7 +125,7 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(
 def test_a_missing_library_or_task_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pooch", None)
     assert cli.main(["study", "fetch", "mnist", "--data", str(tmp_path)]) == 2
-    assert "install gq_triton with its extra, gq_triton[data]" in capsys.readouterr().err
+    assert 'run pip install ".[data]" in the checkout' in capsys.readouterr().err
     assert cli.main(["study", "fetch", "digits", "--data", str(tmp_path)]) == 2
     assert "invalid choice: 'digits'" in capsys.readouterr().err
 

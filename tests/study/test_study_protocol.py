@@ -74,6 +74,19 @@ def test_a_record_survives_the_disk_and_half_a_record_is_none(tmp_path):
         assert store.get(record.trial) is None
 
 
+def test_a_record_of_the_first_release_is_read(tmp_path):
+    record = Record(trial(law=StudyLaw("queue", n_clusters=3)), {"score": 0.5}, {"seconds": 1}, {})
+    Store(tmp_path).add(record)
+    (path,) = tmp_path.glob("trials/*.json")
+    content = json.loads(path.read_text())
+    for later in ("processes", "device", "beta1", "warmup"):
+        del content["trial"][later]
+    path.write_text(json.dumps(content))
+    store = Store(tmp_path)
+    assert store.load() == 0
+    assert store.get(record.trial) == record
+
+
 def test_runs_are_the_same_bit_for_bit_whatever_ran_before():
     first = run_trial(trial(law=StudyLaw("queue", n_clusters=2)))
     run_trial(trial(task="digits-longtail", base="adamw"))
