@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad import Clusters
+from gq_triton.cluster_grad import Clusters, Weigh
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.dist.buckets import Rooms
 from gq_triton.dist.clustered_slices import ClusteredSlices
@@ -90,19 +90,23 @@ class LocalClusters:
             options = replace(options, features="", clusterer=_one_cluster)
         self._queues, self._owner = queues, weakref.ref(state)
         names: dict[Tensor, str] = {param: name for name, param in queues.params.items()}
-        self._clusters = Clusters(
-            model, names, queues, options,
+        self._sink = Weigh(
+            queues,
             match_norm=False,  # the norms of the means over all ranks count
+            grad_scale=lambda: self._state.loss_scale(self._device),
+        )
+        self._clusters = Clusters(
+            model, names, self._sink, options,
             before_assign=lambda: self._state.take_loss(),
             whole_batch=self._whole_batch if options.centroid_scale == "standard_error" else int,
             sizes_only=sizes_only,
         )  # fmt: skip
         queues.clustered = self._clusters.covered()
-        self._session = self._clusters.session
+        self._raw = self._clusters.accumulator.raw
         self._unit = torch.ones(2, dtype=torch.float64)
         self._rooms = Rooms()
         self._passes, self._warned = options.accumulation_steps, False
-        self._clusters.install(lambda: self._state.loss_scale(self._device))
+        self._clusters.install()
 
     @property
     def _state(self) -> "GradQueueState":
@@ -169,7 +173,7 @@ class LocalClusters:
             device: where the bucket is.
             first: whether the bucket is the first of the step.
         """
-        mine = self._session.masses(names, device)
+        mine = self._raw.masses(names, device)
         if first:
             self._unit = mine[0].clone()
             dist.all_reduce(self._unit, group=self._state.process_group)
@@ -181,8 +185,8 @@ class LocalClusters:
 
     def _check_passes(self) -> None:
         """Warn, once, where the passes that add up are not as many as the centroids allow for."""
-        wanted, several = self._passes, len(self._session.passes) > 1
-        self._session.passes.clear()
+        wanted, several = self._passes, len(self._raw.passes) > 1
+        self._raw.passes.clear()
         if self._warned or several == (wanted > 1) or self._state.joining():
             return
         self._warned = True
@@ -225,7 +229,7 @@ class LocalClusters:
             names, lambda: torch.empty(sum(sizes), dtype=dtype, device=like.device)
         )
         for name, piece in zip(names, bucket.split(sizes), strict=True):
-            grad = self._session.take(name)
+            grad = self._raw.take(name)
             if grad is None:
                 piece.zero_()
             else:
@@ -300,7 +304,7 @@ class LocalClusters:
 
     def _table(self, name: str, raw: Tensor, weighted: Tensor, shares: Shares) -> Tensor:
         """Return the statistics of a parameter, ``(1, 5)``: this rank's share of the weights."""
-        seen = self._session.statistics.pop(name, None)
+        seen = self._sink.statistics.pop(name, None)
         table = torch.zeros(1, 5, dtype=torch.float64, device=raw.device)
         table[0, 0], table[0, 1] = raw, weighted
         if seen is not None:

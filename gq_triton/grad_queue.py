@@ -1,7 +1,6 @@
 """GradQueue: the plug-in that weights the gradients of any torch optimizer in any loop."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from gq_triton.claims import ATTACH, claim, release
-from gq_triton.cluster_grad import Clusters
+from gq_triton.cluster_grad import Clusters, Weigh
 from gq_triton.grouping import Groups
 from gq_triton.names import bare, parameter_names
 from gq_triton.optim.base import GradQueueOptimizer
@@ -92,6 +91,8 @@ class GradQueue:
             law,
         )
         self._handle: Handle | None = None
+        self._grad_scale = _GradScale()
+        self._sink = Weigh(self._queues, grad_scale=self._grad_scale)
         self._clusters: Clusters | None = None
         if clusters.n_clusters is None:
             return
@@ -103,7 +104,7 @@ class GradQueue:
         self._clusters = Clusters(
             bare(model),
             self._names,
-            self._queues,
+            self._sink,
             clusters,
         )
 
@@ -145,10 +146,10 @@ class GradQueue:
         claimed = list(self._names) if self._clusters else self._own(optimizer)
         claim(claimed, before_step, ATTACH)
         hook = optimizer.register_step_pre_hook(before_step)
-        scale = partial(_scale_of, grad_scaler)
-        restore = self._clusters.install(scale) if self._clusters else None
-        guard = None
-        if self._clusters:
+        self._grad_scale.scaler = grad_scaler
+        restore = guard = None
+        if self._clusters is not None:
+            restore = self._clusters.install()
             guard = self._clusters.model.register_forward_pre_hook(_refuse_ddp)
 
         def undo() -> None:
@@ -230,15 +231,15 @@ class GradQueue:
         """
         if self._clusters is None:
             return set()
-        session = self._clusters.session
-        raw = session.take_raw()
-        lost = not raw and any(param.grad is not None for param in session.params.values())
+        accumulator = self._clusters.accumulator
+        raw = accumulator.raw.take_all()
+        lost = not raw and any(param.grad is not None for param in accumulator.params.values())
         if lost and self._clusters.mode == "microbatch":
             raise RuntimeError(
                 'mode="microbatch" needs GradQueue.backward(losses) in place of loss.backward()'
             )
         self._queues.push(
-            raw, session.statistics, grad_scale=session.grad_scale(), found_inf=found_inf
+            raw, self._sink.statistics, grad_scale=self._grad_scale(), found_inf=found_inf
         )
         return set(raw)
 
@@ -360,8 +361,14 @@ def _refuse_ddp(model: nn.Module, args: Any) -> None:
         )
 
 
-def _scale_of(grad_scaler: Any) -> Tensor | None:
-    """Return a GradScaler's scale on its device; None without one, or where it does not scale."""
-    if grad_scaler is None or not grad_scaler.is_enabled():
-        return None
-    return grad_scaler._get_scale_async()
+class _GradScale:
+    """The loss scale of the GradScaler that an attached loop has."""
+
+    def __init__(self) -> None:
+        self.scaler: Any = None
+
+    def __call__(self) -> Tensor | None:
+        """Return it on its device; None without a scaler, or where it does not scale."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        return self.scaler._get_scale_async()

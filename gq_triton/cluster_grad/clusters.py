@@ -1,6 +1,5 @@
 """Clusters of a model's batches: features in, labels out, gradients weighted on the way back."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -8,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gq_triton.cluster_grad.accumulate import Accumulator
 from gq_triton.cluster_grad.compiled_ops import begin, capture, end, prepare_for_compile, watch
 from gq_triton.cluster_grad.install import convert
 from gq_triton.cluster_grad.layers.registry import survey
-from gq_triton.cluster_grad.session import Session
+from gq_triton.cluster_grad.microbatch import backward
+from gq_triton.cluster_grad.sink import Sink
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.features import first_tensor, is_spatial, with_first_tensor
 from gq_triton.grouping.groups import Groups
 from gq_triton.grouping.kmeans import KMeans
 from gq_triton.options import OUTPUT_GRADIENT, ClusterOptions
-from gq_triton.queues import Queues
 
 __all__ = ["Clusters"]
 
@@ -35,10 +35,8 @@ class Clusters:
     Args:
         model: the model.
         names: its parameters' names.
-        queues: the rings.
+        sink: what the layers' sums go to.
         options: how samples are grouped and the groups mixed.
-        match_norm: whether the backward pass gives each weighted gradient the norm of the raw one;
-            None is what the queues say.
         before_assign: called before the clusters of a step are found.
         whole_batch: from this process's number of samples to that of the whole batch.
         sizes_only: the clusterer looks at no feature, so none is kept.
@@ -51,10 +49,9 @@ class Clusters:
         self,
         model: nn.Module,
         names: dict[Tensor, str],
-        queues: Queues,
+        sink: Sink,
         options: ClusterOptions,
         *,
-        match_norm: bool | None = None,
         before_assign: Callable[[], None] = _nothing,
         whole_batch: Callable[[int], int | Tensor] = int,
         sizes_only: bool = False,
@@ -76,13 +73,16 @@ class Clusters:
         self._clusterer = clusterer or self.kmeans
         self._before_assign, self._whole_batch = before_assign, whole_batch
         self._sizes_only = sizes_only
-        self.session = Session(
-            queues,
-            names,
-            self.assign,
-            match_norm=queues.options.match_norm if match_norm is None else match_norm,
-        )
+        self._names = names
         self.layers = survey(model) if self.mode == "one_backward" else []
+        # By parameter name, the kind of the layer that sums its gradient by cluster.
+        self._kinds = {
+            names[param]: type(layer.module).__name__
+            for layer in self.layers
+            for param in layer.module.parameters(recurse=False)
+            if layer.family is not None and param in names
+        }
+        self.accumulator = Accumulator(sink, names, self._kinds, self.assign)
         unknown = [layer for layer in self.layers if layer.family is None and layer.trainable]
         if unknown and options.strict:
             listed = ", ".join(f"{a.name or 'model'} ({type(a.module).__name__})" for a in unknown)
@@ -92,9 +92,7 @@ class Clusters:
             )
         if unknown:
             plain = [name for name, how in self.report().items() if how.startswith("plain")]
-            warnings.warn(
-                f"weighted without clusters, as one batch: {', '.join(plain)}", stacklevel=4
-            )
+            self.accumulator.warn_whole(plain, "no known layer alone holds them", stacklevel=5)
         self.sample_weights: Tensor | None = None
         self.last: Step | None = None
 
@@ -138,19 +136,14 @@ class Clusters:
         whole = self._whole_batch(len(labels))
         return Groups.of(labels, clusters, self.options, self.sample_weights, whole)
 
-    def install(self, grad_scale: Callable[[], Tensor | None]) -> Callable[[], None]:
-        """Make the model's backward passes leave weighted gradients; return what undoes it.
-
-        Args:
-            grad_scale: returns the loss scale that the gradients carry, or None.
-        """
+    def install(self) -> Callable[[], None]:
+        """Make the model's backward passes leave weighted gradients; return what undoes it."""
         earlier: Clusters | None = vars(self.model).get(_INSTALLED)
         if earlier is not None and earlier.model is self.model:
             earlier.uninstall()  # whoever installed it is gone, or replaced by this
-        session = self.session
-        session.grad_scale = grad_scale
+        accumulator = self.accumulator
         prepare_for_compile()
-        restore = convert(self.layers, session) if self.mode == "one_backward" else None
+        restore = convert(self.layers, accumulator) if self.mode == "one_backward" else None
         handles = [self.model.register_forward_pre_hook(self._enter)]
         if self.features != OUTPUT_GRADIENT:
             layer = self._layer = self.model.get_submodule(self.features)
@@ -162,7 +155,7 @@ class Clusters:
                 handle.remove()
             if restore is not None:
                 restore()
-            session.release()
+            accumulator.release()
             vars(self.model).pop(_INSTALLED, None)
             self.uninstall = _nothing
 
@@ -171,25 +164,25 @@ class Clusters:
         return undo
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        session = self.session
+        accumulator = self.accumulator
         if torch.is_grad_enabled() and module is self.model:
-            session.token = begin(session.clock, session.number)
+            accumulator.token = begin(accumulator.clock, accumulator.number)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        session = self.session
-        if session.token is None or not torch.is_grad_enabled() or module is not self.model:
+        accumulator = self.accumulator
+        if accumulator.token is None or not torch.is_grad_enabled() or module is not self.model:
             return None
-        end(session.clock, session.token)
+        end(accumulator.clock, accumulator.token)
         if self.features != OUTPUT_GRADIENT:
             return None
-        return with_first_tensor(output, partial(watch, token=session.token))
+        return with_first_tensor(output, partial(watch, token=accumulator.token))
 
     def _capture(self, channels_first: bool, module: nn.Module, args: Any, output: Any) -> None:
-        session, tensor = self.session, first_tensor(output)
-        if session.token is not None and tensor is not None and module is self._layer:
+        accumulator, tensor = self.accumulator, first_tensor(output)
+        if accumulator.token is not None and tensor is not None and module is self._layer:
             if self._sizes_only:
                 tensor = tensor.flatten(1)[:, :0]
-            capture(session.clock, session.token, tensor, channels_first)
+            capture(accumulator.clock, accumulator.token, tensor, channels_first)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what k-means goes on from, in plain values; nothing for another clusterer."""
@@ -230,68 +223,37 @@ class Clusters:
         self.kmeans.load_state_dict({"cluster_centers": centers, "generator": generator})
 
     def report(self) -> dict[str, str]:
-        """Return by parameter name how it is handled."""
-        how: dict[str, str] = {}
-        names = self.session.names
-        for layer in self.layers:
-            for param in layer.module.parameters(recurse=False):
-                if param in names and param.requires_grad:
-                    kind = type(layer.module).__name__
-                    known = layer.family is not None
-                    how[names[param]] = f"clusters ({kind})" if known else f"plain ({kind})"
+        """Return by parameter name how its last gradient was handled; at first, what is planned."""
         if self.mode == "microbatch":
-            how = {name: "clusters (microbatch)" for p, name in names.items() if p.requires_grad}
-        frozen = {name: "frozen" for p, name in names.items() if not p.requires_grad}
+            how = dict.fromkeys(self._names.values(), "clusters (microbatch)")
+        else:
+            how = self._planned()
+        for name, known in self.accumulator.known_by_cluster.items():
+            kind = self._kinds[name]
+            how[name] = f"clusters ({kind})" if known else f"whole batch (used past {kind})"
+        frozen = {name: "frozen" for p, name in self._names.items() if not p.requires_grad}
         return how | frozen
+
+    def _planned(self) -> dict[str, str]:
+        """Return by parameter name what the layers that hold it are; all of them must be known."""
+        how: dict[str, str] = {}
+        for layer in sorted(self.layers, key=lambda layer: layer.family is None):
+            kind = type(layer.module).__name__
+            known = layer.family is not None
+            for param in layer.module.parameters(recurse=False):
+                if param in self._names:
+                    name = self._names[param]
+                    how[name] = f"clusters ({kind})" if known else f"plain ({kind})"
+        return how
 
     def covered(self) -> set[str]:
         """Return the names of the parameters whose gradients come out weighted, frozen or not."""
-        names = self.session.names
-        if self.mode == "microbatch":
-            return set(names.values())
-        known = [layer.module for layer in self.layers if layer.family is not None]
-        params = (param for module in known for param in module.parameters(recurse=False))
-        return {names[param] for param in params if param in names}
+        return set(self._names.values()) if self.mode == "microbatch" else set(self._kinds)
 
     def backward(self, losses: Tensor) -> None:
         """Run K backward passes, one per cluster, and leave the weighted sum in ``p.grad``.
 
         Args:
-            losses: ``(B,)`` per-sample losses; the mean of them is what is minimised, or their sum
-                with ``loss_reduction="sum"``.
+            losses: ``(B,)`` per-sample losses.
         """
-        session, step = self.session, self.session.step
-        if step is None or losses.dim() != 1:
-            raise ValueError(f"backward needs the losses (B,) of a forward pass of the model, got "
-                             f"{tuple(losses.shape)}")  # fmt: skip
-        params = [p for p in session.params.values() if p.requires_grad]
-        count = 1 if self.options.loss_reduction == "sum" else len(losses)
-        scale = self.options.accumulation_steps
-        whole = losses.sum() / (count * scale)
-        if step.features is None:
-            output = whole  # the hook on the model's output fires on the way to it
-            torch.autograd.grad(output, params, retain_graph=True, allow_unused=True)
-        groups = step.groups
-        if len(groups.labels) != len(losses):
-            raise ValueError(
-                f"backward got {len(losses)} losses for {len(groups.labels)} clustered samples"
-            )
-        sums: list[Tensor | None] = [None] * len(params)
-        clusters = [k for k, size in enumerate(groups.sizes) if size]
-        for number, k in enumerate(clusters):
-            part = (losses * groups.members[k].to(losses)).sum() / (count * scale)
-            more = number + 1 < len(clusters)
-            grads = torch.autograd.grad(part, params, retain_graph=more, allow_unused=True)
-            for index, grad in enumerate(grads):
-                if grad is None:
-                    continue
-                total = sums[index]
-                if total is None:
-                    shape = (len(groups.sizes), *grad.shape)
-                    total = sums[index] = torch.zeros(shape, dtype=grad.dtype, device=grad.device)
-                total[k] = grad
-        for param, total in zip(params, sums, strict=True):
-            if total is not None:
-                grad = session.finish(step, param, total)
-                param.grad = grad if param.grad is None else param.grad + grad
-                session.note(param)
+        backward(self.accumulator, losses, self.options)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gq_triton.cluster_grad import passes
+from gq_triton.cluster_grad.site import marker
 
 __all__ = [
     "begin",
@@ -96,11 +97,23 @@ _watch_op = _operation(
     lambda grad, token: passes.watch(grad, token).clone(),
     lambda grad, token: torch.empty_like(grad),
 )
+
+
+def _traced_param_grads(
+    token: Tensor, site: Tensor, tensors: list[Tensor], params: list[Tensor], wanted: list[int]
+) -> list[Tensor]:
+    grads = passes.param_grads(token, site, tensors, wanted, traced=True)
+    # A graph has no place for a gradient that is absent.
+    return [
+        marker(param) if grad is None else grad for param, grad in zip(params, grads, strict=True)
+    ]
+
+
 _param_grads_op = _operation(
     "param_grads(Tensor token, Tensor site, Tensor[] tensors, Tensor[] params, int[] wanted)"
     " -> Tensor[]",
-    passes.param_grads,
-    lambda token, site, tensors, params, wanted: [torch.empty_like(param) for param in params],
+    _traced_param_grads,
+    lambda token, site, tensors, params, wanted: [marker(param) for param in params],
 )
 
 
@@ -154,7 +167,7 @@ def _traced_watch(output: Tensor, token: Tensor) -> Tensor:
 
 
 def param_grads(ctx: Any, *tensors: Tensor) -> list[Tensor | None]:
-    """Return the weighted gradients of a layer's parameters, in a backward pass.
+    """Collect the sums of a layer's gradients; return what its backward pass returns for them.
 
     Args:
         ctx: the context of an autograd function whose arguments begin with the layer's input and
@@ -178,7 +191,7 @@ def param_grads(ctx: Any, *tensors: Tensor) -> list[Tensor | None]:
             'use GradQueue(mode="microbatch")'
         )
     else:
-        grads = passes.param_grads(token, site, list(tensors), params, wanted)
+        grads = passes.param_grads(token, site, list(tensors), wanted)
     for position, grad in zip(wanted, grads, strict=True):
         result[position] = grad
     return result

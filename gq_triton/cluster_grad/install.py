@@ -15,20 +15,22 @@ from gq_triton.cluster_grad.site import Collector, Site
 __all__ = ["convert"]
 
 
-def _forward(module: nn.Module, *args: Any) -> Any:
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a layer, with clustered gradients where this forward pass will have a backward pass."""
     site: Site = getattr(module, SITE)  # the compiler of torch 2.8 does not know vars(module)
     collector, graded = site.collector, torch.is_grad_enabled()
     if site.module is not module or not trains(module):  # a copy of the model, a frozen layer
-        return type(module).forward(module, *args)
+        return type(module).forward(module, *args, **kwargs)
     token = collector.token
     if token is not None:
         use(collector.clock, token, site.key, graded)
     elif graded:
         raise RuntimeError(OUTSIDE.format(site.name))
     if token is None or not graded:
-        return type(module).forward(module, *args)
-    return site.family.forward(module, (token, site.key), *args)
+        return type(module).forward(module, *args, **kwargs)
+    if site.input_name in kwargs:
+        args = (*args, kwargs.pop(site.input_name))
+    return site.family.forward(module, (token, site.key), *args, **kwargs)
 
 
 def convert(layers: list[Layer], collector: Collector) -> Callable[[], None]:

@@ -61,9 +61,7 @@ def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:
     if in_backward() and not (step is not None and step.hidden):
         return
     if step is not None and step.open:
-        names = where.collector.trainable(where.module)
-        where.collector.watch(names)
-        for name in names:
+        for name in where.collector.trainable(where.module):
             step.uses[name] = step.uses.get(name, 0) + 1
     elif graded:
         raise RuntimeError(OUTSIDE.format(where.name))
@@ -85,13 +83,22 @@ def watch(grad: Tensor, token: Tensor) -> Tensor:
 
 
 def param_grads(
-    token: Tensor, site: Tensor, tensors: list[Tensor], params: list[Tensor], wanted: list[int]
-) -> list[Tensor]:
-    """Return a layer's weighted gradients."""
+    token: Tensor, site: Tensor, tensors: list[Tensor], wanted: list[int], traced: bool = False
+) -> list[Tensor | None]:
+    """Collect the sums of a layer's gradients; return what its backward pass returns for them.
+
+    Args:
+        token: that of the forward pass.
+        site: the key of the layer's site.
+        tensors: what the layer's gradients are made of.
+        wanted: positions among the layer's ``(weight, bias)``.
+        traced: whether a compiled graph calls.
+    """
     where, step = site_of(site), _steps.get(int(token))
     if where is None or step is None:
         raise RuntimeError("the handle of this GradQueue was removed: run the forward pass anew")
     # What this backward pass computes anew from here on belongs to this step.
     where.collector.token = token
     where.collector.enter_pass(step)
+    step.traced = step.traced or traced
     return where.family.gradients(where, step, tensors, wanted)

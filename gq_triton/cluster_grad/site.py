@@ -1,5 +1,6 @@
 """A layer whose gradients are summed by cluster, and the families that such layers belong to."""
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -10,7 +11,17 @@ from torch import Tensor, nn
 
 from gq_triton.cluster_grad.step import Step
 
-__all__ = ["Block", "Call", "Collector", "Family", "Site", "collector_of", "new_number", "site_of"]
+__all__ = [
+    "Block",
+    "Call",
+    "Collector",
+    "Family",
+    "Site",
+    "collector_of",
+    "marker",
+    "new_number",
+    "site_of",
+]
 
 # The token of the forward pass and the key of the layer's site.
 Call = tuple[Tensor, Tensor]
@@ -47,10 +58,6 @@ class Collector(Protocol):
         """Return the names of a layer's own parameters that have a gradient."""
         ...
 
-    def watch(self, names: list[str]) -> None:
-        """Notice from now on when these parameters get a gradient."""
-        ...
-
     def uses(self, step: Step, param: Tensor) -> int:
         """Return how often a parameter was used in a forward pass."""
         ...
@@ -61,11 +68,11 @@ class Collector(Protocol):
 
     def give(
         self, step: Step, param: Tensor, blocks: Iterator[Block], dtype: torch.dtype
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Take one use's sums of a parameter; return what the layer returns as its gradient."""
         ...
 
-    def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor:
+    def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor | None:
         """Take the sums of some rows of a table that is used once; return as ``give`` does."""
         ...
 
@@ -75,13 +82,14 @@ class Family(NamedTuple):
 
     Attributes:
         forward: ``(module, call, input)``: the layer's forward pass.
-        gradients: ``(site, step, tensors, wanted)`` to the gradients of the wanted ones among
-            ``(weight, bias)``; the tensors are what the layer's backward pass knows.
+        gradients: ``(site, step, tensors, wanted)``: give the sums of the wanted ones among
+            ``(weight, bias)`` to the site's collector and return what it returns; the tensors are
+            what the layer's backward pass knows.
         accepts: whether a layer of the kind, with its options, can be summed by cluster.
     """
 
     forward: Callable[..., Tensor]
-    gradients: Callable[["Site", Step, list[Tensor], list[int]], list[Tensor]]
+    gradients: Callable[["Site", Step, list[Tensor], list[int]], list[Tensor | None]]
     accepts: Callable[[nn.Module], bool] = lambda module: True
 
 
@@ -97,6 +105,8 @@ class Site:
 
     def __init__(self, collector: Collector, name: str, module: nn.Module, family: Family) -> None:
         self.collector, self.name, self.module, self.family = collector, name, module, family
+        # What the layer's own forward() calls its input.
+        self.input_name = list(inspect.signature(type(module).forward).parameters)[1]
         # A tensor, and so an input of a compiled graph: layers of one kind share their graph.
         self.key = torch.tensor(next(_numbers))
         _sites[int(self.key)] = self
@@ -108,6 +118,11 @@ class Site:
     def param(self, position: int) -> Tensor:
         """Return the layer's weight (0) or bias (1)."""
         return getattr(self.module, ("weight", "bias")[position])
+
+
+def marker(param: Tensor) -> Tensor:
+    """Return zeros in the shape and type of a parameter, in the memory of one element."""
+    return torch.zeros((), dtype=param.dtype, device=param.device).expand_as(param)
 
 
 def new_number(collector: Collector | None = None) -> int:

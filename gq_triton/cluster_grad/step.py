@@ -12,18 +12,16 @@ __all__ = ["Partial", "Step"]
 
 @dataclass(eq=False)
 class Partial:
-    """A parameter that is used several times, while a backward pass goes through its uses.
+    """The sums of a parameter that is used several times, while a backward pass collects them.
 
     Attributes:
         sums: gradients summed by cluster so far, ``(K, elements)``.
-        uses: how many uses those are of.
-        weighted: what was returned for them.
-        raw: their raw mean.
+        gradient: what ``p.grad`` has got for them so far.
+        raw: the gradient of the loss that this was made of.
     """
 
     sums: Tensor
-    uses: int = 0
-    weighted: Tensor | float = 0.0
+    gradient: Tensor | float = 0.0
     raw: Tensor | float = 0.0
 
 
@@ -35,9 +33,11 @@ class Step:
         assign: finds the clusters.
         features: ``(B, F)``, known after the forward pass or at the start of the backward pass.
         uses: how often each parameter, by name, was used in the forward pass.
+        partial: by name, the sums of parameters that are used several times.
         open: whether the forward pass still runs.
         hidden: whether its forward pass is seen in the backward pass only.
         finishing: whether its backward pass runs.
+        traced: whether a compiled graph runs that.
     """
 
     assign: Callable[["Step"], Groups]
@@ -47,6 +47,7 @@ class Step:
     open: bool = True
     hidden: bool = False
     finishing: bool = False
+    traced: bool = False
     _groups: Groups | None = None
 
     @property

@@ -1,5 +1,6 @@
 """The samples of one batch by cluster, and how their gradients are mixed."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Groups:
         sigma_scales: ``(K,)``: what sigma is multiplied by.
         mass: ``(2,)``: the sum of ``n_k**a``, and what the samples count in all: the batch's share
             among other processes' batches.
+        one_cluster: ``(3, 1)``: inverse share, mixture and scale of all samples as one cluster.
     """
 
     labels: Tensor
@@ -40,6 +42,7 @@ class Groups:
     mixture: Tensor
     sigma_scales: Tensor
     mass: Tensor
+    one_cluster: Tensor
 
     @staticmethod
     def of(
@@ -87,11 +90,16 @@ class Groups:
         scales = torch.ones_like(share)
         if options.centroid_scale == "standard_error":
             scales = (whole * options.accumulation_steps / sizes.clamp(min=1)).sqrt()
+        # The same numbers for all samples as one cluster.
+        steps = options.accumulation_steps
+        spread = (whole * steps / batch) ** 0.5 if options.centroid_scale != "paper" else 1.0
+        one = torch.tensor([steps / unit, unit / steps, spread], dtype=wide, device="cpu")
         # Rows of an even length start at multiples of 16 bytes: kernels are compiled for that once.
-        table = torch.zeros(4, max(2, clusters + clusters % 2), dtype=wide, device="cpu")
+        table = torch.zeros(7, max(2, clusters + clusters % 2), dtype=wide, device="cpu")
         for row, vector in zip(table, (inverse, mixture, scales), strict=False):
             row[:clusters] = vector
         table[3, 0], table[3, 1] = power.sum(), population.sum()
+        table[4:, 0] = one
         table = table.to(device, non_blocking=True)
         inverse, mixture, scales = table[:3, :clusters].unbind()
         return Groups(
@@ -104,6 +112,23 @@ class Groups:
             mixture=mixture,
             sigma_scales=scales,
             mass=table[3, :2],
+            one_cluster=table[4:, :1],
+        )
+
+    @cached_property
+    def whole(self) -> "Groups":
+        """The same samples as one cluster."""
+        labels = torch.zeros_like(self.labels)
+        inverse, mixture, scales = self.one_cluster.unbind()
+        return dataclasses.replace(
+            self,
+            labels=labels,
+            order=torch.arange(len(labels), device=labels.device),
+            sizes=[len(labels)],
+            members=(labels == 0)[None],
+            inverse_shares=inverse,
+            mixture=mixture,
+            sigma_scales=scales,
         )
 
     @cached_property

@@ -134,7 +134,7 @@ def test_two_forward_passes_of_one_graph_keep_their_own_clusters():
         judge.labels = LABELS
         judge.compare({n: expected[0][n] + expected[1][n] for n in expected[0]}, 1e-10)
         for name, ring in judge.rings.items():
-            ring.push(judge.queue._clusters.session.raw[name])
+            ring.push(judge.queue._clusters.accumulator.raw.kept[name])
         judge.optimizer.step()
 
 

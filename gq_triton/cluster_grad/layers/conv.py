@@ -55,8 +55,10 @@ class _Conv(torch.autograd.Function):
         return grad_x, *param_grads(ctx, grad, x), None, None
 
 
-def _gradients(site: Site, step: Step, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-    """Return the weighted gradients of a convolution's weight and bias."""
+def _gradients(
+    site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
+) -> list[Tensor | None]:
+    """Give the sums of a convolution's weight and bias."""
     grad, x = tensors
     groups, result = step.groups, []
     if len(x) != groups.labels.numel():

@@ -34,8 +34,10 @@ class _Embedding(torch.autograd.Function):
         return None, *param_grads(ctx, grad_outputs[0], ctx.saved_tensors[0]), None, None
 
 
-def _gradients(site: Site, step: Step, tensors: list[Tensor], wanted: list[int]) -> list[Tensor]:
-    """Return the weighted gradient of a table."""
+def _gradients(
+    site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
+) -> list[Tensor | None]:
+    """Give the sums of a table."""
     grad, indices = tensors
     collector, groups, param = site.collector, step.groups, site.param(0)
     padding_idx: Any = site.module.padding_idx

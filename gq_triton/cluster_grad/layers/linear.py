@@ -114,6 +114,10 @@ class _Linear(torch.autograd.Function):
         ctx.call, ctx.transposed, ctx.params = call, transposed, (weight, bias)
         kernel = weight.t() if transposed else weight
         out = torch.nn.functional.linear(x, kernel, bias)
+        if out._is_view():
+            # Of (B, T, N) with a bias; the output of an autograd function that is one could not be
+            # changed in place.
+            out = torch.ops.aten._unsafe_view(out, out.shape)
         # Under autocast the product was formed in a narrower type; keep what it saw.
         ctx.save_for_backward(x.to(out.dtype), weight)
         return out
@@ -131,7 +135,7 @@ class _Linear(torch.autograd.Function):
 
 def _gradients(
     transposed: bool, site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     grad, x = tensors
     groups, result = step.groups, []
     rows = samples(grad, groups, site.name)

@@ -30,8 +30,8 @@ Running = tuple[Tensor | None, Tensor | None, bool, float, float]
 
 def _weighted(
     site: Site, step: Step, wanted: list[int], sums: tuple[Tensor, Tensor | None]
-) -> list[Tensor]:
-    """Return the weighted gradients of scale (0) and shift (1) from those of shift and scale."""
+) -> list[Tensor | None]:
+    """Give the sums of scale (0) and shift (1) from those of shift and scale."""
     result = []
     for position in wanted:
         param, values = site.param(position), sums[1 - position]
@@ -43,8 +43,8 @@ def _weighted(
 
 def _by_position(
     site: Site, step: Step, wanted: list[int], grad: Tensor, x: Tensor, **statistics: Tensor
-) -> list[Tensor]:
-    """Return the weighted gradients of scale (0) and shift (1).
+) -> list[Tensor | None]:
+    """Give the sums of scale (0) and shift (1).
 
     Args:
         site: the layer.
@@ -66,8 +66,8 @@ def _by_position(
 
 def _by_channel(
     site: Site, step: Step, wanted: list[int], grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
-) -> list[Tensor]:
-    """Return the weighted gradients of scale (0) and shift (1); mean and rstd ``(B or 1, G)``."""
+) -> list[Tensor | None]:
+    """Give the sums of scale (0) and shift (1); mean and rstd ``(B or 1, G)``."""
     groups = step.groups
     check_rows(grad, groups, site.name)
     # Two dimensions: each sample may have several rows, each with statistics of its own.
@@ -127,8 +127,8 @@ class _LayerNorm(torch.autograd.Function):
 
 def _layer_norm_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
-) -> list[Tensor]:
-    """Return the weighted gradients of scale and shift."""
+) -> list[Tensor | None]:
+    """Give the sums of scale and shift."""
     grad, x, mean, rstd = tensors
     return _by_position(site, step, wanted, grad, x, mean=mean, rstd=rstd)
 
@@ -161,8 +161,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def _rms_norm_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
-) -> list[Tensor]:
-    """Return the weighted gradient of the scale."""
+) -> list[Tensor | None]:
+    """Give the sums of the scale."""
     grad, x, rstd = tensors
     return _by_position(site, step, wanted, grad, x, rstd=rstd)
 
@@ -200,8 +200,8 @@ class _GroupNorm(torch.autograd.Function):
 
 def _group_norm_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
-) -> list[Tensor]:
-    """Return the weighted gradients of scale and shift."""
+) -> list[Tensor | None]:
+    """Give the sums of scale and shift."""
     grad, x, mean, rstd = tensors
     return _by_channel(site, step, wanted, grad, x, mean, rstd)
 
@@ -244,8 +244,8 @@ class _BatchNorm(torch.autograd.Function):
 
 def _batch_norm_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
-) -> list[Tensor]:
-    """Return the weighted gradients of scale and shift."""
+) -> list[Tensor | None]:
+    """Give the sums of scale and shift."""
     grad, x, mean, rstd = tensors
     return _by_channel(site, step, wanted, grad, x, mean[None], rstd[None])
 

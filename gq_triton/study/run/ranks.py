@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gq_triton.cluster_grad import OUTPUT_GRADIENT
 from gq_triton.dist import GradQueueState, register
+from gq_triton.options import OUTPUT_GRADIENT
 from gq_triton.study.design.law import StudyLaw
 from gq_triton.study.design.trial import SERIES, Record, Trial
 from gq_triton.study.run.device import take_device

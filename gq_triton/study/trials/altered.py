@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton import scarcity_weight
-from gq_triton.cluster_grad import OUTPUT_GRADIENT
 from gq_triton.grouping.features import is_spatial, pooled
-from gq_triton.options import LawOptions
+from gq_triton.options import OUTPUT_GRADIENT, LawOptions
 from gq_triton.queues.losses import length_of, new_losses, record_loss
 from gq_triton.study.design.law import StudyLaw
 from gq_triton.study.trials.clusterer import StudyClusterer

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gq_triton import GradQueue
-from gq_triton.cluster_grad import OUTPUT_GRADIENT
+from gq_triton.options import OUTPUT_GRADIENT
 from gq_triton.study.design.law import StudyLaw
 from gq_triton.study.design.trial import SERIES
 from gq_triton.study.trials.altered import AlteredWeights

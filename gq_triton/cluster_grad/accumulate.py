@@ -1,0 +1,342 @@
+"""From the layers' sums to ``p.grad``: what comes together there, and the raw gradient beside it.
+
+A layer's backward pass returns a *marker* in place of a parameter's gradient: zeros that take no
+memory. Autograd calls a hook of the parameter once everything that the backward pass has for it has
+come together. If that is the marker alone, all of the gradient is known by cluster, and the hook
+returns what the sink made of it. If it is more, the parameter was used past its layers: then the
+sink takes the whole gradient as that of one cluster.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gq_triton.cluster_grad.passes import in_backward
+from gq_triton.cluster_grad.raw import RawGradients
+from gq_triton.cluster_grad.sink import Sink, Taken
+from gq_triton.cluster_grad.site import Block, marker, new_number
+from gq_triton.cluster_grad.step import Partial, Step
+from gq_triton.grouping.groups import Groups
+from gq_triton.ring import flat
+
+__all__ = ["Accumulator"]
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """What layers have given for a parameter whose hook was not called yet.
+
+    Attributes:
+        marker: what they returned in its place.
+        taken: of forward passes that use the parameter once.
+        steps: forward passes that use it several times; their sums are in ``Step.partial``.
+    """
+
+    marker: Tensor
+    taken: list[tuple[Step, Taken]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+
+class Accumulator:
+    """The clustered gradients of one model while its plug-in is attached.
+
+    Args:
+        sink: what the layers' sums go to.
+        names: parameters' names.
+        covered: names of the parameters that belong to layers which sum by cluster.
+        assign: finds the clusters of a step.
+
+    Attributes:
+        raw: the raw gradients beside ``p.grad``.
+        known_by_cluster: by name, whether all of a parameter's last gradient was.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        names: dict[Tensor, str],
+        covered: Iterable[str],
+        assign: Callable[[Step], Groups],
+    ) -> None:
+        self._sink, self.backend = sink, sink.backend
+        self.params = {name: param for param, name in names.items()}
+        self.names = names
+        self.step: Step | None = None
+        # What compiled graphs see of it: compiled_ops.py.
+        self.number, self.clock = new_number(self), torch.zeros(1, dtype=torch.int64)
+        self.token: Tensor | None = None
+        self.raw = RawGradients(self.params, self._first_step)
+        self.known_by_cluster: dict[str, bool] = {}
+        self._assign = assign
+        self._scratch: dict[torch.dtype, Tensor] = {}
+        # Parameters without hooks so far, and the hooks of the others.
+        self._unwatched = list(covered)
+        self._hooks: list[Any] = []
+        self._told: set[str] = set()
+        # Of the backward pass that runs: what its hooks wait for, what went to the sink as one
+        # cluster's, and its forward passes.
+        self._waiting: dict[str, _Waiting] = {}
+        self._whole: dict[str, Taken] = {}
+        self._steps: list[Step] = []
+        self._running = False
+
+    def new_step(self) -> Step:
+        """Return the step of a forward pass that begins."""
+        if not in_backward():
+            self._end_pass()  # left open by an error
+        if self._unwatched:
+            self._watch()
+        accumulator = weakref.ref(self)  # the registry of steps must not keep the model alive
+
+        def assign(step: Step) -> Groups:
+            alive = accumulator()
+            if alive is None:
+                raise RuntimeError("the GradQueue of this model is gone: keep it while training")
+            return alive._assign(step)
+
+        self.step = Step(assign)
+        return self.step
+
+    def release(self) -> None:
+        """Forget the last step, give its memory back and take the hooks from the parameters."""
+        self.step = self.token = None
+        self._scratch.clear()
+        self.raw.take_all()
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
+
+    def trainable(self, module: nn.Module) -> list[str]:
+        """Return the names of a layer's own parameters that have a gradient."""
+        params = module.parameters(recurse=False)
+        return [self.names[param] for param in params if param.requires_grad]
+
+    def uses(self, step: Step, param: Tensor) -> int:
+        """Return how often a parameter was used in a forward pass."""
+        return step.uses.get(self.names[param], 1)
+
+    def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return room for a parameter's sums by cluster ``(K, elements)``, until the next call.
+
+        On the CPU it is the same memory every time: fresh pages cost more than what is done there.
+        """
+        if like.device.type != "cpu":
+            return torch.empty(clusters, elements, dtype=dtype, device=like.device)
+        room = self._scratch.get(dtype)
+        if room is None or room.numel() < clusters * elements:
+            room = self._scratch[dtype] = torch.empty(clusters * elements, dtype=dtype)
+        return room[: clusters * elements].view(clusters, elements)
+
+    def give(
+        self, step: Step, param: Tensor, blocks: Iterator[Block], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Take one use's sums of a parameter; return what the layer returns as its gradient.
+
+        The sums of several uses wait for the last one: the sink takes their total.
+
+        Args:
+            step: the forward pass they belong to.
+            param: the parameter.
+            blocks: its parts, in memory order, which together cover it.
+            dtype: type of the sums.
+        """
+        name = self.names[param]
+        if step.uses.get(name, 1) == 1:
+            return self._wait(step, name, self._sink.take(name, step.groups, blocks, dtype))
+        partial = step.partial.get(name)
+        if partial is None:
+            shape = len(step.groups.sizes), param.numel()
+            partial = Partial(torch.zeros(shape, dtype=dtype, device=param.device))
+            step.partial[name] = partial
+        for start, stop, sums in blocks:
+            partial.sums[:, start:stop] += sums
+        return self._wait(step, name, None)
+
+    def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor | None:
+        """Take the sums of some rows of a table that is used once; return as ``give`` does.
+
+        Args:
+            step: the forward pass.
+            param: the table ``(V, d)``, contiguous.
+            rows: the touched rows ``(U,)`` int64, without repetition.
+            sums: ``(K, U * d)``.
+        """
+        name = self.names[param]
+        return self._wait(step, name, self._sink.take_rows(name, step.groups, rows, sums))
+
+    def _wait(self, step: Step, name: str, taken: Taken | None) -> Tensor | None:
+        """Keep what a layer has given until the parameter's hook is called.
+
+        Returns:
+            A marker for the first layer; None, no gradient, for the others.
+        """
+        waiting = self._waiting.get(name)
+        first = waiting is None
+        if waiting is None:
+            waiting = self._waiting[name] = _Waiting(marker(self.params[name]))
+        if taken is not None:
+            waiting.taken.append((step, taken))
+        elif step not in waiting.steps:
+            waiting.steps.append(step)
+        return waiting.marker if first else None
+
+    def _come_together(self, name: str, total: Tensor) -> Tensor | None:
+        """Return a parameter's gradient; None leaves what autograd has found.
+
+        Args:
+            name: the parameter's name.
+            total: all that the backward pass has for it, markers in place of layers' gradients.
+        """
+        waiting = self._waiting.pop(name, None)
+        parts: list[tuple[Step, Taken]] = []
+        if waiting is not None:
+            parts = waiting.taken + [(s, self._take_partial(s, name)) for s in waiting.steps]
+        elif not self._finds_groups():
+            return None
+        if name not in self._whole and waiting is not None and _is_marker(total, waiting):
+            for step, taken in parts:
+                self.raw.add(step, name, taken.raw)
+            self.known_by_cluster[name] = True
+            gradients = [taken.gradient for _, taken in parts]
+            return sum(gradients[1:], gradients[0])
+        return self._take_whole(name, parts, total)
+
+    def _finds_groups(self) -> bool:
+        """Return whether the clusters are known where no layer has asked for them."""
+        step = self._steps[-1] if self._steps else self.step
+        known = step is not None and (step.known_groups is not None or step.features is not None)
+        return known and not torch.is_grad_enabled()
+
+    def _take_partial(self, step: Step, name: str) -> Taken:
+        """Return what the uses so far add to what earlier uses in this backward pass gave.
+
+        A checkpointed segment may run its backward pass, and call the hook, before other uses.
+        """
+        partial = step.partial[name]
+        blocks = iter([(0, partial.sums.shape[1], partial.sums)])
+        taken = self._sink.take(name, step.groups, blocks, partial.sums.dtype)
+        more = Taken(taken.gradient - partial.gradient, taken.raw - partial.raw)
+        partial.gradient, partial.raw = taken
+        return more
+
+    def _take_whole(self, name: str, parts: list[tuple[Step, Taken]], total: Tensor) -> Tensor:
+        """Return the gradient of a parameter that was used past its layers, as one cluster's."""
+        self._open_pass()
+        last = self._steps[-1] if self._steps else self.step
+        step = parts[-1][0] if parts else last
+        assert step is not None
+        for earlier, taken in parts:
+            self.raw.add(earlier, name, taken.raw)
+        self.raw.add(step, name, total)
+        raw = sum((taken.raw for _, taken in parts), total)
+        before = self._whole.get(name)
+        if before is not None:
+            raw = raw + before.raw
+        taken = self._whole[name] = self._sink.take_whole(name, step.groups, raw)
+        self.known_by_cluster[name] = False
+        return taken.gradient if before is None else taken.gradient - before.gradient
+
+    def _first_step(self) -> Step | None:
+        """Return the first forward pass of the running backward pass, else the latest one."""
+        return self._steps[0] if self._steps else self.step
+
+    def _open_pass(self) -> None:
+        """Have the end of the backward pass that runs noticed."""
+        if not self._running:
+            self._running = True
+            self.raw.begin_pass()
+            engine = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
+            engine.queue_callback(self._end_pass)
+
+    def enter_pass(self, step: Step) -> None:
+        """Note that a step's gradients are computed in the backward pass that runs."""
+        if not step.finishing:
+            step.finishing = True
+            self._steps.append(step)
+        self._open_pass()
+
+    def _end_pass(self) -> None:
+        """Forget what no later pass may see: uses that did not come, gradients not accumulated."""
+        for step in self._steps:
+            step.finishing = False
+            step.partial.clear()
+        whole = [name for name in self._whole if name not in self._told]
+        self.raw.end_pass()
+        self._steps, self._waiting, self._whole, self._running = [], {}, {}, False
+        if whole:
+            self.warn_whole(whole, "part of their gradient came past their layer")
+
+    def warn_whole(self, names: list[str], why: str, stacklevel: int = 3) -> None:
+        """Say once which parameters are weighted as one cluster, and how much of the model."""
+        self._told.update(names)
+        trainable = sum(param.numel() for param in self.params.values() if param.requires_grad)
+        share = sum(self.params[name].numel() for name in names) / max(trainable, 1)
+        warnings.warn(
+            f"weighted without clusters, as one batch, because {why}: {', '.join(names)} "
+            f"({share:.0%} of the trainable elements)",
+            stacklevel=stacklevel,
+        )
+
+    def add(self, step: Step, param: Tensor, sums: Tensor) -> None:
+        """Add a gradient that no layer has given to ``p.grad``.
+
+        Args:
+            step: the forward pass.
+            param: the parameter.
+            sums: complete sums by cluster, ``(K, *param.shape)``.
+        """
+        name = self.names[param]
+        total = torch.stack([flat(part, like=param) for part in sums])
+        blocks = iter([(0, param.numel(), total)])
+        taken = self._sink.take(name, step.groups, blocks, sums.dtype)
+        self.raw.add(step, name, taken.raw)
+        param.grad = taken.gradient if param.grad is None else param.grad + taken.gradient
+        self.raw.note(name)
+
+    def _watch(self) -> None:
+        """Give hooks to the covered parameters that need a gradient and have none yet."""
+        accumulator = weakref.ref(self)
+
+        def before(name: str, total: Tensor) -> Tensor | None:
+            alive = accumulator()
+            return None if alive is None else alive._come_together(name, total)
+
+        def after(name: str) -> None:
+            alive = accumulator()
+            if alive is not None:
+                alive.raw.note(name)
+
+        for name in [name for name in self._unwatched if self.params[name].requires_grad]:
+            self._unwatched.remove(name)
+            param = self.params[name]
+            self._hooks.append(_first_hook(param, lambda total, name=name: before(name, total)))
+            hook = param.register_post_accumulate_grad_hook(lambda _, name=name: after(name))
+            self._hooks.append(hook)
+
+
+def _is_marker(total: Tensor, waiting: _Waiting) -> bool:
+    """Return whether no gradient but the layers' own has come together.
+
+    A compiled graph adds the markers of several layers up: then the values tell, for which a GPU is
+    waited for.
+    """
+    if total is waiting.marker:
+        return True
+    traced = any(s.traced for s in [*waiting.steps, *(step for step, _ in waiting.taken)])
+    return traced and not bool(total.any())
+
+
+def _first_hook(param: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+    """Register a hook that autograd calls before the other hooks of a parameter."""
+    handle = param.register_hook(hook)
+    hooks: Any = param._backward_hooks
+    others = [(key, other) for key, other in hooks.items() if key != handle.id]
+    for key, other in others:  # autograd follows the order in which they were put in
+        del hooks[key]
+        hooks[key] = other
+    return handle

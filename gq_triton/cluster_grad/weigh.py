@@ -1,0 +1,93 @@
+"""The law as a sink: cluster means are weighted and added up."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gq_triton.cluster_grad.sink import Taken
+from gq_triton.cluster_grad.site import Block
+from gq_triton.grouping.groups import Groups
+from gq_triton.law import match_norm_
+from gq_triton.queues import Queues
+from gq_triton.ring import flat
+
+__all__ = ["Weigh"]
+
+
+def _no_scale() -> None:
+    return None
+
+
+class Weigh:
+    """Weights each cluster's mean gradient and adds them up: ``sum_k p_k w(c_k) c_k``.
+
+    Args:
+        queues: the rings, which are read here and fed elsewhere.
+        match_norm: whether each weighted gradient gets the norm of the raw one here; None is what
+            the queues say.
+        grad_scale: returns the loss scale that the gradients carry, or None.
+
+    Attributes:
+        backend: the engine.
+        statistics: by name, what the weighting of a parameter's last gradient did, ``(C, 5)`` to be
+            added up.
+    """
+
+    def __init__(
+        self,
+        queues: Queues,
+        *,
+        match_norm: bool | None = None,
+        grad_scale: Callable[[], Tensor | None] = _no_scale,
+    ) -> None:
+        self.backend = queues.options.backend
+        self.statistics: dict[str, Tensor] = {}
+        self._queues, self._grad_scale = queues, grad_scale
+        self._match_norm = queues.options.match_norm if match_norm is None else match_norm
+
+    def take(self, name: str, groups: Groups, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
+        """Weight a parameter's cluster means, block by block."""
+        param = self._queues.params[name]
+        weighted = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        raw = torch.empty_like(weighted)
+        out, mean = flat(weighted, like=param), flat(raw, like=param)
+        tables = []
+        for start, stop, sums in blocks:
+            into = out[start:stop], mean[start:stop]
+            tables.append(self._combine(groups, name, (start, stop), sums, into)[2])
+        table = tables[0] if len(tables) == 1 else torch.cat(tables)
+        return self._taken(name, weighted, raw, table)
+
+    def take_rows(self, name: str, groups: Groups, rows: Tensor, sums: Tensor) -> Taken:
+        """Weight the cluster means of a table's touched rows.
+
+        A row that no sample touched has gradient 0 in every cluster, so 0 whatever its weight.
+        """
+        param = self._queues.params[name]
+        part = self._combine(groups, name, rows, sums)
+        weighted, raw = (torch.zeros_like(param, dtype=sums.dtype) for _ in range(2))
+        for table, values in zip((weighted, raw), part[:2], strict=True):
+            table.index_copy_(0, rows, values.view(len(rows), -1))
+        return self._taken(name, weighted, raw, part[2])
+
+    def take_whole(self, name: str, groups: Groups, grad: Tensor) -> Taken:
+        """Weight a gradient as the mean of one cluster, the whole batch."""
+        sums = flat(grad, like=self._queues.params[name])[None]
+        return self.take(name, groups.whole, iter([(0, grad.numel(), sums)]), grad.dtype)
+
+    def _combine(
+        self, groups: Groups, name: str, part: tuple[int, int] | Tensor, sums: Tensor,
+        into: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return self._queues.combine(
+            name, part, sums, inverse_shares=groups.inverse_shares, mixture=groups.mixture,
+            sigma_scales=groups.sigma_scales, grad_scale=self._grad_scale(), into=into,
+        )  # fmt: skip
+
+    def _taken(self, name: str, weighted: Tensor, raw: Tensor, statistics: Tensor) -> Taken:
+        if self._match_norm:
+            statistics = statistics.sum(dim=0, keepdim=True)
+            match_norm_([weighted], statistics)
+        self.statistics[name] = statistics
+        return Taken(weighted.to(self._queues.params[name].dtype), raw)
