@@ -220,9 +220,10 @@ class Accumulator:
         partial = step.partial[name]
         blocks = iter([(0, partial.sums.shape[1], partial.sums)])
         taken = self._sink.take(name, step.groups, blocks, partial.sums.dtype)
-        more = Taken(taken.gradient - partial.gradient, taken.raw - partial.raw)
-        partial.gradient, partial.raw = taken
-        return more
+        before, partial.taken = partial.taken, taken
+        if before is None:
+            return taken
+        return Taken(taken.gradient - before.gradient, taken.raw - before.raw)
 
     def _take_whole(self, name: str, parts: list[tuple[Step, Taken]], total: Tensor) -> Tensor:
         """Return the gradient of a parameter that was used past its layers, as one cluster's."""

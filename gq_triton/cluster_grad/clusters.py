@@ -1,5 +1,6 @@
 """Clusters of a model's batches: features in, labels out, gradients weighted on the way back."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +15,12 @@ from gq_triton.cluster_grad.layers.registry import survey
 from gq_triton.cluster_grad.microbatch import backward
 from gq_triton.cluster_grad.sink import Sink
 from gq_triton.cluster_grad.step import Step
-from gq_triton.grouping.features import first_tensor, is_spatial, with_first_tensor
+from gq_triton.grouping.features import (
+    first_dimensions,
+    first_tensor,
+    is_spatial,
+    with_first_tensor,
+)
 from gq_triton.grouping.groups import Groups
 from gq_triton.grouping.kmeans import KMeans
 from gq_triton.options import OUTPUT_GRADIENT, ClusterOptions
@@ -95,6 +101,7 @@ class Clusters:
             self.accumulator.warn_whole(plain, "no known layer alone holds them", stacklevel=5)
         self.sample_weights: Tensor | None = None
         self.last: Step | None = None
+        self._warned = False
 
     def _new_kmeans(self) -> KMeans:
         # A gradient that a loss scaler let overflow has no cluster to speak of; its step is
@@ -117,6 +124,8 @@ class Clusters:
                 else "the model's first output with a gradient took no part in the loss: name a "
                 'layer in place of features="output_gradient"'
             )
+        step.check_batch(self.features)
+        self._check_number(len(step.features))
         with torch.no_grad():
             assert self._clusterer is not None
             labels = self._clusterer(step.features)
@@ -136,6 +145,17 @@ class Clusters:
         whole = self._whole_batch(len(labels))
         return Groups.of(labels, clusters, self.options, self.sample_weights, whole)
 
+    def _check_number(self, samples: int) -> None:
+        """Warn, once, where k-means cannot fill its clusters."""
+        if self.kmeans is not None and samples < self.n_clusters and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"n_clusters={self.n_clusters} for a batch of {samples} samples: at least "
+                f"{self.n_clusters - samples} clusters stay empty; take fewer clusters, or larger "
+                "batches",
+                stacklevel=2,
+            )
+
     def install(self) -> Callable[[], None]:
         """Make the model's backward passes leave weighted gradients; return what undoes it."""
         earlier: Clusters | None = vars(self.model).get(_INSTALLED)
@@ -148,6 +168,10 @@ class Clusters:
         if self.features != OUTPUT_GRADIENT:
             layer = self._layer = self.model.get_submodule(self.features)
             handles.append(layer.register_forward_hook(partial(self._capture, is_spatial(layer))))
+        for name, module in self.model.named_modules():
+            if getattr(module, "batch_first", True) is False:
+                see = partial(self._see_second, name)
+                handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
         handles.append(self.model.register_forward_hook(self._leave, always_call=True))
 
         def undo() -> None:
@@ -172,10 +196,18 @@ class Clusters:
         accumulator = self.accumulator
         if accumulator.token is None or not torch.is_grad_enabled() or module is not self.model:
             return None
-        end(accumulator.clock, accumulator.token)
+        end(accumulator.clock, accumulator.token, first_dimensions(output))
         if self.features != OUTPUT_GRADIENT:
             return None
         return with_first_tensor(output, partial(watch, token=accumulator.token))
+
+    def _see_second(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the input of a layer whose batch is the second dimension."""
+        step, tensor = self.accumulator.step, first_tensor([*args, *kwargs.values()])
+        if torch.compiler.is_compiling() or step is None or not step.open or tensor is None:
+            return
+        if tensor.dim() == 3:
+            step.second[name] = tuple(tensor.shape)
 
     def _capture(self, channels_first: bool, module: nn.Module, args: Any, output: Any) -> None:
         accumulator, tensor = self.accumulator, first_tensor(output)

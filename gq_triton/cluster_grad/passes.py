@@ -44,11 +44,11 @@ def begin(clock: Tensor, session: int) -> Tensor:
     return token
 
 
-def end(clock: Tensor, token: Tensor) -> None:
+def end(clock: Tensor, token: Tensor, outputs: list[int]) -> None:
     """End the forward pass: a layer called from here on belongs to no step."""
     step = _steps.get(int(token))
     if step is not None:
-        step.open = False
+        step.open, step.outputs = False, list(outputs)
 
 
 def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:
@@ -72,6 +72,7 @@ def capture(clock: Tensor, token: Tensor, features: Tensor, channels_first: bool
     step = _steps.get(int(token))
     if step is not None and step.open and (step.hidden or not in_backward()):
         step.features = pooled(features.detach(), channels_first)
+        step.shape = tuple(features.shape)
 
 
 def watch(grad: Tensor, token: Tensor) -> Tensor:

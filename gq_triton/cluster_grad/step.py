@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from gq_triton.grouping.groups import Groups
+
+if TYPE_CHECKING:
+    from gq_triton.cluster_grad.sink import Taken
 
 __all__ = ["Partial", "Step"]
 
@@ -16,13 +20,11 @@ class Partial:
 
     Attributes:
         sums: gradients summed by cluster so far, ``(K, elements)``.
-        gradient: what ``p.grad`` has got for them so far.
-        raw: the gradient of the loss that this was made of.
+        taken: what ``p.grad`` has got for them so far, or None.
     """
 
     sums: Tensor
-    gradient: Tensor | float = 0.0
-    raw: Tensor | float = 0.0
+    taken: "Taken | None" = None
 
 
 @dataclass(eq=False)
@@ -32,6 +34,9 @@ class Step:
     Attributes:
         assign: finds the clusters.
         features: ``(B, F)``, known after the forward pass or at the start of the backward pass.
+        shape: that of the features before the mean over positions.
+        outputs: first dimensions of the tensors that the model returned.
+        second: by name, the input shapes of layers whose batch is the second dimension.
         uses: how often each parameter, by name, was used in the forward pass.
         partial: by name, the sums of parameters that are used several times.
         open: whether the forward pass still runs.
@@ -42,6 +47,9 @@ class Step:
 
     assign: Callable[["Step"], Groups]
     features: Tensor | None = None
+    shape: tuple[int, ...] = ()
+    outputs: list[int] = field(default_factory=list)
+    second: dict[str, tuple[int, ...]] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)
     partial: dict[str, Partial] = field(default_factory=dict)
     open: bool = True
@@ -61,3 +69,29 @@ class Step:
     def known_groups(self) -> Groups | None:
         """The clusters if they were asked for already."""
         return self._groups
+
+    def check_batch(self, name: str) -> None:
+        """Raise a RuntimeError where the forward pass shows that samples lie along dimension 1.
+
+        Args:
+            name: the layer that the features are of.
+        """
+        if len(self.shape) < 3 or self.shape[0] == self.shape[1]:
+            return
+        samples, second = self.shape[:2]
+        seen = f"the features, of {name or 'the model'}, have shape {self.shape}"
+        advice = (
+            "a time-major batch cannot be clustered: give the model (B, T, ...), or use "
+            'GradQueue(mode="microbatch") with features of one vector per sample'
+        )
+        for layer, shape in self.second.items():
+            if shape[:2] == (samples, second):
+                raise RuntimeError(
+                    f"{layer} has batch_first=False, so its batch is {second}, and {seen}, so that "
+                    f"{samples} samples would be clustered: {advice}"
+                )
+        if second in self.outputs and all(rows % samples for rows in self.outputs):
+            raise RuntimeError(
+                f"{seen}, so that {samples} samples would be clustered, but the model's output has "
+                f"{second}: {advice}"
+            )

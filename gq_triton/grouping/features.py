@@ -7,7 +7,7 @@ from typing import Any
 from einops import reduce
 from torch import Tensor, nn
 
-__all__ = ["first_tensor", "is_spatial", "pooled", "with_first_tensor"]
+__all__ = ["first_dimensions", "first_tensor", "is_spatial", "pooled", "with_first_tensor"]
 
 
 def pooled(features: Tensor, channels_first: bool) -> Tensor:
@@ -38,7 +38,9 @@ def _values(output: Any) -> list[Any]:
     if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
         return [getattr(output, entry.name) for entry in dataclasses.fields(output)]
     values = output.values() if isinstance(output, Mapping) else output
-    return list(values) if hasattr(values, "__iter__") and not isinstance(values, str) else []
+    # An iterator, which has no length, is the caller's to use up.
+    listed = hasattr(values, "__iter__") and hasattr(values, "__len__")
+    return list(values) if listed and not isinstance(values, str) else []
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -48,6 +50,12 @@ def first_tensor(output: Any) -> Tensor | None:
         if isinstance(value, Tensor) and value.dim() > 0:
             return value
     return None
+
+
+def first_dimensions(output: Any) -> list[int]:
+    """Return the first dimension of every tensor of an output that has one."""
+    values = _values(output)
+    return [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0]
 
 
 def with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
