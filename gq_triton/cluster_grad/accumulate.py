@@ -74,6 +74,7 @@ class Accumulator:
         self.known_by_cluster: dict[str, bool] = {}
         self._assign = assign
         self._scratch: dict[torch.dtype, Tensor] = {}
+        self._markers: dict[Any, Tensor] = {}
         # Parameters without hooks so far, and the hooks of the others.
         self._unwatched = list(covered)
         self._hooks: list[Any] = []
@@ -106,6 +107,7 @@ class Accumulator:
         """Forget the last step, give its memory back and take the hooks from the parameters."""
         self.step = self.token = None
         self._scratch.clear()
+        self._markers.clear()
         self.raw.take_all()
         for handle in self._hooks:
             handle.remove()
@@ -178,12 +180,21 @@ class Accumulator:
         waiting = self._waiting.get(name)
         first = waiting is None
         if waiting is None:
-            waiting = self._waiting[name] = _Waiting(marker(self.params[name]))
+            waiting = self._waiting[name] = _Waiting(self._marker(step, self.params[name]))
         if taken is not None:
             waiting.taken.append((step, taken))
         elif step not in waiting.steps:
             waiting.steps.append(step)
         return waiting.marker if first else None
+
+    def _marker(self, step: Step, param: Tensor) -> Tensor:
+        """Return a marker; one that is seen by no compiled graph serves again and again."""
+        if step.traced:
+            return marker(param)
+        key = param.device, param.dtype, param.shape
+        if key not in self._markers:
+            self._markers[key] = marker(param)
+        return self._markers[key]
 
     def _come_together(self, name: str, total: Tensor) -> Tensor | None:
         """Return a parameter's gradient; None leaves what autograd has found.

@@ -196,7 +196,9 @@ class Clusters:
         accumulator = self.accumulator
         if accumulator.token is None or not torch.is_grad_enabled() or module is not self.model:
             return None
-        end(accumulator.clock, accumulator.token, first_dimensions(output))
+        end(accumulator.clock, accumulator.token)
+        if not torch.compiler.is_compiling() and accumulator.step is not None:
+            accumulator.step.outputs = first_dimensions(output)
         if self.features != OUTPUT_GRADIENT:
             return None
         return with_first_tensor(output, partial(watch, token=accumulator.token))

@@ -83,9 +83,7 @@ _begin_op = _operation(
     passes.begin,
     lambda clock, session: torch.empty((), dtype=torch.int64),
 )
-_end_op = _operation(
-    "end(Tensor(a!) clock, Tensor token, SymInt[] outputs) -> ()", passes.end, _nothing
-)
+_end_op = _operation("end(Tensor(a!) clock, Tensor token) -> ()", passes.end, _nothing)
 _use_op = _operation(
     "use(Tensor(a!) clock, Tensor token, Tensor site, bool graded) -> ()", passes.use, _nothing
 )
@@ -124,9 +122,9 @@ def begin(clock: Tensor, session: int) -> Tensor:
     return (_begin_op if torch.compiler.is_compiling() else passes.begin)(clock, session)
 
 
-def end(clock: Tensor, token: Tensor, outputs: list[int]) -> None:
-    """End the forward pass of a step, which returned tensors of these first dimensions."""
-    (_end_op if torch.compiler.is_compiling() else passes.end)(clock, token, outputs)
+def end(clock: Tensor, token: Tensor) -> None:
+    """End the forward pass of a step."""
+    (_end_op if torch.compiler.is_compiling() else passes.end)(clock, token)
 
 
 def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:

@@ -35,7 +35,7 @@ class Step:
         assign: finds the clusters.
         features: ``(B, F)``, known after the forward pass or at the start of the backward pass.
         shape: that of the features before the mean over positions.
-        outputs: first dimensions of the tensors that the model returned.
+        outputs: first dimensions of the tensors that a model returned which is not compiled.
         second: by name, the input shapes of layers whose batch is the second dimension.
         uses: how often each parameter, by name, was used in the forward pass.
         partial: by name, the sums of parameters that are used several times.
