@@ -1,4 +1,4 @@
-# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportCallIssue=false
 """Which dimension the samples lie along, and what a batch too small for its clusters is told."""
 
 import warnings
