@@ -45,12 +45,12 @@ class Law(NamedTuple):
 
     @property
     def unscale(self) -> float:
-        """The number that undoes the loss scale, 1 without one; the host waits for it."""
+        """The number that undoes the loss scale, 1 without one; the host waits for the scale."""
         return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
 
     @property
     def skips(self) -> bool:
-        """Whether a loss scaler skips this step; the host waits for it."""
+        """True where a loss scaler skips this step; the host waits for the answer."""
         return self.found_inf is not None and bool(self.found_inf)
 
 

@@ -1,4 +1,4 @@
-"""What a model's parameters are called, whatever is wrapped around the model."""
+"""Names of a model's parameters, whatever is wrapped around the model."""
 
 from torch import nn
 

@@ -133,7 +133,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class LawOptions(Options):
-    """How gradients are queued and weighted."""
+    """Options of the queue and of the weights."""
 
     queue_length: int = option(5, "L, gradients kept per element.", _integer)
     min_queue_length: int = option(
@@ -183,7 +183,7 @@ class LawKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions(Options):
-    """How the samples of a batch are grouped, and how the groups' gradients are mixed."""
+    """Options of the groups of a batch, and of the mixture of the groups' gradients."""
 
     n_clusters: int | None = option(
         None,

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Host side of every launch: the chunk tables, their cache, the checks, the device guard.
+"""Host side of every launch: chunk tables and their cache, checks, device guard.
 
 A launch covers many tensors. Each is cut into chunks of `CHUNK` elements and one program works on
 one chunk. The table holds one row of addresses per tensor and the cumulative chunk counts, in which
@@ -154,7 +154,7 @@ def _build(device: torch.device, rows: list[Row], aligned: bool, pin: bool) -> T
 
 
 class RingLaunch:
-    """What the launchers with a ring buffer share: all that gradients' addresses do not change.
+    """The common half of the launchers with a ring: whatever gradients' addresses do not change.
 
     Attributes:
         constants: the keyword arguments that all their kernels take.
@@ -224,9 +224,9 @@ def ring_launch(
 ) -> tuple[RingLaunch, list[Table]]:
     """Return what a launch takes and its tables, one per alignment class; at least one tensor.
 
-    Lists ``queues`` and ``grads`` may have an attribute ``memo``, a dict, by which their owner
-    vouches for what it was first called with: as long as calls come with that dict, all lists but
-    ``grads`` hold the same memory, and gradients have the lengths, types and device they had.
+    Lists ``queues`` and ``grads`` may have an attribute ``memo``, the same dict. Its owner
+    guarantees that in all calls with this dict every list but ``grads`` holds the same memory, and
+    that the gradients have the same lengths, types and device.
 
     Args:
         grads: N gradients ``(P,)``.

@@ -200,7 +200,7 @@ def _check_statistics(
 
 
 class _Parts:
-    """What both launchers share: the parts, their number, and the second kernel.
+    """The common half of both launchers: the parts, their number, and the second kernel.
 
     Attributes:
         shifts: ``(M, N)`` sums of ``dy`` by part.

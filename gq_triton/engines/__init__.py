@@ -1,4 +1,4 @@
-"""Which engine runs an operation: the only module that asks whether Triton or Numba can run.
+"""The choice of the engine: no other module asks whether Triton or Numba can run.
 
 Three engines offer the operations of ``engines.protocol``: ``gq_triton.kernels`` (Triton),
 ``engines.compiled`` (Numba, CPU) and ``engines.eager`` (plain torch, any device).

@@ -1,4 +1,4 @@
-"""What GQSGD and GQAdamW share: options, state, batches of tensors, loss scaling, checkpoints."""
+"""The common base of GQSGD and GQAdamW: options, state, loss scaling, checkpoints."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,8 +31,9 @@ class GradQueueOptimizer(Optimizer):
     Subclasses provide ``_check_group``, ``_new_state``, ``_keys``, ``_batch_key`` and ``_update``.
     """
 
-    # GradScaler then leaves unscaling and skipping to step(), which does both on the device. Both
-    # belong to the class: a copied or unpickled optimizer has no other attributes.
+    # With this flag GradScaler leaves unscaling and skipping to step(), which does both on the
+    # device. The two flags belong to the class: a copied or unpickled optimizer has no other
+    # attributes.
     _step_supports_amp_scaling = True
     _warned_losses = False
 
@@ -181,7 +182,7 @@ class GradQueueOptimizer(Optimizer):
                 engine(device, group["backend"])
 
     def _planned(self, number: int) -> Found | None:
-        """Return what a group's plan needs of this step, if there is one and it still fits."""
+        """Return the tensors of this step if the group has a plan that still fits, else None."""
         plan, group = self._plans.get(number), self.param_groups[number]
         found = None if plan is None else plan.found(group, self.state, self._keys(group))
         for device in {} if found is None else {shard.device: None for shard in found.shards}:
@@ -189,7 +190,7 @@ class GradQueueOptimizer(Optimizer):
         return found
 
     def _plan(self, number: int) -> list[Batch]:
-        """Plan a group anew: its parameters that have a gradient, by what one launch can hold."""
+        """Plan a group anew; return its parameters with a gradient, batched by launch."""
         group = self.param_groups[number]
 
         def key_of(param: Tensor) -> Any:
@@ -246,10 +247,11 @@ class GradQueueOptimizer(Optimizer):
             self._init(param, group, self.state[param])
 
     def _is_probe(self) -> bool:
-        """Return whether this first step is a checkpoint library's, which wants the state to exist.
+        """Return whether a checkpoint library takes this first step, to make the state exist.
 
-        ``torch.distributed.checkpoint.state_dict`` takes it with all gradients zero and all
-        learning rates 0; a queue must not remember it. The update itself is torch's.
+        ``torch.distributed.checkpoint.state_dict`` takes such a step with all gradients zero and
+        all learning rates 0. A queue must not remember those gradients. The update itself is
+        torch's.
         """
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
@@ -271,7 +273,7 @@ class GradQueueOptimizer(Optimizer):
         return length_of(group.get(LOSSES), LawOptions.of(group), device)
 
     def _name(self, param: Tensor) -> str:
-        """Return how to call a parameter in an error: its name where torch knows it."""
+        """Return what an error calls a parameter: its name where torch knows one."""
         for number, group in enumerate(self.param_groups):
             for index, (member, name) in enumerate(
                 zip(group["params"], _names(group), strict=True)

@@ -1,8 +1,8 @@
-"""How the steps of one parameter group are batched, found once and kept while it holds.
+"""The batches of one parameter group: found once, kept as long as they fit.
 
-Finding it takes the host milliseconds for a model of a hundred tensors: flat views of everything,
-and tables of addresses for the kernels. From step to step only the gradients change, so a step
-looks at every tensor and compares; see `Plan.batches`.
+For a model of a hundred tensors it takes the host milliseconds to find the batches: flat views of
+all tensors, and tables of addresses for the kernels. From step to step only the gradients change.
+A step therefore compares every tensor with what the plan remembers; see `Plan.found`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +28,12 @@ _NOTHING: State = {}
 
 
 class Flats(Sequence[Tensor]):
-    """Tensors as flat ones: views where their memory allows it, made when one is asked for.
+    """A sequence of flat tensors, each made when it is asked for: a view where memory allows it.
 
     Attributes:
-        memo: where `gq_triton.kernels` keep what follows from the tensors of a batch, whatever its
-            gradients' addresses; None where that would not hold in the next step.
-        addresses: where the flat tensors start, if they are known.
+        memo: a dict in which `gq_triton.kernels` keep what does not depend on the addresses of the
+            gradients; None where it would not be valid in the next step.
+        addresses: the addresses of the flat tensors, or None where they are not known yet.
     """
 
     def __init__(
@@ -64,21 +64,24 @@ class Flats(Sequence[Tensor]):
         return self._made[index]
 
     def write_back(self) -> None:
-        """Copy what is no view home, such as updated parameters that are strided slices."""
+        """Copy those flat tensors that are no views back to the tensors that they stand for."""
         for index, made in self._made.items():
             write_back_(self._tensors[index], made)
 
 
 @dataclass
 class Batch:
-    """Parameters that one launch updates together, and flat views of what belongs to them.
+    """Parameters that one launch updates together, with flat views of their tensors.
 
     Attributes:
         members: the parameters.
         states: their states.
-        columns: shards of the states' tensors by key, as far as all members have them.
-        shards: what this rank holds of the parameters.
-        params, grads, queues: flat.
+        columns: by key, the tensors of all states, or this rank's shards of them; a key that not
+            every member has is left out.
+        shards: the parts of the parameters that this rank holds.
+        params: the parameters' shards, flat.
+        grads: the gradients' shards, flat.
+        queues: the rings, ``(L, P)`` each.
     """
 
     members: Sequence[Tensor]
@@ -104,12 +107,13 @@ class Batch:
 
 @dataclass
 class _Part:
-    """What a plan knows of one batch.
+    """One batch of a plan.
 
     Attributes:
-        indices: of its members among those with a gradient.
-        copied: of its gradients that have no flat view in the order of their parameter.
-        memo: see `Flats`.
+        indices: the positions of the batch's members among the parameters with a gradient.
+        copied: the positions, within the batch, of gradients that have no flat view in the memory
+            order of their parameter, and are copied in every step.
+        memo: the memo of `Flats`, or None.
     """
 
     indices: list[int]
@@ -118,11 +122,12 @@ class _Part:
 
 
 class Plan:
-    """The batches of one group, and all that they depend on.
+    """The batches of one group, and a record of everything that they depend on.
 
-    Of the parameters it holds the objects, as their group does. Of the states it holds no tensor,
-    so that memory which a user frees is free, and no weak reference either, with which
-    ``torch.utils.swap_tensors`` refuses a tensor: what a step needs of them is all compared.
+    The plan refers to the parameters, as their group does. It refers to no tensor of a state:
+    memory that a user frees becomes free. It holds no weak references either, because
+    ``torch.utils.swap_tensors`` refuses a tensor that has one. Instead a step compares all types,
+    shapes, strides and addresses with the record.
     """
 
     def __init__(
@@ -162,10 +167,10 @@ class Plan:
     def found(
         self, group: dict[str, Any], states: Mapping[Tensor, State], keys: Sequence[str]
     ) -> "Found | None":
-        """Return what a step finds; None if anything that its batches depend on has changed.
+        """Return the tensors of a step, or None if anything the batches depend on has changed.
 
-        The same parameters must have a gradient; all tensors must be of the types, shapes and
-        strides they were, and parameters and states at the same addresses.
+        The plan fits if the same parameters have a gradient, all tensors have the types, shapes and
+        strides that they had, and parameters and states have the same addresses.
         """
         params = group["params"]
         if tuple(keys) != self.keys or not _are(params, self._params):
@@ -187,16 +192,17 @@ class Plan:
 
 @dataclass
 class Found:
-    """What a step finds, and what a plan compares of it; one entry per parameter with a gradient.
+    """The tensors of one step, one entry per parameter with a gradient, and the plan's record.
 
     Attributes:
         members: the parameters.
-        states: their states.
-        shards: what this rank holds of the parameters: themselves, or parts of DTensors.
-        grads: shards of the gradients.
-        columns: shards of the states' tensors, by key.
-        layout: types, shapes, strides.
-        addresses: of parameters and states.
+        states: the states of the parameters.
+        shards: the parts of the parameters that this rank holds: the parameters themselves, or the
+            local parts of DTensors.
+        grads: the shards of the gradients.
+        columns: the shards of the states' tensors, by key.
+        layout: types, shapes and strides of all these tensors.
+        addresses: the addresses of parameters and states.
     """
 
     members: list[Tensor]

@@ -1,4 +1,4 @@
-"""What the law did in a step, as numbers for the user."""
+"""Metrics: the weights of the last step in numbers for the user."""
 
 from collections.abc import Iterable
 

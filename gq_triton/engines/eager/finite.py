@@ -1,4 +1,4 @@
-"""Which of many gradients are finite."""
+"""The look for gradients that hold a NaN or an infinity."""
 
 import math
 from collections.abc import Sequence
