@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gq_triton.engines import engine
+from gq_triton.saved.rules import Also, ListOf, OneOf, check
 
 __all__ = ["Buckets", "Rooms"]
 
@@ -121,10 +122,22 @@ class Buckets:
         """Return the names in every bucket of the last step, to be saved."""
         return [list(names) for names in self._current or self.saved]
 
+    def check_saved(self, layout: Any) -> None:
+        """Raise a ValueError that names what keeps a saved layout from being loaded."""
+        rule = ListOf(ListOf(OneOf(self._params.keys()), shortest=1))
+        check(layout, Also(rule, _twice), "the saved layout of the buckets")
+
     def load(self, layout: Sequence[Sequence[str]]) -> None:
         """Take over a saved layout; the next bucket begins a step."""
         self.saved = [tuple(names) for names in layout]
         self._current, self._seen, self._steps_since_load = [], set(), 0
+
+
+def _twice(layout: Sequence[Sequence[str]]) -> str | None:
+    """Return which parameter lies in two buckets."""
+    names = [name for bucket in layout for name in bucket]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    return f"it has {twice[0]!r} twice" if twice else None
 
 
 def _check_memory(name: str, param: Tensor) -> None:

@@ -25,6 +25,7 @@ from gq_triton.law import all_zero, match_norm_, square_norm
 from gq_triton.options import ClusterOptions, LawOptions
 from gq_triton.queues import Queues, in_use
 from gq_triton.ring import flat
+from gq_triton.saved.rules import ListOf, Record, check
 
 if TYPE_CHECKING:
     from gq_triton.dist.state import GradQueueState
@@ -143,12 +144,31 @@ class LocalClusters:
         dist.all_gather_object(states, mine, group=self._state.process_group)
         return states
 
+    def check_saved(self, states: Any, *, every_rank: bool = False) -> None:
+        """Raise a ValueError that names what keeps saved states from being loaded.
+
+        All ranks check what each of them would go on from, so that all refuse or none does.
+
+        Args:
+            states: what ``states`` returned.
+            every_rank: check them also where another number of ranks saved them.
+        """
+        check(states, ListOf(Record({})), "the state of the saved clusters")
+        used = every_rank or len(states) == self._world()[1]
+        for state in states if used else []:
+            self._clusters.check_saved(state)
+
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from saved states; with another number of ranks k-means begins anew."""
-        ddp = self._state.ddp
-        world = 1 if ddp is None else dist.get_world_size(ddp.process_group)
-        rank = 0 if ddp is None else dist.get_rank(ddp.process_group)
+        rank, world = self._world()
         self._clusters.load_state_dict(states[rank] if len(states) == world else {})
+
+    def _world(self) -> tuple[int, int]:
+        """Return this rank, and how many there are; without DDP it is the only one."""
+        ddp = self._state.ddp
+        if ddp is None:
+            return 0, 1
+        return dist.get_rank(ddp.process_group), dist.get_world_size(ddp.process_group)
 
     def set_sample_weights(self, weights: Tensor | None) -> None:
         """Say how much each sample ``(B,)`` of the next batches counts; None for equal."""

@@ -35,6 +35,7 @@ from gq_triton.options import (
     takes,
 )
 from gq_triton.queues import Queues
+from gq_triton.saved.rules import COUNTER_LIMIT
 
 __all__ = ["GradQueueState"]
 
@@ -322,6 +323,7 @@ class GradQueueState:
         Raises:
             ValueError: the state belongs to another model or to other options. Nothing is changed.
         """
+        self.check_saved(state)
         self.queues.load_state_dict(state)
         self.buckets.load(state.get(BUCKETS, []))
         if self.local is not None:
@@ -331,6 +333,21 @@ class GradQueueState:
             # At once, so that no rank goes on with the whole queue.
             for names in self.buckets.saved:
                 self.queues.place(names)
+
+    def check_saved(
+        self, state: Any, highest: int = COUNTER_LIMIT - 1, *, every_rank: bool = False
+    ) -> None:
+        """Raise a ValueError that names what keeps a saved state from being loaded.
+
+        Args:
+            state: what ``state_dict`` returned.
+            highest: how many gradients a ring may have taken at most.
+            every_rank: check the clusters of all ranks that saved, however many there are now.
+        """
+        self.queues.check_saved(state, highest)
+        self.buckets.check_saved(state.get(BUCKETS, []))
+        if self.local is not None:
+            self.local.check_saved(state.get(CLUSTERS, []), every_rank=every_rank)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradQueueState":
         """Return the state itself: the copy of a DDP module, such as an average, has no hook."""

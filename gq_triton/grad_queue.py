@@ -335,6 +335,7 @@ class GradQueue:
         Raises:
             ValueError: the state belongs to another model or other options. Nothing is changed.
         """
+        self._queues.check_saved(state)
         clusters = state.get("clusters", {})
         if self._clusters is not None:
             self._clusters.check_saved(clusters)

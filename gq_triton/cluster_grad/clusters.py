@@ -24,6 +24,7 @@ from gq_triton.grouping.features import (
 from gq_triton.grouping.groups import Groups
 from gq_triton.grouping.kmeans import KMeans
 from gq_triton.options import OUTPUT_GRADIENT, ClusterOptions
+from gq_triton.saved.rules import Also, Bytes, ListOf, Maybe, Number, OneOf, Record, check
 
 __all__ = ["Clusters"]
 
@@ -231,17 +232,23 @@ class Clusters:
         }
 
     def check_saved(self, state: Any) -> None:
-        """Raise a ValueError unless a saved state is one of these clusters."""
-        if not isinstance(state, Mapping):
+        """Raise a ValueError that names what keeps a saved state from being loaded."""
+        if isinstance(state, list):
             raise ValueError(
                 "the saved clusters are those of several ranks: load them into a GradQueueState"
             )
-        centers = state.get("cluster_centers")
-        if self.kmeans is not None and centers is not None and len(centers) != self.n_clusters:
-            raise ValueError(
-                f"the saved state has {len(centers)} clusters, this one n_clusters="
-                f"{self.n_clusters}: build it with the saved number"
-            )
+        what = "the state of the saved clusters"
+        check(state, Record({}), what)
+        if self.kmeans is None or not state:
+            return
+        centers = ListOf(ListOf(Number(), shortest=1), length=self.n_clusters)
+        rules = {
+            "cluster_centers": Maybe(centers),
+            "dtype": OneOf((None, "float32", "float64")),
+            "generator": Bytes(),
+        }
+        check(state, Also(Record(rules), _uneven), what)
+        self.kmeans.check_saved(_tensors(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; an empty one begins anew."""
@@ -250,11 +257,7 @@ class Clusters:
         if not state:
             self.kmeans = self._clusterer = self._new_kmeans()
             return
-        centers = state["cluster_centers"]
-        if centers is not None:
-            centers = torch.tensor(centers, dtype=getattr(torch, state["dtype"]))
-        generator = torch.tensor(list(state["generator"]), dtype=torch.uint8)
-        self.kmeans.load_state_dict({"cluster_centers": centers, "generator": generator})
+        self.kmeans.load_state_dict(_tensors(state))
 
     def report(self) -> dict[str, str]:
         """Return by parameter name how its last gradient was handled; at first, what is planned."""
@@ -291,3 +294,23 @@ class Clusters:
             losses: ``(B,)`` per-sample losses.
         """
         backward(self.accumulator, losses, self.options)
+
+
+def _uneven(state: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with saved centres beside their number."""
+    centers = state["cluster_centers"]
+    if (centers is None) != (state["dtype"] is None):
+        return "cluster_centers and dtype must both be None or neither"
+    if centers is not None and len({len(center) for center in centers}) > 1:
+        return "cluster_centers must all have the same number of features"
+    return None
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what k-means saved from the plain values of ``Clusters.state_dict``."""
+    centers = state["cluster_centers"]
+    if centers is not None:
+        # By way of float64: a number beyond the range of float32 becomes an infinity, no error.
+        centers = torch.tensor(centers, dtype=torch.float64).to(getattr(torch, state["dtype"]))
+    generator = torch.tensor(list(state["generator"]), dtype=torch.uint8)
+    return {"cluster_centers": centers, "generator": generator}

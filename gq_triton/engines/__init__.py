@@ -6,14 +6,18 @@ Three engines offer the operations of ``engines.protocol``: ``gq_triton.kernels`
 
 import importlib.util
 import os
+import warnings
+from collections.abc import Iterable
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from gq_triton.engines.protocol import Engine
+from gq_triton.extras import how_to_install
 from gq_triton.options import check_backend
 
-__all__ = ["Engine", "engine"]
+__all__ = ["Engine", "engine", "note_plain_torch"]
 
 
 def engine(device: torch.device, backend: str = "auto") -> Engine:
@@ -47,6 +51,34 @@ def engine(device: torch.device, backend: str = "auto") -> Engine:
     return eager
 
 
+# Elements of one launch from which the plain path costs a step tens of milliseconds.
+LARGE = 1_000_000
+
+
+def note_plain_torch(device: torch.device, backend: str, tensors: Iterable[Tensor]) -> None:
+    """Warn, once per process, where ``"auto"`` works on a large model without Numba.
+
+    Args:
+        device: where the gradients are.
+        backend: what was asked for; plain torch by choice needs no word.
+        tensors: the gradients of one launch.
+    """
+    if device.type != "cpu" or backend != "auto" or _installed("numba") or _noted:
+        return
+    if sum(tensor.numel() for tensor in tensors) < LARGE:
+        return
+    _noted.append(True)
+    warnings.warn(
+        "steps on the CPU run on plain torch, about 15 times slower than with Numba: "
+        f'{how_to_install("cpu")}, or pass backend="torch" to say that this is meant',
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+_noted: list[bool] = []
+
+
 @cache
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
@@ -77,6 +109,6 @@ def _check_numba(device_type: str) -> None:
         raise RuntimeError(f'backend="numba" runs on the CPU, got tensors on {device_type}')
     if not _installed("numba"):
         raise RuntimeError(
-            'backend="numba" needs the package numba: pip install "gq_triton[cpu]", '
+            f'backend="numba" needs the package numba: {how_to_install("cpu")}, '
             'or use backend="auto"'
         )

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from gq_triton.grouping.distances import cost, nearest_centers, row_norms
+from gq_triton.saved.rules import Maybe, Record, check
+from gq_triton.saved.tensors import GeneratorState, TensorLike
 
 _CENTERS = "cluster_centers"
 _GENERATOR = "generator"
@@ -342,16 +344,19 @@ class KMeans:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s, tensors on any device; ValueError if it is not one of this K."""
-        if missing := {_CENTERS, _GENERATOR} - state.keys():
-            raise ValueError(f"KMeans state lacks {sorted(missing)}, has {sorted(state)}")
+        self.check_saved(state)
         centers = state[_CENTERS]
-        if centers is not None:
-            centers = self._checked_centers(centers, _CENTERS)
-        self._generator.set_state(state[_GENERATOR].cpu())
+        self._generator.set_state(state[_GENERATOR].cpu().contiguous())
         for name in [name for name in vars(self) if name.endswith("_")]:
             delattr(self, name)  # what an earlier fit left
         if centers is not None:
-            self.cluster_centers_ = centers
+            self.cluster_centers_ = centers.detach().clone()
+
+    def check_saved(self, state: Any) -> None:
+        """Raise a ValueError that names what keeps a saved state from being loaded."""
+        centers = TensorLike((self.n_clusters, None), (torch.float32, torch.float64), finite=True)
+        rules = {_CENTERS: Maybe(centers), _GENERATOR: GeneratorState()}
+        check(state, Record(rules), "the saved KMeans")
 
     def _checked_centers(self, array: Tensor | Sequence[Sequence[float]], name: str) -> Tensor:
         """A private copy of (K, F) centres that the user gave."""

@@ -11,12 +11,11 @@ from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.batches import Batch, State
+from gq_triton.optim.saved import EXP_AVG, EXP_AVG_SQ, STEP
 from gq_triton.options import LawKeywords, LawOptions, takes
 from gq_triton.ring import local
 
 __all__ = ["GQAdamW"]
-
-STEP, EXP_AVG, EXP_AVG_SQ = "step", "exp_avg", "exp_avg_sq"
 
 
 @takes(LawOptions)

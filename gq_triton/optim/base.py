@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,17 +13,26 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gq_triton.claims import OPTIMIZER, claim
-from gq_triton.engines import Engine, engine
+from gq_triton.engines import Engine, engine, note_plain_torch
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.optim.batches import QUEUE, QUEUED, Batch, Found, Plan, State
+from gq_triton.optim.saved import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    LOSSES,
+    MOMENTUM_BUFFER,
+    STEP,
+    optimizer_rule,
+)
 from gq_triton.options import LawOptions, read
 from gq_triton.queues.losses import length_of, new_losses, record_loss
 from gq_triton.ring import least_over, local, new_counter, new_queue, shard_groups
+from gq_triton.saved.rules import Record, check
+from gq_triton.saved.state import filled
 
 __all__ = ["GradQueueOptimizer"]
 
-# Key of a parameter group: the losses that the effective length follows.
-LOSSES = "losses"
+_SAVED = "the saved optimizer"
 
 
 class GradQueueOptimizer(Optimizer):
@@ -60,7 +70,7 @@ class GradQueueOptimizer(Optimizer):
         LawOptions.of(group)
         lr, decay = group["lr"], group["weight_decay"]
         for name in ("lr", "weight_decay"):
-            if not isinstance(group[name], (int, float, Tensor)):
+            if not isinstance(group[name], (Real, Tensor)):
                 raise ValueError(f"{name} must be a number, got {group[name]!r}")
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr must hold one element, got a tensor of shape {tuple(lr.shape)}")
@@ -137,6 +147,7 @@ class GradQueueOptimizer(Optimizer):
                 scale, found = (_on(value, device) for value in (grad_scale, found_inf))
                 law = Law(group["rho"], length, scale, found)
                 ops = engine(device, group["backend"])
+                note_plain_torch(device, group["backend"], batch.shards)
                 if probing:
                     # Passed through: weight 1, not queued.
                     nothing = torch.zeros(len(batch.params), dtype=torch.bool, device=device)
@@ -226,7 +237,7 @@ class GradQueueOptimizer(Optimizer):
         for name, value in state.items():
             if name == QUEUE:
                 fresh = new_queue(param, len(value), value.dtype)
-            elif isinstance(value, Tensor) and value.dim():
+            elif isinstance(value, Tensor) and value.dim() and value.shape == param.shape:
                 fresh = torch.empty_like(param, dtype=value.dtype)
             else:
                 continue
@@ -287,68 +298,72 @@ class GradQueueOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; training continues bit for bit.
 
-        Unlike torch's, this keeps the types of the saved state (torch casts all of it to the type
-        of the parameter) and shares no memory with ``state_dict``. A checkpoint of the optimizer
-        that this one extends also loads: its moments go on, the law starts with an empty queue and
-        keeps the options it has.
+        Unlike torch's, this keeps the type of the saved queue, as long as the options that come
+        with it, and shares no memory with ``state_dict``: values are copied into memory made for
+        the parameters. Moments take the type of their parameter, as in torch. A checkpoint of the
+        optimizer that this one extends also loads: its moments go on, the law starts with an empty
+        queue and keeps the options it has.
 
         Raises:
-            ValueError: the state belongs to another model. Nothing is changed.
+            ValueError: the state was altered or belongs to another model. Nothing is changed.
         """
+        check(state_dict, Record({}), _SAVED)
         loaded: dict[str, Any] = {}
 
-        def check(_: Optimizer, adapted: dict[str, Any]) -> None:
+        def check_all(_: Optimizer, adapted: dict[str, Any]) -> None:
             # The last of the hooks: it sees what all the others have made of the state.
-            self._check_saved(adapted)
+            check(
+                adapted,
+                optimizer_rule(self.param_groups, adapted, self._name, self._check),
+                _SAVED,
+            )
             loaded.update(adapted)
 
         options = [dict(group) for group in self.param_groups]
-        hook = self.register_load_state_dict_pre_hook(check)
+        hook = self.register_load_state_dict_pre_hook(check_all)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
         for param, saved in self._saved_states(loaded):
             for name, value in saved.items():
-                if isinstance(value, Tensor):
-                    self.state[param][name] = value.detach().to(param.device, copy=True)
+                self._take_over(param, name, value)
         for group, before in zip(self.param_groups, options, strict=True):
             # A checkpoint of torch.optim knows nothing of the law: its options stay as they were.
             for name, value in before.items():
                 if name != LOSSES:
                     group.setdefault(name, value)
-            if LOSSES in group:
+            losses, window = group.pop(LOSSES, None), group["loss_window"]
+            if losses is not None and window is not None and group["params"]:
                 device = local(group["params"][0]).device
-                group[LOSSES] = group[LOSSES].to(device, copy=True)
+                group[LOSSES] = filled(new_losses(window, group["queue_length"], device), losses)
+
+    def _take_over(self, param: Tensor, name: str, value: Any) -> None:
+        """Copy one entry of a checked state into memory of the layout that a step touches.
+
+        An entry of an unknown name stays what torch made of it.
+        """
+        state = self.state[param]
+        if name == QUEUE:
+            state[name] = filled(new_queue(param, len(value), value.dtype), value)
+        elif name == QUEUED:
+            state[name] = filled(new_counter(param), value)
+        elif name == STEP:
+            fresh = torch.zeros((), dtype=torch.float32, device=local(param).device)
+            state[name] = fresh.copy_(torch.as_tensor(value))
+        elif name in (EXP_AVG, EXP_AVG_SQ, MOMENTUM_BUFFER):
+            if value is None:
+                del state[name]
+                return
+            fresh = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state[name] = filled(fresh.requires_grad_(False), value)
 
     def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, State]]:
         """Yield each parameter with its saved state."""
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        # Where their numbers differ torch has an error of its own.
-        for key, param in zip(keys, params, strict=False):
+        for key, param in zip(keys, params, strict=True):
             yield param, state_dict["state"].get(key, {})
-
-    def _check_saved(self, state_dict: dict[str, Any]) -> None:
-        for group in state_dict["param_groups"]:
-            for key in group["params"]:
-                queue = state_dict["state"].get(key, {}).get(QUEUE)
-                length = group.get("queue_length")
-                if queue is not None and length is not None and len(queue) != length:
-                    raise ValueError(
-                        f"the saved queue holds {len(queue)} gradients, its group says "
-                        f"queue_length={length}: the checkpoint was altered"
-                    )
-        for param, saved in self._saved_states(state_dict):
-            for name, value in saved.items():
-                if not isinstance(value, Tensor) or not value.dim():
-                    continue
-                shape = value.shape[1:] if name == QUEUE else value.shape
-                if shape != param.shape:
-                    raise ValueError(
-                        f"{self._name(param)} has shape {tuple(param.shape)}, the saved {name} is "
-                        f"for {tuple(shape)}: the checkpoint belongs to another model"
-                    )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError

@@ -22,6 +22,9 @@ __all__ = ["QUEUE", "QUEUED", "Batch", "Flats", "Plan", "State"]
 # Keys of the state of one parameter.
 QUEUE, QUEUED = "queue", "queued"
 
+# Keys of one number; what stands under any other key is as large as the parameter.
+_COUNTERS = QUEUED, "step"
+
 State = dict[str, Any]
 _dtype, _grad, _shape = attrgetter("dtype"), attrgetter("grad"), attrgetter("shape")
 _NOTHING: State = {}
@@ -244,7 +247,7 @@ def _part(found: Found, indices: list[int]) -> _Part:
         for index in indices:
             shape, own = column[index].shape, found.shards[index].shape
             size = (shape[1:] if key == QUEUE else shape).numel()
-            if size not in (1, own.numel()):
+            if size != (1 if key in _COUNTERS else own.numel()):
                 raise ValueError(
                     f"the state {key!r} of a parameter of shape {tuple(own)} has shape "
                     f"{tuple(shape)}: it was altered, load a checkpoint or clear the state"

@@ -12,11 +12,10 @@ from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.batches import Batch, State
+from gq_triton.optim.saved import MOMENTUM_BUFFER
 from gq_triton.options import LawKeywords, LawOptions, takes
 
 __all__ = ["GQSGD"]
-
-MOMENTUM_BUFFER = "momentum_buffer"
 
 
 @takes(LawOptions)

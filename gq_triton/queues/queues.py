@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gq_triton.engines import engine
+from gq_triton.engines import engine, note_plain_torch
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.options import LawOptions
 from gq_triton.queues.losses import length_of, new_losses, record_loss
@@ -24,6 +24,8 @@ from gq_triton.ring import (
     rows,
     shard_groups,
 )
+from gq_triton.saved.rules import COUNTER_LIMIT, Also, Exactly, Maybe, Record, Rule, check
+from gq_triton.saved.state import counter_rule, losses_rule, ring_rule
 
 __all__ = ["Queues"]
 
@@ -98,6 +100,7 @@ class Queues:
     ) -> Tensor:
         """Weight gradients in place and queue the raw ones where ``accept``; return statistics."""
         device = grads[0].device
+        note_plain_torch(device, self.options.backend, grads)
         return engine(device, self.options.backend).weigh_(
             grads,
             [rows(local(self._queue[name])) for name in names],
@@ -218,6 +221,7 @@ class Queues:
         for name, grad in zip(names, raw, strict=True):
             self._allocate(name, grad.device)
         ops = engine(raw[0].device, self.options.backend)
+        note_plain_torch(raw[0].device, self.options.backend, raw)
         accept = accepted(ops.all_finite(raw), absent=absent, found_inf=found_inf)
         rings = [rows(local(self._queue[name])) for name in names]
         counters = [self._queued[name] for name in names]
@@ -355,7 +359,7 @@ class Queues:
         Raises:
             ValueError: the state belongs to another model or to other options. Nothing is changed.
         """
-        self._check_saved(state)
+        self.check_saved(state)
         for name, queue in state["queue"].items():
             self._queue[name] = queue.detach().clone()
             self._queued[name] = state["queued"][name].detach().clone()
@@ -366,26 +370,33 @@ class Queues:
         self._layouts.clear()
         self._statistics.clear()
 
-    def _check_saved(self, state: Mapping[str, Any]) -> None:
-        missing = [key for key in ("options", "losses", "queue", "queued") if key not in state]
-        if missing:
-            raise ValueError(f"this is no saved queue: it lacks {', '.join(missing)}")
-        for name in _SHAPE_OPTIONS:
-            saved = state["options"][name]
-            mine = getattr(self.options, name)
-            if saved != mine:
-                raise ValueError(
-                    f"the saved queue has {name}={saved}, this one {name}={mine}: "
-                    "build it with the saved value, or start without the saved queue"
-                )
-        for name, queue in state["queue"].items():
-            if name not in self.params:
-                raise ValueError(
-                    f"the saved queue has a parameter {name!r} that this model lacks: "
-                    "it belongs to another model"
-                )
-            if queue.shape[1:] != self.params[name].shape:
-                raise ValueError(
-                    f"the saved queue of {name!r} is for shape {tuple(queue.shape[1:])}, the "
-                    f"parameter has {tuple(self.params[name].shape)}: it belongs to another model"
-                )
+    def check_saved(self, state: Any, highest: int = COUNTER_LIMIT - 1) -> None:
+        """Raise a ValueError that names what keeps a saved state from being loaded.
+
+        Args:
+            state: what ``state_dict`` returned; further keys are not looked at.
+            highest: how many gradients a ring may have taken at most.
+        """
+        length, window = self.options.queue_length, self.options.loss_window
+        options = {name: Exactly(getattr(self.options, name)) for name in _SHAPE_OPTIONS}
+        rings = {name: ring_rule(p, length) for name, p in self.params.items()}
+        counters = dict.fromkeys(self.params, counter_rule(highest))
+        lacking = "that this model lacks"
+        losses: Rule = Exactly(None)
+        if window is not None:
+            losses = Maybe(losses_rule(window, length))
+        record = {
+            "options": Record(options),
+            "losses": losses,
+            "queue": Record({}, rings, unknown=lacking, named=False),
+            "queued": Record({}, counters, unknown=lacking, named=False),
+        }
+        check(state, Also(Record(record), _unpaired), "the saved queue")
+
+
+def _unpaired(state: Mapping[str, Any]) -> str | None:
+    """Return which saved ring has no counter, or the other way round."""
+    alone = sorted(state["queue"].keys() ^ state["queued"].keys())
+    return (
+        f"queue and queued must have the same names, {alone[0]!r} is in one only" if alone else None
+    )

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gq_triton.commands.refusal import Parser, Refusal
 from gq_triton.study.design.arms import ARMS
 from gq_triton.study.design.config import StudyConfig
 from gq_triton.study.design.controls import CONTROLS
@@ -18,7 +19,6 @@ from gq_triton.study.run.device import check_device
 from gq_triton.study.run.records import Store
 from gq_triton.tasks import STUDY_TASKS, MissingData
 from gq_triton.tasks.fetch import SOURCES, fetch
-from gq_triton.training.options import Parser, Refusal
 
 __all__ = ["main"]
 

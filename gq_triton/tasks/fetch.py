@@ -4,8 +4,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from gq_triton.commands.files import whole_file
 from gq_triton.tasks.scored import MissingData
-from gq_triton.training.files import whole_file
 
 __all__ = ["SOURCES", "Source", "fetch"]
 

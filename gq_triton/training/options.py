@@ -2,13 +2,15 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from gq_triton.tasks import TASKS
+from gq_triton.commands.refusal import Parser, Refusal
+from gq_triton.options import LONGEST
+from gq_triton.saved.rules import Also, Flag, Integer, Maybe, Number, OneOf, Record, Rule, Text
 
-__all__ = ["DEFAULTS", "Parser", "Refusal", "choose_settings", "parse_options"]
+__all__ = ["DEFAULTS", "choose_settings", "parse_options", "settings_rule"]
 
 # What makes a run the run it is: saved in every checkpoint. None for the learning rate and the
 # momentum stands for the optimizer's own.
@@ -33,21 +35,6 @@ LEARNING_RATES = {"sgd": 0.07, "adamw": 3e-3}
 MOMENTUM = 0.9
 
 
-class Refusal(Exception):
-    """Why a run cannot begin, in one line for the user."""
-
-    def __init__(self, reason: object) -> None:
-        super().__init__(" ".join(str(reason).split()))
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message as a ``Refusal``."""
-        raise Refusal(message)
-
-
 def _whole(lowest: int, highest: int | None = None) -> Callable[[str], int]:
     limits = f">= {lowest}" if highest is None else f"from {lowest} to {highest}"
 
@@ -70,6 +57,12 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name a folder, got nothing")
+    return Path(text)
+
+
 def _at_least_0(text: str) -> float:
     value = _number(text)
     if not (math.isfinite(value) and value >= 0):
@@ -88,11 +81,12 @@ def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text == "none" else read(text)
 
 
-def parse_options(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def parse_options(argv: Sequence[str] | None, tasks: Collection[str]) -> dict[str, Any]:
     """Return the options that were given, and only those.
 
     Args:
         argv: the command line without the program; None reads the process's own.
+        tasks: names of what can be trained.
 
     Raises:
         Refusal: an unknown option, or a value that cannot hold.
@@ -112,14 +106,14 @@ def parse_options(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = parser.add_argument_group("where")
     folder.add_argument(
         "--out",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help="folder for a new run; made here. Processes that torchrun starts again after one died "
         "continue the run in it",
     )
     folder.add_argument(
         "--resume",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help="continue the run in DIR from its newest checkpoint, with its own options; bit for "
         "bit with the same number of processes",
@@ -143,7 +137,7 @@ def parse_options(argv: Sequence[str] | None = None) -> dict[str, Any]:
         shown = default or ("none" if value is None else value)
         group.add_argument(flag, help=f"{help} (default: {shown})", **rest)
 
-    option(training, "--task", "data and model; digits: 8 x 8 handwritten digits", choices=[*TASKS])
+    option(training, "--task", "data and model; digits: 8 x 8 handwritten digits", choices=[*tasks])
     option(training, "--optimizer", "torch.optim.SGD or AdamW", choices=[*LEARNING_RATES])
     option(
         training,
@@ -215,6 +209,39 @@ def parse_options(argv: Sequence[str] | None = None) -> dict[str, Any]:
         action=argparse.BooleanOptionalAction,
     )
     return vars(parser.parse_args(argv))
+
+
+def settings_rule(tasks: Collection[str]) -> Rule:
+    """Return what the settings in a checkpoint must be: those of every name in ``DEFAULTS``.
+
+    Args:
+        tasks: names of what can be trained.
+    """
+    length = Integer(1, LONGEST)
+    rules: dict[str, Rule] = {
+        "task": OneOf(tasks),
+        "optimizer": OneOf(LEARNING_RATES.keys()),
+        "lr": Number(0),
+        "momentum": Maybe(Number(0, below=1)),
+        "weight_decay": Number(0),
+        "epochs": Integer(1),
+        "batch_size": Integer(1),
+        "seed": Integer(0, 2**31 - 1),
+        "n_clusters": Maybe(Integer(1)),
+        "features": Maybe(Text()),
+        "queue_length": length,
+        "min_queue_length": length,
+        "rho": Number(1, 1e30),
+        "loss_window": Maybe(length),
+        "match_norm": Flag(),
+    }
+
+    def contradicts(settings: Mapping[str, Any]) -> str | None:
+        if (settings["optimizer"] == "sgd") != (settings["momentum"] is not None):
+            return "momentum of settings must be None with every optimizer but sgd, and only there"
+        return None
+
+    return Also(Record(rules, unknown="that this train.py does not know"), contradicts)
 
 
 def choose_settings(given: dict[str, Any], saved: dict[str, Any] | None) -> dict[str, Any]:

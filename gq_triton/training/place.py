@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from gq_triton.training.options import Refusal
+from gq_triton.commands.refusal import Refusal
 
 __all__ = ["Place", "launch_id"]
 

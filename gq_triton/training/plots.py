@@ -22,7 +22,13 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, file: IO[bytes]) -> 
         ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+    from matplotlib.ticker import (
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        PercentFormatter,
+        StrMethodFormatter,
+    )
 
     steps = [row for row in rows if row["kind"] == "step"]
     epochs = [row for row in rows if row["kind"] == "epoch"]
@@ -47,8 +53,12 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, file: IO[bytes]) -> 
         panel.plot(*series(epochs, f"train_{name}"), color=_BLUE, label="training set", **style)
         panel.plot(*series(epochs, f"test_{name}"), "--", color=_ORANGE, label="test set", **style)
     loss.set(title="Loss", ylabel="cross entropy (nats)", yscale="log")
-    for ticks in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
-        ticks(StrMethodFormatter("{x:g}"))
+    # Labels at 1, 2 and 5 of every power of ten, or at the powers: all of them would overprint.
+    low, high = loss.get_ylim()
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
+    loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    few = high < 4 * low  # then there is room for a label at every tick
+    loss.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if few else NullFormatter())
     accuracy.set(title="Accuracy", ylabel="share of samples classified right")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
 

@@ -282,7 +282,7 @@ def test_bad_features_and_state():
             call(normal(0, 30, 3))
     KMeans(2, warm_start=False).fit(x).fit(normal(0, 30, 3))
     state = model.state_dict()
-    with pytest.raises(ValueError, match=r"lacks \['generator'\]"):
+    with pytest.raises(ValueError, match="lacks generator"):
         model.load_state_dict({"cluster_centers": None})
-    with pytest.raises(ValueError, match=r"must have shape \(3, features\), got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(3, any\), got \(2, 2\)"):
         KMeans(3).load_state_dict(state)

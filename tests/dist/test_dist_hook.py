@@ -148,7 +148,7 @@ def test_another_models_state_is_refused_and_changes_nothing():
         train(other, other_state, range(2))
         with pytest.raises(ValueError, match=r"'body\.weight' that this model lacks"):
             state.load_state_dict(saved(other_state))
-        with pytest.raises(ValueError, match="queue_length=3, this one queue_length=5"):
+        with pytest.raises(ValueError, match="queue_length of options must be 5 here, got 3"):
             GradQueueState(mlp()).load_state_dict(saved(state))
         assert state.digest() == before
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from gq_triton.testing import PRELOAD, server
-from gq_triton.training.files import load_newest_checkpoint, read_metrics
+from gq_triton.training.checkpoints import load_newest_checkpoint
+from gq_triton.training.metrics import read_metrics
 
 # What every run of train.py imports: most of its seconds.
 PRELOAD.extend(["sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"])

@@ -18,12 +18,9 @@ from train_runs import (
     torchrun,
 )
 
-from gq_triton.training.files import (
-    load_newest_checkpoint,
-    read_metrics,
-    save_checkpoint,
-    whole_file,
-)
+from gq_triton.commands.files import whole_file
+from gq_triton.training.checkpoints import load_newest_checkpoint, save_checkpoint
+from gq_triton.training.metrics import read_metrics
 
 # Rank 0 dies in the second attempt, while the checkpoint of step 20 is half written.
 DIES_IN_A_SAVE = """

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from train_runs import SCRIPT, assert_same_run, newest, start, start_and_listen
 
 from gq_triton import tasks
-from gq_triton.training.files import json_line, read_metrics
+from gq_triton.training.metrics import json_line, read_metrics
 
 STEP_KEYS = {
     "kind",
@@ -122,17 +122,21 @@ def check_picture(path):
     assert height >= 700
 
 
+def build(train, ranks, **given):
+    return train.build(given, None, ranks, torch.device("cpu"), tasks.TASKS)
+
+
 def test_unequal_shares_average_to_the_gradient_of_the_batch(train):
     # Rank 0 of 2 has samples 0, 2 and 4 of five, rank 1 has 1 and 3. One process plays both.
     train.Place.find().connect()
     cpu = torch.device("cpu")
     rows, grads = [], []
     for rank in range(2):
-        trainer = train.Trainer(train.build({}, None, 2, cpu), train.Place(rank, 2, 0, 1), cpu)
+        trainer = train.Trainer(build(train, 2), train.Place(rank, 2, 0, 1), cpu, tasks.batches)
         trainer.model.eval()  # no dropout
         rows.append(trainer.train_step(torch.arange(5)))
         grads.append([param.grad.clone() for param in trainer.model.parameters()])
-    twin = train.build({}, None, 1, cpu)
+    twin = build(train, 1)
     twin.model.eval()
     inputs, labels = (tensor[:5] for tensor in twin.task.train)
     expected = torch.nn.functional.cross_entropy(twin.model(inputs), labels)
@@ -193,7 +197,7 @@ def assert_refused(train, capsys, argv, word):
 
 def test_a_batch_smaller_than_the_world_is_refused(train):
     with pytest.raises(train.Refusal, match="--batch-size must be at least 1 for each of the 4"):
-        train.build({"batch_size": 3}, None, 4, torch.device("cpu"))
+        build(train, 4, batch_size=3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="There is a GPU here.")
@@ -216,6 +220,28 @@ def test_the_folder_of_another_run_is_refused(train, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_folder_that_no_run_can_have_is_refused(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    for out, word in (
+        ("", "must name a folder, got nothing"),
+        ("/", "is the root of the file system"),
+        (".", "holds other files: name a new folder or an empty one"),
+        ("notes.txt", "is a file: name a folder"),
+        ("x" * 5000, "cannot be made: File name too long"),
+        ("a\0b", "cannot be made: embedded null byte"),
+    ):
+        assert_refused(train, capsys, ["--out", out], word)
+    for resume, word in (
+        ("", "must name a folder, got nothing"),
+        ("/", "there is none"),
+        ("notes.txt", "there is none"),
+        ("x" * 5000, "cannot be read: File name too long"),
+    ):
+        assert_refused(train, capsys, ["--resume", resume], word)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_only_a_restart_of_the_same_launch_continues(train, tmp_path, capsys, monkeypatch):
     options = ["--out", str(tmp_path), "--epochs", "1", "--batch-size", "512"]
     draft = tmp_path / "checkpoints" / "step-00000000.pt.tmp"  # a first attempt died early

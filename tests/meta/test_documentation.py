@@ -15,7 +15,7 @@ from train_runs import finish, free_port
 
 import gq_triton
 import gq_triton.dist
-from gq_triton.cli import main
+from gq_triton.commands.cli import main
 
 PYTHON = blocks("python")
 SHELL = blocks("bash")

@@ -145,7 +145,11 @@ def test_triton_on_the_cpu_needs_the_interpreter(variant, monkeypatch):
     ("name", "package", "cure"),
     [
         ("triton", "triton", 'install it, or use backend="auto"'),
-        ("numba", "numba", 'pip install "gq_triton[cpu]", or use backend="auto"'),
+        (
+            "numba",
+            "numba",
+            'pip install ".[cpu]" in a checkout of gq_triton, or use backend="auto"',
+        ),
     ],
 )
 def test_a_backend_whose_package_is_missing_says_so(name, package, cure, monkeypatch):

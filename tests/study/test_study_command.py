@@ -28,7 +28,16 @@ STUDY = [
 
 
 def start(out, *options):
-    command = [sys.executable, "-m", "gq_triton.cli", "study", "run", "--out", str(out), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "gq_triton.commands.cli",
+        "study",
+        "run",
+        "--out",
+        str(out),
+        *options,
+    ]
     # Where the tests run in a shell's background SIGINT is ignored, and children inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -7,9 +7,9 @@ import torch
 from test_study_command import start
 
 from gq_triton import cli
+from gq_triton.commands.refusal import Refusal
 from gq_triton.study.run import device
 from gq_triton.study.run.device import check_device
-from gq_triton.training.options import Refusal
 
 STUDY = [
     "--tasks", "lines-disc", "digits", "digits-hidden", "python-lm",

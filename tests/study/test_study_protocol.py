@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.arms import ARMS
 from gq_triton.study.design.config import StudyConfig
 from gq_triton.study.design.controls import CONTROLS, Tuned, altered, applicable
@@ -19,7 +20,6 @@ from gq_triton.study.run.ranks import launch
 from gq_triton.study.run.records import Store
 from gq_triton.study.trials.clusterer import StudyClusterer
 from gq_triton.study.trials.training import learning_rate, run_trial
-from gq_triton.training.options import Refusal
 
 OPTIONS = {
     "tasks": ["lines-disc"],

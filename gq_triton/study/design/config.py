@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.arms import ARMS
 from gq_triton.study.design.controls import CONTROLS
 from gq_triton.tasks import STUDY_TASKS
-from gq_triton.training.options import Refusal
 
 __all__ = ["DEVICES", "FIRST_TUNING_SEED", "StudyConfig", "flag"]
 

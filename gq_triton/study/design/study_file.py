@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.config import StudyConfig, flag
-from gq_triton.training.options import Refusal
 
 __all__ = ["CONFIG", "command_line", "read_toml", "write_toml"]
 

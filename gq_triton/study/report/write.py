@@ -7,6 +7,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from gq_triton.commands.files import whole_file
+from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.config import StudyConfig
 from gq_triton.study.design.controls import CONTROLS
 from gq_triton.study.design.protocol import cells, progress
@@ -19,8 +21,6 @@ from gq_triton.study.report.verdict import Finding, findings, lacking, task_verd
 from gq_triton.study.run.board import clock
 from gq_triton.study.run.records import Store
 from gq_triton.tasks import STUDY_TASKS
-from gq_triton.training.files import whole_file
-from gq_triton.training.options import Refusal
 
 __all__ = ["write_report"]
 

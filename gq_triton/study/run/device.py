@@ -5,7 +5,7 @@ import os
 import torch
 from torch.utils import deterministic
 
-from gq_triton.training.options import Refusal
+from gq_triton.commands.refusal import Refusal
 
 __all__ = ["check_device", "take_device"]
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gq_triton.commands.refusal import Refusal
 from gq_triton.dist import GradQueueState, register
 from gq_triton.options import OUTPUT_GRADIENT
 from gq_triton.study.design.law import StudyLaw
@@ -29,7 +30,6 @@ from gq_triton.study.trials.backward import Measured
 from gq_triton.study.trials.clusterer import StudyClusterer
 from gq_triton.study.trials.training import TrainingRun
 from gq_triton.tasks import STUDY_TASKS, ScoredTask, sample_losses
-from gq_triton.training.options import Refusal
 
 __all__ = ["launch"]
 

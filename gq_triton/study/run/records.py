@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from gq_triton.commands.files import whole_file
 from gq_triton.study.design.trial import FORMAT, Record, Trial
-from gq_triton.training.files import whole_file
 
 __all__ = ["Store"]
 

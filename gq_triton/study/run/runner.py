@@ -15,10 +15,10 @@ from multiprocessing.connection import wait as wait_for_sentinel
 from pathlib import Path
 from typing import Any
 
+from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.protocol import Cell, missing
 from gq_triton.study.design.trial import EVALUATE, Record, Trial
 from gq_triton.study.run.records import Store
-from gq_triton.training.options import Refusal
 
 __all__ = ["estimate_seconds", "run_study"]
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gq_triton.commands.files import whole_file
+from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.protocol import Cell, progress
 from gq_triton.study.design.study_file import CONFIG, write_toml
 from gq_triton.study.design.trial import Record
 from gq_triton.study.run.board import Board
 from gq_triton.study.run.records import Store
 from gq_triton.study.run.runner import run_study
-from gq_triton.training.files import whole_file
-from gq_triton.training.options import Refusal
 
 __all__ = ["watch"]
 

@@ -1,0 +1,1 @@
+"""What a person calls: ``gq-triton``, and what all commands share."""

@@ -1,0 +1,1 @@
+"""One check of everything that is loaded: rules, and what they say of this library's state."""

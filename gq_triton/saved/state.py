@@ -1,0 +1,60 @@
+"""What the saved state of a parameter must be, beside the tensors that a step touches.
+
+Each rule stands for a tensor that ``gq_triton.ring`` or an optimizer makes. A loaded tensor never
+takes its place: its values are copied into memory made for the parameter (``filled``), so that a
+step meets the shape, type and layout it expects whatever a file held.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from gq_triton.ring import local
+from gq_triton.saved.rules import COUNTER_LIMIT
+from gq_triton.saved.tensors import REAL_TYPES, Sharding, TensorLike
+
+__all__ = ["counter_rule", "filled", "losses_rule", "ring_rule", "twin_rule"]
+
+
+def ring_rule(param: Tensor, length: int) -> TensorLike:
+    """Return the rule of a ring: ``(length, *param.shape)`` in a type a queue may have.
+
+    Infinities pass: a finite gradient may round to one in a queue of a narrower type.
+    """
+    return TensorLike((length, *param.shape), nan=False, sharding=_sharding(param, length))
+
+
+def counter_rule(highest: int = COUNTER_LIMIT - 1) -> TensorLike:
+    """Return the rule of a counter of queued gradients: 0-d int64 from 0 to ``highest``."""
+    return TensorLike((), dtypes=(torch.int64,), low=0, high=highest)
+
+
+def losses_rule(window: int, longest: int) -> TensorLike:
+    """Return the rule of a history of losses: ``(longest + window - 1,)``, NaN where unknown."""
+    return TensorLike((longest + window - 1,), dtypes=(torch.float32, torch.float64))
+
+
+def twin_rule(param: Tensor, low: float | None = None) -> TensorLike:
+    """Return the rule of a tensor of the parameter's shape, such as a moment, of any real type.
+
+    What is not finite passes: a step takes a gradient that is not finite into its moments, as
+    torch's optimizers do.
+    """
+    return TensorLike(tuple(param.shape), REAL_TYPES, low=low, sharding=_sharding(param))
+
+
+def filled(fresh: Tensor, saved: Tensor) -> Tensor:
+    """Copy the values of a checked tensor into memory made for it; return that memory."""
+    local(fresh).copy_(local(saved.detach()))
+    return fresh
+
+
+def _sharding(param: Tensor, length: int | None = None) -> Sharding | None:
+    """Return how a tensor beside a parameter is divided; a ring's rows come before its shape."""
+    if not isinstance(param, DTensor):
+        return None
+    part = tuple(param.to_local().shape)
+    if length is None:
+        return Sharding(param.device_mesh, tuple(param.placements), part)
+    placements = tuple(Shard(p.dim + 1) if isinstance(p, Shard) else p for p in param.placements)
+    return Sharding(param.device_mesh, placements, (length, *part))

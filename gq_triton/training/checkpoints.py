@@ -1,0 +1,76 @@
+"""The checkpoints of a run: the newest two stay, and one that is damaged gives way to the other."""
+
+import pickle
+import re
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gq_triton.commands.files import whole_file
+
+__all__ = ["checkpoints", "load_newest_checkpoint", "save_checkpoint", "step_of"]
+
+KEPT = 2  # checkpoints: one more than needed, for the case that the newest is damaged
+_CHECKPOINT = re.compile(r"step-\d{8,}\.pt")
+
+
+# What unpickling a damaged file has been seen to raise.
+_DAMAGE = (
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+    ImportError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def save_checkpoint(folder: Path, step: int, content: dict[str, Any]) -> None:
+    """Write the checkpoint of a step; of all there are, the newest ``KEPT`` stay.
+
+    Args:
+        folder: made where it does not exist.
+        step: steps done.
+        content: tensors and plain values, so that ``torch.load(weights_only=True)`` reads it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / f"step-{step:08d}.pt") as file:
+        torch.save(content, file)
+    for old in checkpoints(folder)[KEPT:]:
+        old.unlink()
+    for draft in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        draft.unlink()
+
+
+def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[Path]]:
+    """Read the newest checkpoint that is whole.
+
+    Returns:
+        Its content, None where no checkpoint is whole; and the newer ones that are damaged.
+    """
+    damaged: list[Path] = []
+    for path in checkpoints(folder):
+        try:
+            return _load_checked(path), damaged
+        except _DAMAGE:
+            damaged.append(path)
+    return None, damaged
+
+
+def _load_checked(path: Path) -> dict[str, Any]:
+    """Read a file of ``torch.save``; its checksums, which torch writes but ignores, must hold."""
+    with zipfile.ZipFile(path) as archive:
+        record = archive.testzip()
+    if record is not None:
+        raise ValueError(f"{path} is damaged in {record}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest first."""
+    found = [path for path in folder.glob("step-*.pt") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Return how many steps a checkpoint's name says were done."""
+    return int(path.stem.removeprefix("step-"))

@@ -1,0 +1,57 @@
+"""What the DDP hook makes of saved states that were altered."""
+
+import torch
+from altered import REMOVED, check_door
+from dist_models import mlp
+from test_dist_hook import one_rank
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from gq_triton.dist import register
+
+
+def test_every_altered_leaf_of_the_hooks_own_part_is_refused_or_possible():
+    """Its buckets and clusters; what it shares with the plug-in has a test there."""
+    with one_rank():
+        ddp = DDP(mlp())
+        options = {"n_clusters": 2, "features": "0", "shard_queue": True}
+        state = register(ddp, queue_length=2, backend="torch", **options)
+
+        def step():
+            ddp.zero_grad()
+            ddp(torch.ones(4, 6) * torch.arange(4.0)[:, None]).square().mean().backward()
+
+        for _ in range(3):
+            step()
+        saved = state.state_dict()
+        names = set(saved["queue"])
+
+        def possible(path, value):
+            match path:
+                case ("buckets",):
+                    # Any cut of the parameters into buckets, none of which is empty.
+                    return value is REMOVED or value == [] or value == saved["buckets"][:-1]
+                case ("buckets", int()):
+                    return value is REMOVED or value == saved["buckets"][0][:-1]
+                case ("buckets", int(), int()):
+                    return value is REMOVED or value in sorted(names - {*saved["buckets"][0]})
+                case ("clusters",):
+                    # Those of another number of ranks are not gone on from.
+                    dicts = isinstance(value, list) and all(isinstance(v, dict) for v in value)
+                    return value is REMOVED or (dicts and (value == [] or len(value) != 1))
+                case ("clusters", 0):
+                    return value is REMOVED or value == {}
+                case ("clusters", 0, "cluster_centers", 0 | 1, int()):
+                    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+                    return real and abs(value) < 1e38
+                case ("clusters", 0, "dtype"):
+                    return value in ("float32", "float64")
+            return False
+
+        def fingerprint():
+            content = state.state_dict()
+            return state.digest(), str(content["buckets"]), str(content["clusters"])
+
+        check_door(
+            saved, state.load_state_dict, possible, fingerprint, step,
+            where=lambda path: path[0] in ("buckets", "clusters") and path[-1] not in range(2, 16),
+        )  # fmt: skip
