@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 
 import pytest
 
-from gq_triton import cli
+from gq_triton.commands import cli
 from gq_triton.study import command
 from gq_triton.study.design.config import StudyConfig
 from gq_triton.study.design.study_file import command_line, read_toml

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_study_command import start
 
-from gq_triton import cli
+from gq_triton.commands import cli
 from gq_triton.commands.refusal import Refusal
 from gq_triton.study.run import device
 from gq_triton.study.run.device import check_device

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_study_tasks import DOCUMENT, idx
 
-from gq_triton import cli
+from gq_triton.commands import cli
 from gq_triton.tasks import STUDY_TASKS, fetch
 
 pytest.importorskip("pooch", reason="comes with the extra data")
