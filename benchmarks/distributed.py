@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gq_triton.dist import GradQueueState, register
-from gq_triton.dist.clustered_slices import ClusteredSlices
+from gq_triton.dist.routes.clustered_sliced import ClusteredSlices
 from gq_triton.testing import spawn
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -1,4 +1,4 @@
-"""DDP's buckets: which parameters lie in them, when a step begins, how a saved run cut them."""
+"""DDP's buckets: the parameters in each, the first one of a step, and the saved run's buckets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,17 +13,20 @@ __all__ = ["Buckets", "Rooms"]
 
 
 class Rooms:
-    """Memory beside DDP's buckets, the same in every step: on the CPU fresh pages cost time."""
+    """Memory beside DDP's buckets, kept from step to step: on the CPU fresh pages cost time."""
 
     def __init__(self) -> None:
         self.held: dict[tuple[str, ...], Tensor] = {}
 
     def get(self, names: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
-        """Return a bucket's memory, made when the bucket is new; that of former cuts is given up.
+        """Return the memory of a bucket; make it when the bucket is new.
+
+        When DDP has cut its buckets anew, the memory of old buckets that share a parameter with the
+        new one is freed.
 
         Args:
             names: the bucket's parameters.
-            make: returns it.
+            make: allocates the memory.
         """
         key = tuple(names)
         if key not in self.held:
@@ -33,14 +36,14 @@ class Rooms:
 
 
 class Buckets:
-    """The buckets of one DDP module, known by their parameters' names.
+    """The buckets of one DDP module, identified by the names of their parameters.
 
-    Bucket numbers do not tell anything: two are 0 in the first step of a static graph, and DDP
-    cuts all of them anew after the first steps.
+    DDP's bucket numbers identify nothing: two buckets have the number 0 in the first step of a
+    static graph, and DDP cuts all buckets anew after the first steps.
 
     Args:
-        params: by name.
-        backend: of the engine that works on them.
+        params: the model's parameters by name.
+        backend: name of the engine, checked for every new bucket's device.
     """
 
     def __init__(self, params: Mapping[str, Tensor], backend: str) -> None:
@@ -53,10 +56,11 @@ class Buckets:
         self._steps_since_load = 0
 
     def names(self, bucket: Any) -> tuple[str, ...]:
-        """Return the parameters' names in the order of a ``GradBucket``; check what is new.
+        """Return the names of a ``GradBucket``'s parameters, in its order; check new buckets.
 
         Raises:
-            ValueError: a sparse gradient, or a parameter that is not known.
+            ValueError: a sparse gradient, a parameter that the state does not know, or a parameter
+                with holes in memory.
         """
         params = bucket.parameters()
         unknown = [tuple(param.shape) for param in params if id(param) not in self._names]
@@ -82,8 +86,8 @@ class Buckets:
     def begins_step(self, names: tuple[str, ...]) -> bool:
         """Return whether a bucket is the first one of a backward pass.
 
-        The engine's end of backward would not tell (a rank that has joined has none): a pass begins
-        with the first bucket, and again whenever a parameter comes a second time.
+        A pass begins with the very first bucket, and again when a parameter comes a second time.
+        The end of autograd's backward pass is no criterion: a rank that has joined runs none.
         """
         if self._seen and self._seen.isdisjoint(names):
             self._seen.update(names)
@@ -94,15 +98,20 @@ class Buckets:
         return True
 
     def expect_step(self) -> None:
-        """Take the next bucket for the first of a step: another DDP module has other parameters."""
+        """Let the next bucket begin a step: another DDP module may have other parameters."""
         self._seen = set()
 
     def note(self, names: tuple[str, ...], static_graph: bool) -> None:
-        """Note that a bucket is reduced in this step, as one or as the saved run cut it."""
+        """Remember a bucket of this step, or the saved run's buckets where those are reduced."""
         self._current += self.former(names, static_graph) or [names]
 
     def former(self, names: tuple[str, ...], static_graph: bool) -> list[tuple[str, ...]]:
-        """Return the buckets of the saved run that this one is to be reduced as; none: as it is."""
+        """Return the saved run's buckets that replace this bucket in the reduction.
+
+        In the first steps after loading, the saved run's buckets are reduced one by one, so that
+        sums over ranks are formed in the saved run's order. The list is empty where the bucket is
+        reduced as it is.
+        """
         initial = 2 if static_graph else 1
         if self._steps_since_load > initial or names in self.saved:
             return []
@@ -111,15 +120,15 @@ class Buckets:
         return former if sum(map(len, former)) == len(members.union(*former)) == len(names) else []
 
     def split(self, names: Sequence[str], buffer: Tensor) -> list[Tensor]:
-        """Return the parameters' slices of a bucket, flat and in their memory order.
+        """Return each parameter's slice of a bucket, flat, in the parameter's memory order.
 
-        ``bucket.gradients()`` would be wrong: it reads the slices in row-major order, DDP writes
-        them in the parameter's (channels_last).
+        ``bucket.gradients()`` would be wrong for ``channels_last``: it reads a slice in row-major
+        order, and DDP writes the slice in the parameter's memory order.
         """
         return list(buffer.split([self._params[name].numel() for name in names]))
 
     def layout(self) -> list[list[str]]:
-        """Return the names in every bucket of the last step, to be saved."""
+        """Return the parameters' names in every bucket of the last step, for a saved state."""
         return [list(names) for names in self._current or self.saved]
 
     def check_saved(self, layout: Any) -> None:
@@ -128,7 +137,7 @@ class Buckets:
         check(layout, Also(rule, _twice), "the saved layout of the buckets")
 
     def load(self, layout: Sequence[Sequence[str]]) -> None:
-        """Take over a saved layout; the next bucket begins a step."""
+        """Load the buckets of a saved state; the next bucket begins a step."""
         self.saved = [tuple(names) for names in layout]
         self._current, self._seen, self._steps_since_load = [], set(), 0
 
@@ -141,7 +150,7 @@ def _twice(layout: Sequence[Sequence[str]]) -> str | None:
 
 
 def _check_memory(name: str, param: Tensor) -> None:
-    """Raise a ValueError where DDP would lay out the gradient otherwise than the ring is."""
+    """Raise a ValueError where DDP lays out the gradient in another order than the ring's."""
     row = torch.empty_like(param, device="meta", memory_format=torch.preserve_format)
     if row.stride() != param.stride() and not row.is_contiguous():
         raise ValueError(

@@ -6,7 +6,6 @@ those at registration and would take their text for a wrong type.
 
 from typing_extensions import Unpack
 
-from gq_triton.dist.reduction import average
 from gq_triton.dist.state import NOT_ON_RANKS, GradQueueState, HookOptions, StateKeywords
 from gq_triton.dist.wrappers import find_ddp
 from gq_triton.options import ClusterOptions, LawOptions, takes
@@ -34,9 +33,7 @@ def grad_queue_hook(state, bucket):
     """
     if isinstance(bucket, tuple):
         raise RuntimeError(_PYTHON_REDUCER)
-    names, buffer = state.buckets.names(bucket), bucket.buffer()
-    state.begin(names, buffer.device)
-    return average(state, names, buffer)
+    return state.route.start(state.begin(bucket), bucket.buffer())
 
 
 @takes(ClusterOptions, LawOptions, HookOptions, without=NOT_ON_RANKS)
@@ -47,7 +44,7 @@ def register(model: object, **options: Unpack[StateKeywords]) -> GradQueueState:
         model: the DDP module, or what a framework made of it: what ``torch.compile``,
             ``accelerator.prepare`` or ``fabric.setup`` returned, a Lightning ``trainer.strategy``,
             a Hugging Face ``Trainer``.
-        **options: those of ``GradQueueState``.
+        **options: the options of ``GradQueueState``.
 
     Returns:
         The state, for ``record_loss``, ``metrics`` and checkpoints.

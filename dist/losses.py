@@ -10,9 +10,10 @@ __all__ = ["MeanLoss"]
 
 
 class MeanLoss:
-    """Averages over the ranks what each of them has recorded since the last step.
+    """The mean over all ranks of the losses that they have recorded since the last step.
 
-    Several micro-batches, or a rank that has joined, are no matter; nothing waits for the host.
+    A rank may record several losses (micro-batches) or none (a rank that has joined). The host
+    waits for nothing.
     """
 
     def __init__(self) -> None:
@@ -22,18 +23,18 @@ class MeanLoss:
         self._due = False
 
     def record(self, loss: Tensor | float) -> None:
-        """Keep a loss of this rank, one number, until the next step begins."""
+        """Keep a loss of this rank, one number, until the next step's mean is formed."""
         value = torch.as_tensor(loss).detach().reshape(())
         self._recorded.append(value.to(torch.float64, copy=True))
         self._warned = True
 
     def reset(self) -> None:
-        """Forget what is not yet averaged."""
+        """Forget the recorded losses and a mean that nobody has taken."""
         self._recorded = []
         self._due = False
 
     def start(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
-        """Start to average the losses recorded since the last step; every rank must."""
+        """Start to average the losses recorded since the last step; every rank must call."""
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -53,16 +54,16 @@ class MeanLoss:
         self._due = True
 
     def take(self) -> Tensor | None:
-        """Return the mean that was started, 0-d, once; None where there is none."""
+        """Return the mean that was started, 0-d, and forget it; None where there is none."""
         mean = self.peek()
         self._due = False
         return mean
 
     def peek(self) -> Tensor | None:
-        """Return what ``take`` will."""
+        """Return the mean that ``take`` will return, 0-d, and keep it; None where there is none."""
         if self._pending is None or not self._due:
             return None
         work, total = self._pending
-        # Launched before any bucket: waits for no thread that could be waiting for the caller.
+        # Started before any bucket: no thread that finishes it waits for the caller.
         work.wait()
         return total[0] / total[1]

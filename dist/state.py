@@ -1,9 +1,9 @@
-"""What the DDP communication hook keeps between backward passes."""
+"""The state of the DDP communication hook: what it keeps between backward passes."""
 
 import hashlib
-import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -16,11 +16,9 @@ from typing_extensions import Unpack
 
 from gq_triton.claims import HOOK, claim
 from gq_triton.dist.buckets import Buckets
-from gq_triton.dist.clustered_slices import ClusteredSlices
-from gq_triton.dist.clusters import ClusteredQueues, LocalClusters
 from gq_triton.dist.losses import MeanLoss
-from gq_triton.dist.placement import SlicedQueues
-from gq_triton.dist.streams import SideStreams
+from gq_triton.dist.routes import Context, match
+from gq_triton.dist.together import together
 from gq_triton.dist.verify import check_same
 from gq_triton.dist.wrappers import carries, ddp_carrying, find_ddp
 from gq_triton.names import bare, parameter_names
@@ -41,16 +39,6 @@ __all__ = ["GradQueueState"]
 
 # Key of the saved state: the buckets of the last step, as lists of parameter names.
 BUCKETS = "buckets"
-# And with clusters: what each rank's k-means goes on from.
-CLUSTERS = "clusters"
-
-# Which queues: with clusters of each rank's own, in slices.
-_KINDS: dict[tuple[bool, bool], Callable[..., Queues]] = {
-    (False, False): lambda params, group, options: Queues(params, options),
-    (False, True): SlicedQueues,
-    (True, False): ClusteredQueues,
-    (True, True): ClusteredSlices,
-}
 
 
 # What the ranks must agree on of ``ClusterOptions``.
@@ -104,42 +92,46 @@ class StateKeywords(RankClusterKeywords, LawKeywords, HookKeywords, total=False)
 
 @takes(ClusterOptions, LawOptions, HookOptions, without=NOT_ON_RANKS)
 class GradQueueState:
-    """What ``grad_queue_hook`` keeps: the last L reduced gradients of every parameter.
+    """The state of ``grad_queue_hook``: the last L reduced gradients of every parameter.
 
-    The queue is fed by what the ranks agree on, the gradient averaged over all of them, so it is
-    the same on every rank, also under ``join()``; with one cluster over the global batch the result
-    is that of one process with that batch. Buckets may be cut and rebuilt in any way: everything is
-    kept by parameter name.
+    *One cluster.* The gradient is averaged over the ranks, weighted, and the raw mean is queued.
+    All ranks see the same mean, so all hold the same queue, also under ``join()``. The result is
+    that of one process with the global batch.
 
-    The process group is that of the DDP module, whichever it is; a state can be built, and loaded,
-    before either exists. The gradient that leaves the hook is the weighted one: norms, clipping and
-    the optimizer see it.
+    *Names.* Everything is kept by parameter name, so DDP may cut its buckets in any way. The
+    process group is that of the DDP module. A state can be built, and loaded, before the module and
+    the group exist. The gradient that leaves the hook is the weighted one: norms, clipping and the
+    optimizer see it.
 
-    Exact zeros under ``find_unused_parameters`` or ``static_graph`` stand for a parameter that no
-    rank used: DDP does not tell them apart from a gradient that is zero. Such a parameter is
-    skipped in that step, its queue unchanged. In every other case a zero gradient is queued.
-    Parameters that DDP keeps from every hook (``delay_all_reduce_named_params``, ignored ones) are
-    not weighted.
+    *Unused parameters.* Under ``find_unused_parameters`` or ``static_graph`` DDP shows a parameter
+    that no rank used as exact zeros, which is also how a gradient looks that is zero. A parameter
+    whose gradient is zero throughout is skipped there, its queue unchanged. In every other case a
+    zero gradient is queued. Parameters that never reach a hook (``delay_all_reduce_named_params``,
+    ignored ones) are not weighted.
 
-    With ``shard_queue=True`` a bucket is reduce-scattered, each rank weights and queues its slice,
-    and the slices are gathered. The result is the same up to the order of summation (bit for bit
-    with two ranks), the queue's memory is divided by the world size, and the bytes on the wire are
-    plain DDP's: beside them go at most W - 1 elements of padding per bucket, and one byte per
+    *Slices.* With ``shard_queue=True`` a bucket is reduce-scattered, each rank weights and queues
+    its slice, and the slices are gathered. The result is the same up to the order of summation,
+    with two ranks bit for bit. The queue's memory is divided by the world size. The bytes on the
+    wire are plain DDP's, plus at most W - 1 elements of padding per bucket and one byte per
     parameter that is cut between ranks (16 more with ``match_norm``). When DDP cuts its buckets
     anew, after the first steps, the slices move once. ``metrics``, ``digest`` and ``state_dict``
-    then communicate: every rank must call them. On the CPU the hook waits for the first half of the
-    exchange, on a GPU for nothing. A process group that changes needs a loaded state.
+    communicate: every rank must call them. On the CPU the hook waits for the first half of the
+    exchange, on a GPU it waits for nothing. After a change of the process group the last saved
+    state must be loaded.
 
-    With ``n_clusters=K`` each rank groups its own samples and weights its K centroids with the
-    shared statistics in its one backward pass; the weighted gradients are reduced, and beside them
-    the raw means in the queue's type, which are queued. Ranks count by their samples, so W ranks
-    are one process with those W * K clusters, also where their batches differ in size. The
-    effective length of a step is that of the losses before it. ``metrics`` then communicates: every
-    rank must call it. With ``shard_queue=True`` the mean and 1 / sigma of all slices are gathered
-    while the optimizer and the next forward pass run, 2 numbers per element beside L / W.
+    *Clusters.* With ``n_clusters=K`` each rank groups its own samples and weights its K centroids
+    with the shared statistics in its one backward pass. The weighted gradients are added up over
+    the ranks, and so are the raw means, in the queue's type; the raw means are queued. Each rank
+    counts by its samples, so W ranks are one process with those W * K clusters, also where their
+    batches differ in size. (With several forward passes per step ``docs/distributed.md`` has the
+    exact rule.) The effective length of a step is that of the losses before it. ``metrics`` and
+    ``state_dict`` communicate: every rank must call them. With ``shard_queue=True`` the mean and 1
+    / sigma of all slices, 2 numbers per element beside L / W, are gathered while the optimizer and
+    the next forward pass run.
 
-    Save ``state.state_dict()`` and load it into the live state of the new run, on every rank; the
-    object itself is not pickled. A copy of the DDP module carries no hook, as always in torch.
+    *Saving.* Save ``state.state_dict()`` and load it into the live state of the new run, on every
+    rank. The object itself is not pickled. A copy of the DDP module carries no hook, as always in
+    torch.
 
     Args:
         model: the model, bare, compiled or wrapped in DDP.
@@ -179,9 +171,7 @@ class GradQueueState:
                     "torch.view_as_real"
                 )
         self.shard_queue = bool(hook.shard_queue)
-        kind = _KINDS[clusters.n_clusters is not None, self.shard_queue]
-        self.queues: Queues = kind(params, lambda: self.process_group, law)
-        # What decides the result, or which collectives are called, and must be the same everywhere.
+        # These options decide the result or the collectives, and must be the same on every rank.
         shared = vars(law) | {name: getattr(clusters, name) for name in _SHARED}
         shared |= {"shard_queue": self.shard_queue, "verify_every": hook.verify_every}
         self._options = {name: _comparable(v) for name, v in shared.items() if name != "backend"}
@@ -191,19 +181,41 @@ class GradQueueState:
         # A weak reference: a hook that holds its DDP module keeps it alive forever (pytorch#63211).
         self._ddp = None if ddp is None else weakref.ref(ddp)
         self.buckets = Buckets(params, law.backend)
-        # Callbacks of several buckets may run at once in threads of the process group.
-        self.lock = threading.Lock()
-        self.streams = SideStreams()
-        self._steps = 0
-        self.shares_known = False
         self._mean_loss = MeanLoss()
-        self.local: LocalClusters | None = None
+        self._steps = 0
         if clusters.n_clusters is not None:
-            assert isinstance(self.queues, (ClusteredQueues, ClusteredSlices))
-            self.claim()  # from now on backward passes leave weighted gradients
-            self.local = LocalClusters(
-                bare(model if ddp is None else ddp.module), self.queues, self, clusters
-            )
+            # From now on backward passes leave weighted gradients.
+            self._claim(params, clustered=True)
+        self.route = match(
+            self._context(),
+            bare(model if ddp is None else ddp.module),
+            params,
+            law,
+            clusters,
+            shard_queue=self.shard_queue,
+        )
+
+    def _context(self) -> Context:
+        """Return what the route knows of this state, which it does not keep alive."""
+        alive = weakref.ref(self)
+
+        def state() -> GradQueueState:
+            known = alive()
+            if known is None:
+                raise RuntimeError("the GradQueueState of this model is gone: keep it")
+            return known
+
+        return Context(
+            ddp=lambda: state().ddp,
+            loss_scale=lambda device: state().loss_scale(device),
+            buckets=self.buckets,
+            losses=self._mean_loss,
+        )
+
+    @property
+    def queues(self) -> Queues:
+        """The rings."""
+        return self.route.queues
 
     def claim(self) -> None:
         """Note that the hook weights the model's gradients.
@@ -211,28 +223,27 @@ class GradQueueState:
         Raises:
             ValueError: something else weights them already.
         """
+        self._claim(self.queues.params, self.route.clustered)
+
+    def _claim(self, params: Mapping[str, Tensor], clustered: bool) -> None:
         alive = weakref.ref(self)
 
         def active() -> bool:
             state = alive()
-            return state is not None and (state.local is not None or state.ddp is not None)
+            return state is not None and (clustered or state.ddp is not None)
 
-        claim(self.queues.params.values(), self, HOOK, active)
-
-    def joining(self) -> bool:
-        """Return whether ranks may run out of batches (``DDP.join``)."""
-        return self.ddp is not None and self.ddp._join_config.enable
+        claim(params.values(), self, HOOK, active)
 
     @property
     def labels_(self) -> Tensor | None:
         """The cluster of every sample of this rank's last batch, ``(B,)`` int64."""
-        last = None if self.local is None else self.local.last
+        last = self.route.last_groups()
         return None if last is None else last.labels
 
     @property
     def cluster_sizes_(self) -> list[int] | None:
         """Samples in each cluster of this rank's last batch."""
-        last = None if self.local is None else self.local.last
+        last = self.route.last_groups()
         return None if last is None else last.sizes
 
     @property
@@ -254,11 +265,11 @@ class GradQueueState:
         return None if ddp is None else ddp.process_group
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Tell the effective length this step's loss on this rank, unscaled; before ``backward``.
+        """Record this step's loss on this rank, unscaled, before ``backward``.
 
-        The next synchronized backward pass averages over the ranks what each of them has recorded
-        since the last one, so several micro-batches, or a rank that has joined, are no matter.
-        Nothing waits for the loss or for its mean.
+        The next synchronized backward pass averages over all ranks the losses recorded since the
+        last one; the mean decides the effective length. A rank may record several losses
+        (micro-batches) or none. Nothing waits for the loss or for its mean.
 
         Args:
             loss: one number, 0-d or one element.
@@ -266,10 +277,22 @@ class GradQueueState:
         if self.queues.options.loss_window is not None:
             self._mean_loss.record(loss)
 
+    def set_sample_weights(self, weights: Tensor | None) -> None:
+        """Say how much each sample of this rank's next batches counts in the loss.
+
+        Args:
+            weights: ``(B,)``, such as the number of tokens of each sequence under a mean per token;
+                None for equal.
+
+        Raises:
+            ValueError: there are no clusters.
+        """
+        self.route.set_sample_weights(weights)
+
     def metrics(self) -> dict[str, Any]:
         """Return what the law did in the last step, the same on every rank.
 
-        With ``shard_queue`` or clusters every rank must call: each knows about its own part only.
+        With ``shard_queue`` or clusters every rank must call: each one knows its own part only.
 
         Returns:
             ``mean_weight``; ``norm_ratio``, ``|g*| / |g|`` over all parameters; ``saturated_high``
@@ -277,48 +300,50 @@ class GradQueueState:
             with clusters ``cluster_sizes``, a list for each rank. Empty before the first step.
             Transfers to the host happen here and only here.
         """
-        values: dict[str, Any] = dict(self.queues.metrics())
-        if values and self.local is not None:
-            sizes: list[Any] = [None] * dist.get_world_size(self.process_group)
-            dist.all_gather_object(sizes, self.cluster_sizes_, group=self.process_group)
-            values["cluster_sizes"] = sizes
-        return values
+        with self._together("metrics"):
+            return self.route.metrics()
 
     def digest(self) -> str:
-        """Return the SHA-256 of the queue, equal on all ranks after every step. Reads all of it.
+        """Return the SHA-256 of the queue, which is equal on all ranks after every step.
 
-        It is that of the content, wherever it lies: with ``shard_queue`` every rank must call, and
-        the slices are gathered, parameter by parameter.
+        The whole queue is read. With ``shard_queue`` the slices are gathered, parameter by
+        parameter, so that the digest does not depend on where they lie: every rank must call.
         """
-        return self.queues.digest()
+        with self._together("digest"):
+            return self.queues.digest()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the queue by parameter name: tensors and plain values, the same on every rank.
 
-        It loads into any world size, sliced or not. With ``shard_queue`` it is gathered, parameter
-        by parameter, into the memory of the CPU: every rank must call, whoever writes.
-        ``torch.load(weights_only=True)`` reads it, and ``torch.distributed.checkpoint`` takes the
-        state itself.
+        The saved state loads into any world size, sliced or not. With ``shard_queue`` or clusters
+        every rank must call, also where one rank writes: slices are gathered, parameter by
+        parameter, into the memory of the CPU. ``torch.load(weights_only=True)`` reads the saved
+        state, and ``torch.distributed.checkpoint`` takes this object.
 
         Returns:
             ``queue``: rings ``(L, *param.shape)`` by name; ``queued``: how many gradients each has
             taken; ``losses``; ``options``; ``buckets``: the names in every bucket of the last step;
-            ``clusters``: with clusters, what each rank's k-means goes on from. It is gathered:
-            every rank must call.
+            ``clusters``: with clusters, what each rank's k-means goes on from.
         """
-        if self.local is not None:
-            self.take_loss()  # the next step's first act otherwise
-        self.queues.init_state()
-        state = {**self.queues.state_dict(), BUCKETS: self.buckets.layout()}
-        return state if self.local is None else {**state, CLUSTERS: self.local.states()}
+        with self._together("state_dict"):
+            self.route.settle()
+            self.queues.init_state()
+            buckets = {BUCKETS: self.buckets.layout()}
+            return self.queues.state_dict() | buckets | self.route.saved()
+
+    def _together(self, call: str) -> AbstractContextManager[None]:
+        """Return what runs a call that every rank must make, if the route communicates."""
+        if not self.route.communicates or self.ddp is None:
+            return nullcontext()
+        return together(f"GradQueueState.{call}()", dist.get_rank())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state; every rank must.
+        """Load a saved state; every rank must call.
 
-        With the same world size training continues bit for bit, if it was saved after the second
-        step or later (the third with ``static_graph``). The order in which more than two ranks
-        are summed depends on the buckets, and DDP cuts them anew in the first steps: until then the
-        hook reduces them as they were cut when the state was saved.
+        With the same world size training continues bit for bit, if the state was saved after the
+        second step or later (the third with ``static_graph``). The order in which more than two
+        ranks are summed depends on the buckets, and DDP cuts those anew in its first steps. Until
+        then the hook reduces the buckets of the saved run.
 
         Raises:
             ValueError: the state belongs to another model or to other options. Nothing is changed.
@@ -326,13 +351,8 @@ class GradQueueState:
         self.check_saved(state)
         self.queues.load_state_dict(state)
         self.buckets.load(state.get(BUCKETS, []))
-        if self.local is not None:
-            self.local.load(state.get(CLUSTERS, []))
         self._mean_loss.reset()
-        if isinstance(self.queues, SlicedQueues) and self.ddp is not None:
-            # At once, so that no rank goes on with the whole queue.
-            for names in self.buckets.saved:
-                self.queues.place(names)
+        self.route.resume(state)
 
     def check_saved(
         self, state: Any, highest: int = COUNTER_LIMIT - 1, *, every_rank: bool = False
@@ -346,8 +366,7 @@ class GradQueueState:
         """
         self.queues.check_saved(state, highest)
         self.buckets.check_saved(state.get(BUCKETS, []))
-        if self.local is not None:
-            self.local.check_saved(state.get(CLUSTERS, []), every_rank=every_rank)
+        self.route.check_saved(state, every_rank=every_rank)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradQueueState":
         """Return the state itself: the copy of a DDP module, such as an average, has no hook."""
@@ -360,9 +379,20 @@ class GradQueueState:
             "of the new run"
         )
 
-    def begin(self, names: tuple[str, ...], device: torch.device) -> None:
-        """Notice the first bucket of a backward pass, and do there what is due once per step."""
-        _ = self.ddp  # which may be another one than in the last step
+    def begin(self, bucket: Any) -> tuple[str, ...]:
+        """Return the names of a ``GradBucket``'s parameters; first do what is due once per step.
+
+        Raises:
+            ValueError: a sparse gradient, or a parameter that the state does not know.
+            RuntimeError: the ranks differ in options or queues.
+        """
+        names = self.buckets.names(bucket)
+        ddp = self.ddp  # which may be another one than in the last step
+        self._begin_step(names, bucket.buffer().device)
+        self.buckets.note(names, ddp is not None and ddp.static_graph)
+        return names
+
+    def _begin_step(self, names: tuple[str, ...], device: torch.device) -> None:
         if not self.buckets.begins_step(names):
             return
         self._steps += 1
@@ -371,24 +401,12 @@ class GradQueueState:
             texts = {name: repr(value).encode() for name, value in self._options.items()}
             digests = {name: hashlib.sha256(text).digest() for name, text in texts.items()}
             check_same(digests, self.process_group, device, "the first backward pass", "option")
-        if self.local is not None:
-            self.take_loss()  # where this rank has joined, no backward pass of its own has
+        self.route.begin()
         if self.verify_every and self._steps % self.verify_every == 0:
             digests = self.queues.shared_digests()
             check_same(digests, self.process_group, device, f"backward pass {self._steps}")
         if self.queues.options.loss_window is not None:
             self._mean_loss.start(device, self.process_group)
-        self.shares_known = False
-
-    def take_loss(self) -> None:
-        """Tell the queue the mean loss of this step, before its first bucket is weighted."""
-        loss = self._mean_loss.take()
-        if loss is not None:
-            self.queues.record_loss(loss)
-
-    def next_length(self, device: torch.device) -> Tensor | None:
-        """Return the effective length of the next step, which this step's loss decides; or None."""
-        return self.queues.effective_length(device, self._mean_loss.peek())
 
     def loss_scale(self, device: torch.device) -> Tensor | None:
         """Return the loss scale that the gradients carry, 0-d; None where there is none."""

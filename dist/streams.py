@@ -9,10 +9,10 @@ __all__ = ["SideStreams"]
 
 
 class SideStreams:
-    """A stream per device, in which the work on all buckets is done in their order.
+    """One stream per device, in which the work on all buckets is done in their order.
 
-    Every bucket's callback comes on another stream of a pool; what they share, such as the losses,
-    has to be written before it is read.
+    torch runs every bucket's callback on another stream of a pool. The callbacks share tensors,
+    such as the losses, which must be written before they are read.
     """
 
     def __init__(self) -> None:
@@ -24,8 +24,8 @@ class SideStreams:
 
         Args:
             device: where; on the CPU this does nothing.
-            wait: whether the current stream then waits for the work; where not, a future says when
-                it is done.
+            wait: whether the current stream then waits for the work. Without it the caller returns
+                a future that marks the end of the work.
         """
         if device.type != "cuda":
             yield

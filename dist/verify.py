@@ -1,4 +1,4 @@
-"""Whether all ranks hold the same."""
+"""Comparison of digests over the ranks."""
 
 from collections.abc import Mapping
 

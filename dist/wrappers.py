@@ -1,4 +1,4 @@
-"""Where the DDP module is, whatever is wrapped around it."""
+"""Search for the DDP module inside of what frameworks wrap around it."""
 
 import gc
 
@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["carries", "ddp_carrying", "find_ddp"]
 
-# Where trainers that are no modules themselves keep the wrapped one: Hugging Face, Lightning.
+# Attributes in which trainers keep the wrapped model: Hugging Face, Lightning.
 _HANDLES = "model_wrapped", "model"
 
 
@@ -47,8 +47,9 @@ def carries(ddp: DistributedDataParallel, state: object) -> bool:
 def ddp_carrying(state: object, owned: set[int]) -> DistributedDataParallel | None:
     """Return the living DDP module that ``state`` was registered with; None where there is none.
 
-    DDP tells a hook nothing about itself, and its process group can be any: ask the garbage
-    collector who holds the state. Takes milliseconds; meant for once per run.
+    DDP passes a hook no reference to itself, and its process group is not always the default one.
+    So this function looks through all living objects, which takes milliseconds: call it once per
+    run.
 
     Args:
         state: the state given to ``register_comm_hook``.

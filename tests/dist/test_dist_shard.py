@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_checks import checks, folder_for
 
-from gq_triton.dist.placement import cut
+from gq_triton.dist.routes.cuts import cut
 
 
 @given(numels=st.lists(st.integers(0, 20), min_size=1, max_size=8), world=st.integers(1, 7))

@@ -20,7 +20,7 @@ from dist_shard_checks import assert_divided, bytes_of_a_step, close
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gq_triton.dist import GradQueueState, grad_queue_hook, register
-from gq_triton.dist.clustered_slices import ClusteredSlices
+from gq_triton.dist.routes.clustered_sliced import ClusteredSlices
 
 Run = Callable[[DDP, GradQueueState, range], None]
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gq_triton.dist import GradQueueState
-from gq_triton.dist.placement import cut
+from gq_triton.dist.routes.cuts import cut
 
 Run = Callable[[DDP, GradQueueState], None]
 

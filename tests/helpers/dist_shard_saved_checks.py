@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from gq_triton.dist import GradQueueState
-from gq_triton.dist.placement import SlicedQueues
+from gq_triton.dist.routes.sliced import SlicedQueues
 
 
 def check_resume(rank: int) -> None:

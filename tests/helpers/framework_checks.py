@@ -249,7 +249,8 @@ def alone(rank: int, folder: str) -> None:
         named = dict(model.named_parameters())
         assert {key.removeprefix("net.") for key in state.state_dict()["queue"]} == set(named), name
     # What ends the process expects the group.
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
 def two_ranks(rank: int, folder: str) -> None:

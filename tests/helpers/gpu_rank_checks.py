@@ -56,7 +56,7 @@ class Litter:
         _ = [torch.full((n,), torch.nan, dtype=F64, device=self.device) for n in self.sizes * 4]
 
     def delay(self) -> None:
-        with torch.cuda.stream(self.state.streams.of(self.device)):
+        with torch.cuda.stream(self.state.route.context.streams.of(self.device)):
             torch.cuda._sleep(20_000_000)  # about 10 ms
 
 

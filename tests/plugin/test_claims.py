@@ -15,7 +15,8 @@ from gq_triton.dist import GradQueueState, grad_queue_hook, register
 
 @contextmanager
 def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:
@@ -118,12 +119,8 @@ class Wrapper(torch.optim.Optimizer):
         return "Wrapper"
 
     @property
-    def param_groups(self):
+    def param_groups(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups):
-        raise NotImplementedError
 
     def step(self, closure=None):
         return self.optimizer.step()

@@ -6,24 +6,29 @@ training goes on: the mean and 1 / sigma, two numbers per element instead of L.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import xor
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.futures import Future
 
 from gq_triton.dist.buckets import Rooms
-from gq_triton.dist.collectives import start_all_gather
-from gq_triton.dist.placement import SlicedQueues
+from gq_triton.dist.collectives import completed, reduce_scatter, start_all_gather
+from gq_triton.dist.routes.base import Context, Route
+from gq_triton.dist.routes.clustered import ClusteredRoute
+from gq_triton.dist.routes.local import LocalClusters
+from gq_triton.dist.routes.sliced import Sliced, SlicedQueues
 from gq_triton.dist.shares import Shares
 from gq_triton.engines import engine
 from gq_triton.law import square_norm
-from gq_triton.options import LawOptions
-from gq_triton.queues import sha
+from gq_triton.options import ClusterOptions, LawOptions
+from gq_triton.queues import in_use, sha
 from gq_triton.ring import flat
 
-__all__ = ["ClusteredSlices"]
+__all__ = ["ClusteredSliced", "ClusteredSlices"]
 
 
 class ClusteredSlices(SlicedQueues):
@@ -176,3 +181,118 @@ class ClusteredSlices(SlicedQueues):
         self._settle(list(self._arriving))
         self._known.clear()
         self._rooms = Rooms()
+
+
+class ClusteredSliced(ClusteredRoute, Sliced):
+    """Weighted gradients are added up; each rank queues its slice of the raw means.
+
+    What has no clusters is weighted in slices as without clusters, in a bucket of its own.
+
+    Args:
+        context: what the route knows of the state.
+        model: the bare model.
+        params: the model's parameters by name.
+        law: how gradients are queued and weighted.
+        clusters: how each rank clusters its samples.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        law: LawOptions,
+        clusters: ClusterOptions,
+    ) -> None:
+        slices = ClusteredSlices(params, lambda: context.group, law)
+        Route.__init__(self, context, slices)
+        self.local = LocalClusters(context, model, slices, clusters, self.take_loss)
+        slices.clustered = self.local.covered
+        self._slices = slices
+
+    @torch.no_grad()
+    def start(self, names: tuple[str, ...], buffer: Tensor) -> Future:
+        """Start to add up weighted gradients; queue the slices of the raw ones."""
+        clustered = tuple(name for name in names if name in self.local.covered)
+        if not clustered:
+            self.even_(buffer)
+            return self.add_up(names, buffer, self.by_slices)
+        split = self.context.buckets.split
+        shares = self.local.shares(clustered, buffer.device)
+        self.local.scale_(names, split(names, buffer), shares)
+        slices = dict(zip(names, split(names, buffer), strict=True))
+        plain = tuple(name for name in names if name not in self.local.covered)
+        others = torch.cat([slices[name] for name in plain]) if plain else buffer[:0]
+        reduced = self.add_up(names, buffer, self.all_reduce)
+        squares: dict[str, Tensor] = {}
+        raw = self.local.raw_bucket(clustered, buffer, shares)
+        self.add_up(clustered, raw, partial(self._queue_slices, shares, squares))
+        weighed = self.add_up(plain, others, self.by_slices) if plain else None
+
+        @torch.no_grad()
+        def finish(done: Future) -> Tensor:
+            done.value()  # raises what the reduction raised
+            with self.context.alone(buffer.device):
+                self._note(clustered, [slices[name] for name in clustered], squares, shares)
+                for name, piece in zip(plain, split(plain, others), strict=True):
+                    slices[name].copy_(piece)
+                in_use(others)
+            return buffer
+
+        if weighed is not None:
+            weighed.wait()
+        return reduced.then(finish)
+
+    @torch.no_grad()
+    def _queue_slices(
+        self, shares: Shares, squares: dict[str, Tensor], names: tuple[str, ...], raw: Tensor
+    ) -> Future:
+        """Add raw gradients up over the ranks, each rank its slice, and queue those.
+
+        Args:
+            shares: this rank's.
+            squares: filled with the squared norms by name.
+            names: clustered parameters.
+            raw: their raw gradients on this rank, flat.
+        """
+        context = self.context
+        # Without the lock, which callbacks wait for in threads that this exchange may need: no
+        # callback touches the slices.
+        with context.streams.after_current(raw.device, wait=False):
+            part = reduce_scatter(raw, context.group)
+            norms = self._slices.push_slice(
+                names, part, shares=shares,
+                length=self.queues.effective_length(raw.device, context.losses.peek()),
+                grad_scale=context.loss_scale(raw.device), skip_zeros=context.skips_zeros,
+            )  # fmt: skip
+            squares.update(zip(names, norms, strict=True))
+            in_use(raw)
+        return completed(raw)
+
+    def _note(
+        self,
+        names: Sequence[str],
+        grads: Sequence[Tensor],
+        squares: Mapping[str, Tensor],
+        shares: Shares,
+    ) -> None:
+        """Note what the weights did, where ``push_slice`` has queued the raw means.
+
+        Args:
+            names: clustered parameters.
+            grads: their weighted gradients added up over all ranks, flat; made means here.
+            squares: what ``push_slice`` returned, by name.
+            shares: those of this rank.
+        """
+        shares.correct_(names, grads, 0)
+        scale = self.context.loss_scale(grads[0].device)
+        tables = []
+        for name, grad in zip(names, grads, strict=True):
+            mine, whole = squares[name]
+            # Each rank counts the norms of its slice: metrics() adds the ranks up.
+            part = grad[slice(*self.queues.bounds(name))]
+            table = self.local.table(name, mine, square_norm(part, scale), shares)
+            if self.queues.options.match_norm:
+                self.local.match_norm_(grad, table, whole, square_norm(grad, scale))
+            tables.append(table)
+        self.queues._keep_statistics(tuple(names), torch.cat(tables))

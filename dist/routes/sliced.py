@@ -1,43 +1,25 @@
-"""The queue in slices: each rank keeps, queues and weights its own part of every bucket."""
+"""One cluster over the global batch, the queue in slices: each rank weights and queues its own."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.futures import Future
 
-from gq_triton.dist.collectives import all_gather, slice_size
+from gq_triton.dist.collectives import all_gather, reduce_scatter
+from gq_triton.dist.routes.base import Context, Route
+from gq_triton.dist.routes.cuts import common, copy_where_held, cut, holders
 from gq_triton.engines import engine
 from gq_triton.law import accepted, all_zero, match_norm_
 from gq_triton.options import LawOptions
 from gq_triton.queues import LOSSES, Queues, in_use
 from gq_triton.ring import flat, new_queue, rows
 
-__all__ = ["SlicedQueues", "cut"]
-
-
-@lru_cache(maxsize=4096)
-def cut(numels: tuple[int, ...], world: int) -> list[tuple[int, ...]]:
-    """Return where the parameters of a bucket are cut when it is divided into ``world`` slices.
-
-    Args:
-        numels: elements of each parameter, in the order of the bucket.
-        world: W, ranks.
-
-    Returns:
-        For each parameter W + 1 positions among its own elements, in memory order: rank r holds
-        those from position r up to position r + 1, possibly none.
-    """
-    size = slice_size(sum(numels), world)
-    edges = torch.arange(world + 1) * size
-    return [
-        tuple((edges - (end - numel)).clamp(0, numel).tolist())
-        for numel, end in zip(numels, accumulate(numels), strict=True)
-    ]
+__all__ = ["Sliced", "SlicedQueues"]
 
 
 class SlicedQueues(Queues):
@@ -126,9 +108,9 @@ class SlicedQueues(Queues):
             shared = self._shared(names, held)
             if shared:
                 all_votes = torch.full((len(shared),), 2, dtype=torch.uint8, device=device)
-                _copy_where_held(all_votes, votes, shared, to_held=False)
+                copy_where_held(all_votes, votes, shared, to_held=False)
                 dist.all_reduce(all_votes, dist.ReduceOp.MIN, group=self._group())
-                _copy_where_held(all_votes, votes, shared, to_held=True)
+                copy_where_held(all_votes, votes, shared, to_held=True)
             return votes
 
         return accepted(finite, absent=absent, least=least)
@@ -145,15 +127,15 @@ class SlicedQueues(Queues):
         shared = self._shared(names, held)
         if shared:
             sums = norms.new_zeros(len(shared), 2)
-            _copy_where_held(sums, norms, shared, to_held=False)
+            copy_where_held(sums, norms, shared, to_held=False)
             dist.all_reduce(sums, group=self._group())
-            _copy_where_held(sums, norms, shared, to_held=True)
+            copy_where_held(sums, norms, shared, to_held=True)
         match_norm_(grads, statistics, norms)
 
     def _shared(self, names: Sequence[str], held: Sequence[str]) -> list[int | None]:
         """Return, for each parameter of a bucket that several ranks hold, its place in ``held``."""
         places = {name: index for index, name in enumerate(held)}
-        several = [name for name in names if _holders(self._cuts[name]) > 1]
+        several = [name for name in names if holders(self._cuts[name]) > 1]
         return [places.get(name) for name in several]
 
     def place(self, names: Sequence[str]) -> None:
@@ -206,7 +188,7 @@ class SlicedQueues(Queues):
             [
                 self._queue[name][:, a - self._cuts[name][rank] : b - self._cuts[name][rank]]
                 for name in names
-                for a, b in _common(self._cuts[name], rank, cuts[name], other)
+                for a, b in common(self._cuts[name], rank, cuts[name], other)
             ]
             for other in range(world)
         ]
@@ -215,7 +197,7 @@ class SlicedQueues(Queues):
             [
                 rings[name][:, a - cuts[name][rank] : b - cuts[name][rank]]
                 for name in names
-                for a, b in _common(self._cuts[name], other, cuts[name], rank)
+                for a, b in common(self._cuts[name], other, cuts[name], rank)
             ]
             for other in range(world)
         ]
@@ -328,25 +310,46 @@ class SlicedQueues(Queues):
         self._cuts.clear()
 
 
-def _holders(cuts: tuple[int, ...]) -> int:
-    """Return how many ranks hold a part of a parameter."""
-    return sum(a < b for a, b in pairwise(cuts))
+class Sliced(Route):
+    """A bucket is reduce-scattered, each rank weights its slice, and the slices are gathered.
 
+    Args:
+        context: what the route knows of the state.
+        params: the model's parameters by name.
+        law: how gradients are queued and weighted.
+    """
 
-def _common(
-    old: tuple[int, ...], giver: int, new: tuple[int, ...], taker: int
-) -> list[tuple[int, int]]:
-    """Return the elements, from and to, that ``giver`` held and ``taker`` is to hold; or none."""
-    a, b = max(old[giver], new[taker]), min(old[giver + 1], new[taker + 1])
-    return [(a, b)] if a < b else []
+    communicates = True
+    queues: SlicedQueues
 
+    def __init__(self, context: Context, params: Mapping[str, Tensor], law: LawOptions) -> None:
+        super().__init__(context, SlicedQueues(params, lambda: context.group, law))
 
-def _copy_where_held(
-    all_rows: Tensor, held_rows: Tensor, places: Sequence[int | None], *, to_held: bool
-) -> None:
-    """Copy rows between the table of all cut parameters and that of those held here."""
-    for row, place in enumerate(places):
-        if place is not None and to_held:
-            held_rows[place].copy_(all_rows[row])
-        elif place is not None:
-            all_rows[row].copy_(held_rows[place])
+    def start(self, names: tuple[str, ...], buffer: Tensor) -> Future:
+        """Start to weight a bucket; see ``Route.start``."""
+        self.even_(buffer)
+        return self.add_up(names, buffer, self.by_slices)
+
+    @torch.no_grad()
+    def by_slices(self, names: tuple[str, ...], buffer: Tensor) -> Future:
+        """Add a bucket up over the ranks and weight it, each rank its slice; start to gather those.
+
+        Everything but the gathering is done, or given to the stream, before this returns: in no
+        thread but the caller's, so that all ranks issue their collectives in the same order.
+        """
+        context = self.context
+        with context.alone(buffer.device, wait=False):
+            self.before_weighing()
+            part = reduce_scatter(buffer, context.group)
+            self.queues.weigh_slice_(
+                names, part, grad_scale=context.loss_scale(buffer.device),
+                skip_zeros=context.skips_zeros,
+            )  # fmt: skip
+            return all_gather(part, buffer, context.group)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Cut the loaded rings at once, so that no rank goes on with the whole queue."""
+        super().resume(state)
+        if self.context.ddp() is not None:
+            for names in self.context.buckets.saved:
+                self.queues.place(names)

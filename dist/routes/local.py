@@ -1,4 +1,4 @@
-"""Clusters of every rank's own samples: weighted in its backward pass, added up over the ranks.
+"""Clusters of a rank's own samples: weighted in its backward pass, counted by its samples.
 
 A rank's backward pass leaves the mean of its weighted centroids in the bucket, and the raw mean
 beside it. Ranks count by their samples: W ranks with K clusters each are one process with those
@@ -6,10 +6,9 @@ W * K clusters.
 """
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,91 +17,58 @@ from torch import Tensor, nn
 from gq_triton.cluster_grad import Clusters, Weigh
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.dist.buckets import Rooms
-from gq_triton.dist.clustered_slices import ClusteredSlices
+from gq_triton.dist.routes.base import Context
 from gq_triton.dist.shares import Shares
 from gq_triton.grouping import Groups
-from gq_triton.law import all_zero, match_norm_, square_norm
-from gq_triton.options import ClusterOptions, LawOptions
+from gq_triton.law import match_norm_
+from gq_triton.options import ClusterOptions
 from gq_triton.queues import Queues, in_use
 from gq_triton.ring import flat
 from gq_triton.saved.rules import ListOf, Record, check
 
-if TYPE_CHECKING:
-    from gq_triton.dist.state import GradQueueState
-
-__all__ = ["ClusteredQueues", "LocalClusters"]
-
-
-class ClusteredQueues(Queues):
-    """The rings, the same on every rank, of parameters that each rank weights by its own clusters.
-
-    Args:
-        params: by name.
-        group: returns the process group.
-        options: of the law.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        group: Callable[[], dist.ProcessGroup | None],
-        options: LawOptions,
-    ) -> None:
-        super().__init__(params, options)
-        self._group = group
-        self.clustered: set[str] = set()
-
-    def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
-        if self.clustered.isdisjoint(names):
-            # Each rank has all of it; metrics() adds the ranks up.
-            statistics = statistics.clone()
-            statistics[:, 2:] /= dist.get_world_size(self._group())
-        super()._keep_statistics(names, statistics)
-
-    def _over_ranks(self, total: Tensor) -> Tensor:
-        """Add up the ranks' shares of what the weights were; the norms are the same on all."""
-        shares = total[2:].clone()
-        dist.all_reduce(shares, group=self._group())
-        return torch.cat([total[:2], shares])
+__all__ = ["LocalClusters"]
 
 
 class LocalClusters:
     """The clusters of one rank, and what the ranks tell each other about them.
 
     Args:
+        context: what the route knows of the state.
         model: the bare model; its backward passes leave weighted gradients from now on.
-        queues: the rings, read for the weights and fed with the mean over all ranks.
-        state: what they belong to; held weakly.
+        queues: the rings, read for the weights.
         options: how the samples are grouped and the groups mixed; ``features`` may be None where
             ``n_clusters`` is 1.
+        before_assign: called before the clusters of a step are found.
     """
 
     def __init__(
         self,
+        context: Context,
         model: nn.Module,
-        queues: ClusteredQueues | ClusteredSlices,
-        state: "GradQueueState",
+        queues: Queues,
         options: ClusterOptions,
+        before_assign: Callable[[], None],
     ) -> None:
         described = options.features is not None or options.clusterer is not None
         sizes_only = options.n_clusters == 1 and not described
         if sizes_only:
             # Whatever it is, it has one label; the model's own output says how many samples.
             options = replace(options, features="", clusterer=_one_cluster)
-        self._queues, self._owner = queues, weakref.ref(state)
+        self._context, self._queues = context, queues
         names: dict[Tensor, str] = {param: name for name, param in queues.params.items()}
         self._sink = Weigh(
             queues,
             match_norm=False,  # the norms of the means over all ranks count
-            grad_scale=lambda: self._state.loss_scale(self._device),
+            grad_scale=lambda: context.loss_scale(self._device),
         )
         self._clusters = Clusters(
             model, names, self._sink, options,
-            before_assign=lambda: self._state.take_loss(),
+            before_assign=before_assign,
             whole_batch=self._whole_batch if options.centroid_scale == "standard_error" else int,
             sizes_only=sizes_only,
         )  # fmt: skip
-        queues.clustered = self._clusters.covered()
+        self.covered = self._clusters.covered()
+        self.step_begins = True
         self._raw = self._clusters.accumulator.raw
         self._unit = torch.ones(2, dtype=torch.float64)
         self._rooms = Rooms()
@@ -110,20 +76,8 @@ class LocalClusters:
         self._clusters.install()
 
     @property
-    def _state(self) -> "GradQueueState":
-        state = self._owner()
-        if state is None:
-            raise RuntimeError("the GradQueueState of this model is gone: keep it")
-        return state
-
-    @property
     def _device(self) -> torch.device:
         return next(iter(self._queues.params.values())).device
-
-    @property
-    def covered(self) -> set[str]:
-        """The names of the parameters that the backward pass weights."""
-        return self._queues.clustered
 
     def report(self) -> dict[str, str]:
         """Return by parameter name how its gradient is handled."""
@@ -135,13 +89,20 @@ class LocalClusters:
         last = self._clusters.last
         return None if last is None else last.known_groups
 
+    def metrics(self) -> dict[str, Any]:
+        """Return the sizes of every rank's clusters; every rank must call."""
+        sizes: list[Any] = [None] * dist.get_world_size(self._context.group)
+        mine = None if self.last is None else self.last.sizes
+        dist.all_gather_object(sizes, mine, group=self._context.group)
+        return {"cluster_sizes": sizes}
+
     def states(self) -> list[dict[str, Any]]:
         """Return what each rank's k-means goes on from; every rank must call."""
         mine = self._clusters.state_dict()
-        if self._state.ddp is None:
+        if self._context.ddp() is None:
             return [mine]
-        states: list[Any] = [None] * dist.get_world_size(self._state.process_group)
-        dist.all_gather_object(states, mine, group=self._state.process_group)
+        states: list[Any] = [None] * dist.get_world_size(self._context.group)
+        dist.all_gather_object(states, mine, group=self._context.group)
         return states
 
     def check_saved(self, states: Any, *, every_rank: bool = False) -> None:
@@ -165,7 +126,7 @@ class LocalClusters:
 
     def _world(self) -> tuple[int, int]:
         """Return this rank, and how many there are; without DDP it is the only one."""
-        ddp = self._state.ddp
+        ddp = self._context.ddp()
         if ddp is None:
             return 0, 1
         return dist.get_rank(ddp.process_group), dist.get_world_size(ddp.process_group)
@@ -176,38 +137,38 @@ class LocalClusters:
 
     def _whole_batch(self, size: int) -> Tensor:
         """Return how many samples all ranks have; a centroid's standard error needs it."""
-        if self._state.joining():
+        if self._context.joining:
             raise RuntimeError(
                 'centroid_scale="standard_error" cannot be used under join(): a rank without a '
                 'batch would not answer; use centroid_scale="paper"'
             )
         total = torch.tensor([float(size)], dtype=torch.float64, device=self._device)
-        dist.all_reduce(total, group=self._state.process_group)
+        dist.all_reduce(total, group=self._context.group)
         return total[0]
 
-    def shares(self, names: Sequence[str], device: torch.device, first: bool) -> Shares:
+    def shares(self, names: Sequence[str], device: torch.device) -> Shares:
         """Return this rank's shares in a bucket's clustered gradients; every rank must call.
 
         Args:
             names: clustered parameters.
             device: where the bucket is.
-            first: whether the bucket is the first of the step.
         """
         mine = self._raw.masses(names, device)
-        if first:
+        if self.step_begins:
+            self.step_begins = False
             self._unit = mine[0].clone()
-            dist.all_reduce(self._unit, group=self._state.process_group)
+            dist.all_reduce(self._unit, group=self._context.group)
             self._unit = torch.where(self._unit > 0, self._unit, 1.0)
             if in_backward():
                 engine = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
                 engine.queue_callback(self._check_passes)
-        return Shares(names, mine, self._unit, self._state.process_group)
+        return Shares(names, mine, self._unit, self._context.group)
 
     def _check_passes(self) -> None:
         """Warn, once, where the passes that add up are not as many as the centroids allow for."""
         wanted, several = self._passes, len(self._raw.passes) > 1
         self._raw.passes.clear()
-        if self._warned or several == (wanted > 1) or self._state.joining():
+        if self._warned or several == (wanted > 1) or self._context.joining:
             return
         self._warned = True
         happened = "several backward passes have" if several else "one backward pass has"
@@ -226,7 +187,7 @@ class LocalClusters:
             slices: their gradients on this rank, flat.
             shares: those of the clustered ones; None where there are none.
         """
-        even = 1.0 / dist.get_world_size(self._state.process_group)
+        even = 1.0 / dist.get_world_size(self._context.group)
         weighted = {} if shares is None else shares.given(0)
         for name, piece in zip(names, slices, strict=True):
             piece.mul_(weighted[name].to(piece.dtype) if name in weighted else even)
@@ -261,68 +222,7 @@ class LocalClusters:
                     piece.copy_(grad * share)
         return bucket
 
-    def finish(
-        self,
-        names: Sequence[str],
-        slices: Sequence[Tensor],
-        raw: Sequence[Tensor],
-        *,
-        shares: Shares,
-        grad_scale: Tensor | None,
-        skip_zeros: bool,
-    ) -> None:
-        """Queue the raw means over all ranks; note what the weights did.
-
-        Args:
-            names: clustered parameters.
-            slices: their weighted gradients over all ranks, flat.
-            raw: their raw means over all ranks, flat.
-            shares: those of this rank.
-            grad_scale: the loss scale they carry, or None.
-            skip_zeros: exact zeros stand for a parameter that no rank used.
-        """
-        assert isinstance(self._queues, ClusteredQueues)
-        shares.correct_(names, slices, 0)
-        shares.correct_(names, raw, 1)
-        tables = []
-        for name, grad, mean in zip(names, slices, raw, strict=True):
-            before, after = (square_norm(values, grad_scale) for values in (mean, grad))
-            tables.append(self._table(name, before, after, shares))
-            self._match_norm(grad, tables[-1], before, after)
-        absent = all_zero(raw) if skip_zeros else None
-        self._queues.push_batch(names, raw, tables, grad_scale=grad_scale, absent=absent)
-
-    def finish_slices(
-        self,
-        names: Sequence[str],
-        grads: Sequence[Tensor],
-        squares: Tensor,
-        *,
-        shares: Shares,
-        grad_scale: Tensor | None,
-    ) -> None:
-        """Note what the weights did, where ``push_slice`` has queued the raw means.
-
-        Args:
-            names: clustered parameters.
-            grads: their weighted gradients over all ranks, flat.
-            squares: what ``push_slice`` returned for them.
-            shares: those of this rank.
-            grad_scale: the loss scale they carry, or None.
-        """
-        assert isinstance(self._queues, ClusteredSlices)
-        shares.correct_(names, grads, 0)
-        tables = []
-        for name, grad, (mine, whole) in zip(names, grads, squares, strict=True):
-            # Each rank counts the norms of its slice: metrics() adds the ranks up.
-            part = grad[slice(*self._queues.bounds(name))]
-            table = self._table(name, mine, square_norm(part, grad_scale), shares)
-            if self._queues.options.match_norm:
-                self._match_norm(grad, table, whole, square_norm(grad, grad_scale))
-            tables.append(table)
-        self._queues._keep_statistics(tuple(names), torch.cat(tables))
-
-    def _table(self, name: str, raw: Tensor, weighted: Tensor, shares: Shares) -> Tensor:
+    def table(self, name: str, raw: Tensor, weighted: Tensor, shares: Shares) -> Tensor:
         """Return the statistics of a parameter, ``(1, 5)``: this rank's share of the weights."""
         seen = self._sink.statistics.pop(name, None)
         table = torch.zeros(1, 5, dtype=torch.float64, device=raw.device)
@@ -332,7 +232,7 @@ class LocalClusters:
             in_use(seen)
         return table
 
-    def _match_norm(self, grad: Tensor, table: Tensor, raw: Tensor, weighted: Tensor) -> None:
+    def match_norm_(self, grad: Tensor, table: Tensor, raw: Tensor, weighted: Tensor) -> None:
         """Give a weighted gradient the norm of the raw one where ``match_norm`` asks for it."""
         if self._queues.options.match_norm:
             match_norm_([grad], table, torch.stack([raw, weighted])[None])

@@ -1,0 +1,183 @@
+"""Clusters of every rank's own samples, the whole queue on every rank."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+
+from gq_triton.dist.routes.base import Context, Route
+from gq_triton.dist.routes.local import LocalClusters
+from gq_triton.dist.shares import Shares
+from gq_triton.grouping import Groups
+from gq_triton.law import all_zero, square_norm
+from gq_triton.options import ClusterOptions, LawOptions
+from gq_triton.queues import Queues
+
+__all__ = ["Clustered", "ClusteredQueues", "ClusteredRoute"]
+
+
+# Key of the saved state: what each rank's k-means goes on from.
+CLUSTERS = "clusters"
+
+
+class ClusteredQueues(Queues):
+    """The rings, the same on every rank, of parameters that each rank weights by its own clusters.
+
+    Args:
+        params: by name.
+        group: returns the process group.
+        options: of the law.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        group: Callable[[], dist.ProcessGroup | None],
+        options: LawOptions,
+    ) -> None:
+        super().__init__(params, options)
+        self._group = group
+        self.clustered: set[str] = set()
+
+    def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
+        if self.clustered.isdisjoint(names):
+            # Each rank has all of it; metrics() adds the ranks up.
+            statistics = statistics.clone()
+            statistics[:, 2:] /= dist.get_world_size(self._group())
+        super()._keep_statistics(names, statistics)
+
+    def _over_ranks(self, total: Tensor) -> Tensor:
+        """Add up the ranks' shares of what the weights were; the norms are the same on all."""
+        shares = total[2:].clone()
+        dist.all_reduce(shares, group=self._group())
+        return torch.cat([total[:2], shares])
+
+
+class ClusteredRoute(Route):
+    """What the two routes with clusters share: they begin, save and report alike.
+
+    The effective length of a step is that of the losses before it: this step's is not known yet
+    when its first centroid is weighted.
+    """
+
+    clustered = True
+    communicates = True
+    local: LocalClusters
+
+    def before_weighing(self) -> None:
+        """Leave the length alone: the gradients were weighted before."""
+
+    def begin(self) -> None:
+        """Take the last step's loss, which no backward pass of a rank that has joined takes."""
+        self.take_loss()
+        self.local.step_begins = True
+
+    def settle(self) -> None:
+        """Take the last step's loss."""
+        self.take_loss()
+
+    def saved(self) -> dict[str, Any]:
+        """Return what each rank's k-means goes on from; every rank must call."""
+        return {CLUSTERS: self.local.states()}
+
+    def check_saved(self, state: Mapping[str, Any], *, every_rank: bool) -> None:
+        """Raise a ValueError where the saved clusters of a rank are unsound."""
+        super().check_saved(state, every_rank=every_rank)
+        self.local.check_saved(state.get(CLUSTERS, []), every_rank=every_rank)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on with k-means."""
+        super().resume(state)
+        self.local.load(state.get(CLUSTERS, []))
+
+    def last_groups(self) -> Groups | None:
+        """Return the clusters of this rank's last batch."""
+        return self.local.last
+
+    def set_sample_weights(self, weights: Tensor | None) -> None:
+        """Say how much each sample ``(B,)`` of the next batches counts; None for equal."""
+        self.local.set_sample_weights(weights)
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what the law did in the last step, and the clusters; every rank must call."""
+        values = super().metrics()
+        return values | self.local.metrics() if values else values
+
+
+class Clustered(ClusteredRoute):
+    """Weighted gradients are added up, beside them the raw means, which every rank queues.
+
+    Args:
+        context: what the route knows of the state.
+        model: the bare model.
+        params: the model's parameters by name.
+        law: how gradients are queued and weighted.
+        clusters: how each rank clusters its samples.
+    """
+
+    queues: ClusteredQueues
+
+    def __init__(
+        self,
+        context: Context,
+        model: nn.Module,
+        params: Mapping[str, Tensor],
+        law: LawOptions,
+        clusters: ClusterOptions,
+    ) -> None:
+        super().__init__(context, ClusteredQueues(params, lambda: context.group, law))
+        self.local = LocalClusters(context, model, self.queues, clusters, self.take_loss)
+        self.queues.clustered = self.local.covered
+
+    @torch.no_grad()
+    def start(self, names: tuple[str, ...], buffer: Tensor) -> Future:
+        """Start to add up weighted gradients, and the raw ones beside them."""
+        clustered = tuple(name for name in names if name in self.local.covered)
+        if not clustered:
+            self.even_(buffer)
+            return self.add_up(names, buffer, self.all_reduce).then(
+                partial(self.weigh, names, buffer)
+            )
+        shares = self.local.shares(clustered, buffer.device)
+        self.local.scale_(names, self.context.buckets.split(names, buffer), shares)
+        reduced = self.add_up(names, buffer, self.all_reduce)
+        raw = self.local.raw_bucket(clustered, buffer, shares)
+        # A future of its own: the callback waits for the first reduction too, which began earlier.
+        second = self.add_up(clustered, raw, self.all_reduce)
+        return second.then(partial(self._finish, names, buffer, shares, reduced, raw))
+
+    @torch.no_grad()
+    def _finish(
+        self,
+        names: tuple[str, ...],
+        buffer: Tensor,
+        shares: Shares,
+        reduced: Future,
+        raw: Tensor,
+        second: Future,
+    ) -> Tensor:
+        """Queue the raw means; weight what has no clusters. Local work only, as ``weigh``."""
+        second.value()
+        reduced.wait()
+        split, local = self.context.buckets.split, self.local
+        slices = dict(zip(names, split(names, buffer), strict=True))
+        clustered = [name for name in names if name in local.covered]
+        plain = [name for name in names if name not in local.covered]
+        with self.context.alone(buffer.device):
+            grads, means = [slices[name] for name in clustered], split(clustered, raw)
+            shares.correct_(clustered, grads, 0)
+            shares.correct_(clustered, means, 1)
+            scale = self.context.loss_scale(buffer.device)
+            tables = []
+            for name, grad, mean in zip(clustered, grads, means, strict=True):
+                raw_square, square = square_norm(mean, scale), square_norm(grad, scale)
+                tables.append(local.table(name, raw_square, square, shares))
+                local.match_norm_(grad, tables[-1], raw_square, square)
+            absent = all_zero(means) if self.context.skips_zeros else None
+            self.queues.push_batch(clustered, means, tables, grad_scale=scale, absent=absent)
+            self.weigh_slices(plain, [slices[name] for name in plain])
+        return buffer

@@ -1,0 +1,11 @@
+"""Calls that every rank must make: what one rank alone is told."""
+
+import pytest
+from dist_together_checks import CHECKS
+from rank_checks import checks
+
+
+@pytest.mark.slow
+@checks(CHECKS)
+def test_two_ranks(ranks, check):
+    ranks(2).run(check)
