@@ -82,7 +82,7 @@ def test_register_finds_the_ddp_module_and_refuses_what_cannot_work():
             with pytest.raises(RuntimeError, match="Python reducer"):
                 grad_queue_hook(state, (torch.ones(2), torch.ones(2)))
             assert state.ddp is ddp
-            assert state.queues.rho == 2.0
+            assert state.queues.options.rho == 2.0
             assert list(state.queues.params) == [name for name, _ in model.named_parameters()]
         with pytest.raises(ValueError, match="no DistributedDataParallel module in Sequential"):
             register(model)
