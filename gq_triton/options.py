@@ -325,7 +325,7 @@ def takes(*kinds: type[Options], without: Collection[str] = ()) -> Callable[[Doo
                         annotation=types[entry.name],
                     )
                 )
-                lines.append(f"{entry.name}: {entry.metadata['help']}")
+                lines.append(f"{entry.name}: {help_of(kind, entry.name)}")
         function.__signature__ = signature.replace(parameters=shown)
         door.__doc__ = _with_lines(door.__doc__ or "", lines)
         return door
