@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict, TypeVar, get_type_hints
@@ -284,6 +285,9 @@ def read(keywords: Mapping[str, Any], *kinds: type[Options]) -> tuple[Any, ...]:
     Raises:
         TypeError: a keyword that no kind has.
         ValueError: names every option that cannot hold.
+
+    Warns:
+        UserWarning: a queue of one gradient.
     """
     known = {name for kind in kinds for name in kind.names()}
     for name in keywords:
@@ -292,6 +296,12 @@ def read(keywords: Mapping[str, Any], *kinds: type[Options]) -> tuple[Any, ...]:
     problems = [problem for kind in kinds for problem in kind.problems(keywords)]
     if problems:
         raise ValueError("; ".join(problems))
+    if keywords.get("queue_length") == 1 and keywords.get("rho", LawOptions.rho) > 1:
+        warnings.warn(
+            "queue_length=1: one gradient has no deviation, so every weight is 1/rho or rho; take "
+            "3 or more",
+            stacklevel=3,
+        )
     return tuple(kind.of(keywords) for kind in kinds)
 
 

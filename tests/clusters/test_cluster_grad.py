@@ -150,7 +150,7 @@ def test_batch_norm_reads_each_cluster_by_its_rows():
     torch.manual_seed(0)
     model = ResNet(nn.BatchNorm2d).to(F64)
     twin = copy.deepcopy(model)
-    judge = Judge(model, LABELS, 5, queue_length=1)
+    judge = Judge(model, LABELS, 5, queue_length=2)
     for batch in images(3):
         judge.optimizer.zero_grad()
         square(model, batch).mean().backward()

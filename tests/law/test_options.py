@@ -142,3 +142,10 @@ def test_an_option_is_a_field_with_a_sentence():
     assert option(3, "three.").metadata["help"] == "three."
     for kind in PAIRS:
         assert [n for n in kind.names() if not help_of(kind, n).endswith(".")] == []
+
+
+def test_a_queue_of_one_gradient_is_warned_of():
+    model = torch.nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="queue_length=1: .* every weight is 1/rho or rho"):
+        GradQueue(model, queue_length=1)
+    GradQueue(model, queue_length=1, rho=1)  # the law is off

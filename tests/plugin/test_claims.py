@@ -129,9 +129,9 @@ class Wrapper(torch.optim.Optimizer):
 def test_attach_finds_the_optimizer_in_wrappers():
     net = model()
     inner = sgd(net)
-    queue = GradQueue(net, queue_length=1)
+    queue = GradQueue(net, queue_length=2)
     handle = queue.attach(Wrapper(Wrapper(inner)))
-    for _ in range(2):
+    for _ in range(3):
         net(torch.ones(2, 3)).sum().backward()
         Wrapper(inner).step()
     assert queue.metrics()["mean_weight"] != 1
