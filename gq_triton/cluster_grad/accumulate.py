@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.cluster_grad.raw import RawGradients
 from gq_triton.cluster_grad.sink import Sink, Taken
-from gq_triton.cluster_grad.site import Block, marker, new_number
+from gq_triton.cluster_grad.site import Block, new_number
 from gq_triton.cluster_grad.step import Partial, Step
 from gq_triton.grouping.groups import Groups
 from gq_triton.ring import flat
@@ -180,20 +180,19 @@ class Accumulator:
         waiting = self._waiting.get(name)
         first = waiting is None
         if waiting is None:
-            waiting = self._waiting[name] = _Waiting(self._marker(step, self.params[name]))
+            waiting = self._waiting[name] = _Waiting(self._marker(self.params[name]))
         if taken is not None:
             waiting.taken.append((step, taken))
         elif step not in waiting.steps:
             waiting.steps.append(step)
         return waiting.marker if first else None
 
-    def _marker(self, step: Step, param: Tensor) -> Tensor:
-        """Return a marker; one that is seen by no compiled graph serves again and again."""
-        if step.traced:
-            return marker(param)
+    def _marker(self, param: Tensor) -> Tensor:
+        """Return zeros in the shape and type of a parameter, in the memory of one element."""
         key = param.device, param.dtype, param.shape
         if key not in self._markers:
-            self._markers[key] = marker(param)
+            zero = torch.zeros((), dtype=param.dtype, device=param.device)
+            self._markers[key] = zero.expand_as(param)
         return self._markers[key]
 
     def _come_together(self, name: str, total: Tensor) -> Tensor | None:
@@ -334,8 +333,8 @@ class Accumulator:
 def _is_marker(total: Tensor, waiting: _Waiting) -> bool:
     """Return whether no gradient but the layers' own has come together.
 
-    A compiled graph adds the markers of several layers up: then the values tell, for which a GPU is
-    waited for.
+    A compiled graph has markers of its own, zeros, and adds them up: there the values tell, for
+    which a GPU is waited for.
     """
     if total is waiting.marker:
         return True

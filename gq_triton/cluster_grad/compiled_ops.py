@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from gq_triton.cluster_grad import passes
-from gq_triton.cluster_grad.site import marker
 
 __all__ = [
     "begin",
@@ -102,18 +101,16 @@ _watch_op = _operation(
 def _traced_param_grads(
     token: Tensor, site: Tensor, tensors: list[Tensor], params: list[Tensor], wanted: list[int]
 ) -> list[Tensor]:
-    grads = passes.param_grads(token, site, tensors, wanted, traced=True)
-    # A graph has no place for a gradient that is absent.
-    return [
-        marker(param) if grad is None else grad for param, grad in zip(params, grads, strict=True)
-    ]
+    passes.param_grads(token, site, tensors, wanted, traced=True)
+    # A graph wants the gradients that it was traced with, in their layout.
+    return [torch.zeros_like(param) for param in params]
 
 
 _param_grads_op = _operation(
     "param_grads(Tensor token, Tensor site, Tensor[] tensors, Tensor[] params, int[] wanted)"
     " -> Tensor[]",
     _traced_param_grads,
-    lambda token, site, tensors, params, wanted: [marker(param) for param in params],
+    lambda token, site, tensors, params, wanted: [torch.empty_like(param) for param in params],
 )
 
 

@@ -18,7 +18,6 @@ __all__ = [
     "Family",
     "Site",
     "collector_of",
-    "marker",
     "new_number",
     "site_of",
 ]
@@ -118,11 +117,6 @@ class Site:
     def param(self, position: int) -> Tensor:
         """Return the layer's weight (0) or bias (1)."""
         return getattr(self.module, ("weight", "bias")[position])
-
-
-def marker(param: Tensor) -> Tensor:
-    """Return zeros in the shape and type of a parameter, in the memory of one element."""
-    return torch.zeros((), dtype=param.dtype, device=param.device).expand_as(param)
 
 
 def new_number(collector: Collector | None = None) -> int:
