@@ -23,8 +23,6 @@ QUIET = [
     # z of a constant queue is meant to overflow; numpy, which interprets, says so.
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-    # Triton 3.6's interpreter.
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
 ]
 # Elements before and after each view: a multiple of 16 bytes in every type.
 MARGIN = 16
