@@ -66,6 +66,8 @@ _library = torch.library.Library("gq_triton", "DEF")
 
 
 def _operation(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    # torch.compile keeps graphs on disk by the names of their operations: one whose results get
+    # other shapes, types or strides needs another name, or a graph of an older release is run.
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, function, "CompositeExplicitAutograd")
