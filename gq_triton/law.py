@@ -1,8 +1,9 @@
 """The law of Grad Queue in plain torch, and the two decisions that every door shares.
 
-The weight of an element (`scarcity_weight`), what one step of the law needs to know (`Law`), which
-gradients are weighted and queued (`accepted`), and the rescaling of ``match_norm``
-(`match_norm_`). Engines compute the law, doors call these functions around the engines.
+A door is an entry for users: an optimizer, the plug-in or the DDP state. The module holds the
+weight of an element (`scarcity_weight`), the arguments of one step (`Law`), the choice of the
+gradients that are weighted and queued (`accepted`) and the rescaling of ``match_norm``
+(`match_norm_`). Engines compute the law; doors call these functions before and after the engines.
 
 Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
 """
@@ -20,9 +21,9 @@ __all__ = [
     "scarcity_weight", "square_norm", "to_queue",
 ]  # fmt: skip
 
-# The floor lies below any squared deviation that was scaled by its largest, and above zero: a
-# constant queue gives z = 0 where the gradient equals it and z > rho where it does not, without a
-# branch.
+# Deviations are scaled by the largest of them, so the variance of a queue that is not constant lies
+# above this floor. The variance of a constant queue, 0, is raised to the floor: z is then 0 where
+# the gradient equals the queue and above rho where it does not, without a branch.
 VARIANCE_FLOOR = 1e-36
 
 
@@ -34,8 +35,8 @@ class Law(NamedTuple):
         length: effective length E, 0-d int64 on the device; None stands for L.
         grad_scale: the loss scale that the gradients carry, 0-d float32; None where there is none.
         found_inf: non-zero where a loss scaler skips the step: nothing is written or counted. 0-d
-            float32, or None. Only the updates (``gqsgd_``, ``gqadamw_``) read it; for ``weigh_``
-            and ``push_`` `accepted` has taken it into account.
+            float32, or None. Only the updates (``gqsgd_``, ``gqadamw_``) read it; ``weigh_`` and
+            ``push_`` get the answer of `accepted`, which has read it.
     """
 
     rho: float
@@ -45,7 +46,7 @@ class Law(NamedTuple):
 
     @property
     def unscale(self) -> float:
-        """The number that undoes the loss scale, 1 without one; the host waits for the scale."""
+        """The factor that removes the loss scale, 1 without one; the host waits for the scale."""
         return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
 
     @property
@@ -99,16 +100,16 @@ def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
 
 
 class Spread(NamedTuple):
-    """Statistics of a queue, element by element: deviations are taken from one of its rows.
+    """Statistics of a queue, element by element, from the deviations from its newest row.
 
-    Scaled by the largest of them, a constant queue is exactly constant, and neither tiny nor huge
-    gradients underflow when squared. The variance is the two-pass one (never
-    ``E[g^2] - E[g]^2``).
+    The deviations of a constant queue are exactly 0. All deviations are divided by the largest of
+    them before they are squared, so that no square underflows or overflows. The variance is the
+    two-pass one (never ``E[g^2] - E[g]^2``).
 
     Attributes:
         base: the newest row.
         mean: mean of the deviations from ``base``.
-        inverse: reciprocal of the largest deviation.
+        inverse: reciprocal of the largest deviation's size.
         sigma: standard deviation of the scaled deviations.
     """
 
@@ -144,12 +145,12 @@ class Spread(NamedTuple):
 
 
 def compute_type(grad: Tensor, queue: Tensor) -> torch.dtype:
-    """Return the type of the arithmetic: float64 where either is, else float32."""
+    """Return the type of the arithmetic: float64 where either tensor has it, else float32."""
     return torch.promote_types(torch.promote_types(grad.dtype, queue.dtype), torch.float32)
 
 
 def to_queue(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the queue's type; what is beyond its largest number becomes that number.
+    """Return a gradient rounded to the queue's type, clamped to that type's finite range.
 
     An infinity in the ring would make every weight NaN for L steps.
     """
@@ -169,16 +170,16 @@ def accepted(
     """Return which gradients are weighted and queued; all others pass through untouched.
 
     A gradient is accepted if all of it is finite, if it stands for a parameter that was used, and
-    if no loss scaler skips the step. A parameter that several ranks hold in parts has one answer,
-    the same on all of them: the least vote on any part counts, 0 for a part that is not finite, 1
-    for a part with a gradient, 2 for a part of zeros that stand for an unused parameter.
+    if no loss scaler skips the step. All ranks that hold parts of one parameter get the same
+    answer. Each votes on its part: 0 where the part is not finite, 1 where it is a gradient, 2
+    where it is zeros that stand for an unused parameter. The least vote decides; 1 accepts.
 
     Args:
         finite: ``(N,)`` bool, whether all elements held here are finite (``all_finite``).
         absent: ``(N,)`` bool, whether zeros stand for a parameter that no rank used; or None.
         found_inf: non-zero where a loss scaler skips the step, one number; or None.
-        least: returns from the votes ``(N,)`` uint8 held here the least over all ranks that hold a
-            part of the same parameter; None where each parameter is whole here.
+        least: takes this rank's votes, ``(N,)`` uint8, and returns for each the least vote of all
+            ranks that hold a part of the same parameter; None where each parameter is whole here.
 
     Returns:
         ``(N,)`` bool on the device of ``finite``.
@@ -196,7 +197,7 @@ def accepted(
 def all_zero(grads: Sequence[Tensor]) -> Tensor:
     """Return for each of N gradients, N at least 1, whether every element is 0: ``(N,)`` bool.
 
-    Magnitudes are added up: their sum is 0 only where every element is; squares can underflow.
+    The sum of magnitudes is 0 only where every element is 0; a sum of squares can underflow.
     """
     return torch.stack(torch._foreach_norm(list(grads), 1)) == 0  # pyright: ignore[reportPrivateImportUsage]
 
@@ -211,16 +212,15 @@ def square_norm(values: Tensor, grad_scale: Tensor | None = None) -> Tensor:
 def match_norm_(grads: Sequence[Tensor], statistics: Tensor, squares: Tensor | None = None) -> None:
     """Give weighted gradients the norm of the raw ones, parameter by parameter (``match_norm``).
 
-    Wherever ``match_norm`` is set a door calls this function, whatever rho is: clusters that are
-    mixed by another power than 1 make another gradient than the raw mean even with weights of 1,
-    and the law promises the raw norm. Where weighted and raw gradient are the same (warm-up, or
-    rho = 1, without clusters) the factor is exactly 1. A gradient whose norm is not finite, or 0,
-    stays as it is.
+    Every door calls this function wherever ``match_norm`` is set, also with ``rho=1``: clusters
+    mixed with a ``population_power`` other than 1 differ from the raw mean even where every weight
+    is 1. Where weighted and raw gradient are the same (warm-up, or rho = 1, without clusters) the
+    factor is exactly 1. A gradient whose norm is not finite, or 0, stays as it is.
 
     Args:
         grads: N weighted gradients, or the parts of them that this rank holds; changed in place.
-        statistics: ``(N, 5)``, what the law did to them: its second column, the squared norm of
-            the weighted gradient, becomes that of the raw one, its first column.
+        statistics: ``(N, 5)``, the statistics of an engine. Column 0 holds the squared norm
+            of each raw gradient; it is copied over column 1, that of the weighted gradient.
         squares: ``(N, 2)`` or more, squared norms of the whole raw and of the whole weighted
             gradient where ``grads`` are parts; None takes them from ``statistics``.
     """

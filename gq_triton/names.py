@@ -14,11 +14,11 @@ def bare(model: nn.Module) -> nn.Module:
 def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return all parameters by the name they have in the bare model.
 
-    ``torch.compile`` puts ``_orig_mod.`` into the names and wrappers put ``module.`` before them;
-    both go, so that a saved queue does not depend on how the model was wrapped.
+    ``torch.compile`` puts ``_orig_mod.`` into the names and wrappers put ``module.`` before them.
+    Both are removed, so that a saved queue does not depend on how the model was wrapped.
 
     Raises:
-        TypeError: not a module.
+        TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")

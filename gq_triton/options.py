@@ -2,7 +2,7 @@
 
 A door (an optimizer, the plug-in, the DDP state) takes the options as keywords and passes one
 object on: ``LawOptions``, ``ClusterOptions``. ``takes`` writes every option into the door's
-signature and docstring; the ``TypedDict`` beside each class tells the same to type checkers.
+signature and docstring; the ``TypedDict`` after each class tells type checkers the same.
 """
 
 import inspect
@@ -28,10 +28,10 @@ MODES = ("one_backward", "microbatch")
 OUTPUT_GRADIENT = "output_gradient"
 # The default of min_queue_length, which gives way to a queue_length below it.
 MIN_QUEUE_LENGTH = 3
-# A queue is that many times the model: more is a slip.
+# Largest length and window. A queue takes L times the memory of its model: more is a slip.
 LONGEST = 4096
 
-# From the name and the value of an option to what is wrong with it, or None.
+# Takes an option's name and value; returns the clause that says what is wrong, or None.
 Check = Callable[[str, Any], str | None]
 Door = TypeVar("Door", bound=Callable[..., Any])
 
@@ -97,14 +97,14 @@ _backend = _one_of(*BACKENDS)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A group of options; building one checks it.
+    """A group of options, checked when it is built.
 
     Raises:
-        ValueError: names every option that cannot hold, not only the first.
+        ValueError: names every invalid option, not only the first.
     """
 
     def __post_init__(self) -> None:
-        """Raise everything that is wrong at once."""
+        """Raise one ValueError that names every invalid option."""
         problems = self.problems(vars(self))
         if problems:
             raise ValueError("; ".join(problems))
@@ -116,19 +116,19 @@ class Options:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Return the options among ``values``; those that are not there have their defaults."""
+        """Return the options found in ``values``; all others have their defaults."""
         return cls(**{name: values[name] for name in cls.names() if name in values})
 
     @classmethod
     def problems(cls, values: Mapping[str, Any]) -> list[str]:
-        """Return a clause for each option that cannot hold."""
+        """Return a clause for each invalid option; if all are valid, one for each conflict."""
         checks = [(entry.name, entry.metadata["check"]) for entry in fields(cls)]
         found = [check(name, values[name]) for name, check in checks if check and name in values]
         return [problem for problem in found if problem] or cls._conflicts(values)
 
     @classmethod
     def _conflicts(cls, values: Mapping[str, Any]) -> list[str]:
-        """Return a clause for each pair of options that do not fit each other."""
+        """Return a clause for each pair of options that contradict each other."""
         return []
 
 
@@ -244,7 +244,7 @@ class ClusterOptions(Options):
 
 
 class RankClusterKeywords(TypedDict, total=False):
-    """The keywords of ``ClusterOptions`` that also the DDP state takes."""
+    """The keywords of ``ClusterOptions`` that the DDP state takes too."""
 
     n_clusters: int | None
     features: str | None
@@ -284,7 +284,7 @@ def read(keywords: Mapping[str, Any], *kinds: type[Options]) -> tuple[Any, ...]:
 
     Raises:
         TypeError: a keyword that no kind has.
-        ValueError: names every option that cannot hold.
+        ValueError: names every invalid option.
 
     Warns:
         UserWarning: a queue of one gradient.
@@ -306,15 +306,15 @@ def read(keywords: Mapping[str, Any], *kinds: type[Options]) -> tuple[Any, ...]:
 
 
 def takes(*kinds: type[Options], without: Collection[str] = ()) -> Callable[[Door], Door]:
-    """Return a decorator that shows a door's options where it is written ``**options``.
+    """Return a decorator that writes options into the signature and docstring of a door.
 
-    ``inspect.signature`` and ``help`` of the door, a class or a function, then have every option
-    by name, with type and default, and the line ``**options: ...`` of its docstring becomes a line
-    per option.
+    The door is a class or a function that takes ``**options``. Its ``inspect.signature`` then
+    shows every option by name, with type and default, and the entry ``**options: ...`` of its
+    docstring becomes one entry per option.
 
     Args:
-        *kinds: whose options the door takes.
-        without: names that it does not take.
+        *kinds: the kinds of options that the door takes.
+        without: names of options that the door does not take.
     """
 
     def decorate(door: Door) -> Door:

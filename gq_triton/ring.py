@@ -1,4 +1,7 @@
-"""The memory of one parameter's ring: allocation, flat views in memory order, shards."""
+"""The memory of one parameter's ring: allocation, flat views in memory order, shards.
+
+A ring holds the last L gradients of a parameter; each new gradient replaces the oldest row.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -43,7 +46,7 @@ def new_queue(like: Tensor, length: int, dtype: torch.dtype | None = None) -> Te
 
 
 def new_counter(like: Tensor) -> Tensor:
-    """Return the number of gradients queued so far, 0-d int64 on the device of ``like``."""
+    """Return a new counter of queued gradients: 0, 0-d int64 on the device of ``like``."""
     return torch.zeros((), dtype=torch.int64, device=local(like).device)
 
 
@@ -69,10 +72,10 @@ def shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
 
 
 def least_over(groups: Sequence[dist.ProcessGroup]) -> Callable[[Tensor], Tensor] | None:
-    """Return what takes votes ``(N,)`` to the least of all ranks, for `law.accepted`.
+    """Return the function that reduces votes ``(N,)`` to the least of all ranks (`law.accepted`).
 
     Args:
-        groups: those over which the parameters are sharded; None is returned where there are none.
+        groups: the groups over which the parameters are sharded. Without any, None is returned.
     """
     if not groups:
         return None
@@ -88,8 +91,8 @@ def least_over(groups: Sequence[dist.ProcessGroup]) -> Callable[[Tensor], Tensor
 def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """Return ``tensor`` as one dimension in the memory order of ``like`` (default: itself).
 
-    It is a view where the memory allows it and a copy where not: a tensor with holes, or one whose
-    order differs from that of ``like``.
+    The result is a view where the memory allows it. It is a copy of a tensor with holes, or of one
+    whose order differs from that of ``like``.
     """
     like = tensor if like is None else like
     if tensor.is_contiguous() and like.is_contiguous():
@@ -111,10 +114,10 @@ def _memory_order(like: Tensor) -> list[int]:
 
 
 def in_use(*tensors: Tensor) -> None:
-    """Have the memory of tensors given away only after what the current stream does with them.
+    """Keep the memory of tensors from reuse until the current stream's work on them has run.
 
-    A stream allocates for itself: memory that is let go while another one still reads it may be
-    written to at once. On the CPU this does nothing.
+    Memory belongs to the stream that allocated it. Once freed, it may be overwritten by that stream
+    at once, even while another stream still reads it. On the CPU this function does nothing.
     """
     for tensor in map(local, tensors):
         if tensor.is_cuda:

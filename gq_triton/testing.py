@@ -1,4 +1,4 @@
-"""What the tests measure with, distances in units in the last place, and the ranks that they start.
+"""Tools of the tests: distances in units in the last place, and processes that form a group.
 
 An element-wise result is compared with the float64 oracle in units in the last place (ulps) of its
 own type, so that one bound serves every magnitude.
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 __all__ = ["Ranks", "assert_ulps", "spawn", "ulp_distance", "weight_ulps"]
 
 
-# What the server that processes are forked from imports, once; it reads the list when it starts.
+# Modules that the fork server imports once, when it starts; all ranks are forked from that server.
 PRELOAD = ["torch", "torch._dynamo", "gq_triton.dist"]
 
 
 def weight_ulps(rho: float, length: int) -> float:
-    """Return how many ulps a weight may be from the exact one: ``8 + 4 * rho * sqrt(length)``.
+    """Return the ulps allowed between a weight and the exact one: ``8 + 4 * rho * sqrt(length)``.
 
     The rounding of ``g - mu`` is relative to ``|mu - q|`` for the row ``q`` that deviations are
     taken from, at most ``sqrt(length - 1) * sigma``; a weight that is not clipped has
@@ -48,8 +48,8 @@ def ulp_distance(actual: Tensor, expected: Tensor, scale: Tensor | None = None) 
     Args:
         actual: values ``(*)`` of any floating type.
         expected: what they should be, ``(*)``, usually float64.
-        scale: the ulp is that of this magnitude ``(*)``; default ``expected``. A sum whose terms
-            cancel is measured at the size of its terms.
+        scale: magnitudes ``(*)`` that set the size of an ulp; default ``expected``. A sum whose
+            terms cancel is measured in ulps of its terms.
 
     Returns:
         ``(*)`` float64: 0 where both are the same number, infinity or NaN; infinite where only one
@@ -89,12 +89,12 @@ def assert_ulps(
 class Ranks:
     """Processes that form one gloo group on this machine and run one function after another.
 
-    A start costs seconds, mostly imports; what the functions have in common is paid for once. The
-    processes are forked from a server that has imported torch, so they see the environment
-    variables of the time when the first ranks of this process started.
+    A start costs seconds, mostly for imports; all functions that one object runs share that cost.
+    The processes are forked from a server that has imported torch. They see the environment
+    variables that were set when this process started its first ranks.
 
     Attributes:
-        alive: False after a function failed or ``close()``: the processes have ended.
+        alive: whether the processes run; False once a function has failed, or after ``close()``.
 
     Args:
         world_size: number of processes; each computes with one thread.
@@ -127,12 +127,13 @@ class Ranks:
         Args:
             fn: a function at the top of a module that a new process can import.
             args: what can be pickled.
-            timeout: seconds until a rank that hangs writes where every thread stands, and ends.
+            timeout: seconds after which a rank that has not finished writes the stack of every
+                thread and ends.
 
         Raises:
             AssertionError: a rank failed; the message holds the traceback of every rank that wrote
                 one, the first to fail first. All processes have been ended.
-            RuntimeError: the processes have ended before.
+            RuntimeError: the processes had already ended.
         """
         if not self.alive:
             raise RuntimeError("these ranks have ended: make new ones")
@@ -148,12 +149,12 @@ class Ranks:
                 try:
                     pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    patience = 5.0  # the others get a moment to say what they saw of the failure
+                    patience = 5.0  # seconds for the other ranks to report the failure too
         if patience is not None:
             self._fail()
 
     def _fail(self) -> None:
-        """Read what the ranks wrote, end them, and raise it."""
+        """End the ranks and raise an AssertionError with their reports."""
         for process in self._processes:
             process.join(timeout=1.0)  # for one that has closed its pipe and is about to end
             process.kill()
@@ -190,7 +191,7 @@ def spawn(world_size: int, fn: Callable[..., None], *args: Any, timeout: float =
 
 
 def server() -> "ForkServerContext | SpawnContext":
-    """Return the cheapest way to start a process that shares nothing with this one, CUDA least."""
+    """Return the fastest context whose processes share no state with this one, CUDA included."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

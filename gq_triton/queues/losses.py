@@ -1,4 +1,4 @@
-"""The effective length: how many of the newest gradients count, by the losses of the last steps."""
+"""The effective length: the number of newest gradients that count, from the last steps' losses."""
 
 import math
 
@@ -44,8 +44,8 @@ def length_of(losses: Tensor | None, options: LawOptions, device: torch.device) 
 
     Args:
         losses: the history, or None where no loss was recorded yet.
-        options: of the law.
-        device: of the result where there are no losses yet.
+        options: options of the law.
+        device: device of the result where no loss was recorded yet.
     """
     if options.loss_window is None:
         return None

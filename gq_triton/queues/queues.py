@@ -29,7 +29,7 @@ from gq_triton.saved.state import counter_rule, losses_rule, ring_rule
 
 __all__ = ["Queues"]
 
-# What a saved state must share with the state it is loaded into.
+# Options that a saved state must share with the queues it is loaded into.
 _SHAPE_OPTIONS = "queue_length", "loss_window"
 
 
@@ -41,7 +41,7 @@ class Queues:
 
     Args:
         params: parameters by name.
-        options: of the law.
+        options: options of the law.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Queues:
         found_inf: Tensor | None = None,
         absent: Tensor | None = None,
     ) -> None:
-        """Weight gradients in place and queue the raw ones, all in one launch.
+        """Weight gradients in place and queue the raw ones, all in one call of the engine.
 
         Args:
             names: the parameters' names.
@@ -113,7 +113,7 @@ class Queues:
         return Law(self.options.rho, self.effective_length(device), grad_scale)
 
     def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
-        """Keep what the law did; a parameter that comes again begins a new step."""
+        """Keep the statistics of the step; a parameter that comes again begins a new step."""
         if any(not set(names).isdisjoint(group) for group in self._statistics):
             self._statistics.clear()
         self._statistics[names] = statistics
@@ -136,9 +136,10 @@ class Queues:
             name: the parameter's name.
             part: first element and end, in memory order; or the rows ``(U,)`` of a table.
             sums: gradients summed by cluster, ``(K, elements of the part)``.
-            inverse_shares: ``(K,)``, what makes a cluster's sum its mean; 0 where it is empty.
+            inverse_shares: ``(K,)``, factor from each cluster's sum to its mean; 0 for an empty
+                cluster.
             mixture: ``(K,)``, weight of each mean in the result.
-            sigma_scales: ``(K,)``, what sigma is multiplied by.
+            sigma_scales: ``(K,)``, factor of sigma for each cluster.
             grad_scale: the loss scale the sums carry, or None.
             into: where to write the weighted and the raw gradient, flat; None allocates.
 
@@ -176,11 +177,11 @@ class Queues:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Queue raw gradients that were weighted elsewhere: as few launches as there are types.
+        """Queue raw gradients that were weighted elsewhere, one call per device and type.
 
         Args:
             raw: gradients by name, in the shape of their parameters.
-            statistics: what ``combine`` returned for them.
+            statistics: by name, the statistics that ``combine`` returned.
             grad_scale: the loss scale the gradients carry, or None.
             found_inf: non-zero where none of them is to be queued, one number, or None.
         """
@@ -212,7 +213,7 @@ class Queues:
         Args:
             names: the parameters' names, whose rings are of one type.
             raw: their gradients, flat, in the memory order of the parameter.
-            statistics: what the weighting of each did, ``(C, 5)`` to be added up.
+            statistics: the statistics of each gradient's weighting, ``(C, 5)`` to be added up.
             grad_scale: the loss scale the gradients carry, or None.
             found_inf: non-zero where none of them is to be queued, one number, or None.
             absent: ``(N,)`` bool, which gradients are zeros of a parameter that no rank used; None
@@ -229,7 +230,7 @@ class Queues:
         self._keep_statistics(tuple(names), torch.cat(list(statistics)))
 
     def _allocate(self, name: str, device: torch.device) -> None:
-        """Give a parameter its ring, or bring a loaded one to the device and memory order."""
+        """Allocate a parameter's ring, or bring a loaded one to its device and memory order."""
         param, queue = self.params[name], self._queue.get(name)
         layout = device, param.stride()
         if self._layouts.get(name) == layout:
@@ -244,7 +245,7 @@ class Queues:
         self._queued[name] = counter.to(local(fresh).device)
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Tell the effective length the loss of this step, unscaled; nothing waits for it.
+        """Record this step's unscaled loss for the effective length, without waiting for it.
 
         Args:
             loss: one number, 0-d or one element.
@@ -253,7 +254,7 @@ class Queues:
             return
         device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
         earlier = self._history(device)
-        # Loaded ones may lie elsewhere.
+        # Loaded losses may lie on another device.
         losses = earlier.to(loss.device) if isinstance(loss, Tensor) else earlier
         self._losses = record_loss(losses, loss)
         in_use(earlier, losses)
@@ -264,7 +265,7 @@ class Queues:
         """Return how many of the newest gradients the statistics use, 0-d int64; None for L.
 
         Args:
-            device: where it is wanted.
+            device: where the length is needed; None leaves it where the losses are.
             coming: a loss that is yet to be recorded, 0-d, or None.
         """
         losses = self._losses
@@ -284,7 +285,7 @@ class Queues:
         return self._losses
 
     def metrics(self) -> dict[str, float]:
-        """Return what the law did in the last step; one transfer to the host, here and only here.
+        """Return what the law did in the last step, in one transfer to the host.
 
         Returns:
             ``mean_weight``; ``norm_ratio``, ``|g*| / |g|`` over all parameters; ``saturated_high``
@@ -293,20 +294,20 @@ class Queues:
         """
         if not self._statistics:
             return {}
-        # Statistics of sharded parameters are those of all shards; so is the size of a DTensor.
+        # Statistics of a sharded parameter cover all its shards, and so does a DTensor's numel().
         elements = sum(self.params[n].numel() for names in self._statistics for n in names)
         total = self._over_ranks(added(self._statistics.values()))
         length = self.effective_length(total.device)
         return measures(total, elements, self.options.queue_length if length is None else length)
 
     def _over_ranks(self, total: Tensor) -> Tensor:
-        """Return the sums of the statistics over all elements; every process here has all."""
+        """Return statistics summed over all ranks: here every process has all elements."""
         return total
 
     def digest(self) -> str:
         """Return the SHA-256 of all rings, counters and losses: equal exactly where those are.
 
-        Waits for the device and reads everything: meant for checks, not for every step.
+        The host waits for the device and reads everything: meant for checks, not for every step.
         """
         return hashlib.sha256(b"".join(self.digests().values())).hexdigest()
 
@@ -319,7 +320,7 @@ class Queues:
         return digests(self.params, self._rings(), self._losses)
 
     def init_state(self) -> None:
-        """Allocate what every trainable parameter's first gradient would, and the losses.
+        """Allocate the ring of every trainable parameter and the losses before the first step.
 
         A checkpoint library that needs the state's shapes before the first step then finds them.
         """
@@ -330,7 +331,7 @@ class Queues:
             self._losses = self._history(next(iter(self.params.values())).device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values only, so ``torch.load(weights_only=True)`` reads it.
+        """Return the state as tensors and plain values: ``torch.load(weights_only=True)`` reads it.
 
         Returns:
             ``queue``: rings ``(L, *param.shape)`` by name; ``queued``: how many gradients each has
@@ -350,11 +351,11 @@ class Queues:
             yield name, queue, self._queued[name]
 
     def shared_digests(self) -> dict[str, bytes]:
-        """Return digests by name of what all ranks must hold alike: here everything."""
+        """Return the digests, by name, of the state that all ranks must share: here all of it."""
         return self.digests()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state; training continues bit for bit.
+        """Load a saved state; training continues bit for bit.
 
         Raises:
             ValueError: the state belongs to another model or to other options. Nothing is changed.
@@ -375,7 +376,7 @@ class Queues:
 
         Args:
             state: what ``state_dict`` returned; further keys are not looked at.
-            highest: how many gradients a ring may have taken at most.
+            highest: the largest number of gradients that a ring may have taken.
         """
         length, window = self.options.queue_length, self.options.loss_window
         options = {name: Exactly(getattr(self.options, name)) for name in _SHAPE_OPTIONS}
@@ -395,7 +396,7 @@ class Queues:
 
 
 def _unpaired(state: Mapping[str, Any]) -> str | None:
-    """Return which saved ring has no counter, or the other way round."""
+    """Return a clause that names a saved ring without a counter, or a counter without a ring."""
     alone = sorted(state["queue"].keys() ^ state["queued"].keys())
     return (
         f"queue and queued must have the same names, {alone[0]!r} is in one only" if alone else None

@@ -10,7 +10,7 @@ from gq_triton.ring import local
 
 __all__ = ["LOSSES", "digests", "sha"]
 
-# The losses' name among those of the parameters.
+# The key of the losses' digest, among the names of the parameters.
 LOSSES = "(losses)"
 
 
