@@ -6,10 +6,10 @@
 #
 # NNODES          how many nodes take part
 # RDZV_ENDPOINT   HOST:PORT of one of them, where they meet
-# RUN_ID          name of the job: the same on all nodes and when it is started again to continue,
-#                 another for every other job
+# RUN_ID          name of the job: the same on all nodes, and the same again to continue the job;
+#                 every other job needs another name
 # NPROC_PER_NODE  processes per node; auto is one per GPU, without GPUs one per core (default: auto)
-# MAX_RESTARTS    how often a process may die before the job ends (default: 3)
+# MAX_RESTARTS    how often the processes start again after one died; then the job ends (default: 3)
 # LOCAL_ADDR      this node's address, where its host name is not one that the others can reach
 # PYTHON          the interpreter (default: python)
 #
@@ -20,7 +20,7 @@ for name in NNODES RDZV_ENDPOINT RUN_ID; do
 done
 [ $# -gt 0 ] || { echo "multi_node.sh: name a script, such as launch/train.py" >&2; exit 2; }
 
-# Processes that are restarted would otherwise look for each other at the addresses of the dead.
+# Without this, processes that are restarted would connect to the addresses of those that died.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "${PYTHON:-python}" -m torch.distributed.run \

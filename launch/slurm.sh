@@ -20,5 +20,5 @@ export NNODES="$SLURM_JOB_NUM_NODES"
 # Jobs that share a node need ports of their own.
 export RDZV_ENDPOINT="$first:$((20000 + SLURM_JOB_ID % 10000))"
 export RUN_ID="slurm-$SLURM_JOB_ID"
-# Without its torchrun a node's part is lost: end the others too, and let SLURM requeue the job.
+# If one node's torchrun ends, the job cannot go on: end the others too, so that SLURM can requeue.
 exec srun --kill-on-bad-exit=1 launch/multi_node.sh "$@"

@@ -1,4 +1,4 @@
-"""Train with Grad Queue under DistributedDataParallel, in one process or in torchrun's many.
+"""Train with Grad Queue under DistributedDataParallel, in one process or in those of torchrun.
 
 torchrun --nproc-per-node=2 launch/train.py --task digits --out runs/first
 torchrun --nproc-per-node=2 launch/train.py --resume runs/first
@@ -30,6 +30,7 @@ from gq_triton.training.trainer import Trainer
 
 
 def parse(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the options that were given, among them one folder."""
     given = parse_options(argv, TASKS)
     if ("out" in given) == ("resume" in given):
         raise Refusal("name one folder: --out DIR for a new run, or --resume DIR to continue one")
@@ -37,13 +38,14 @@ def parse(argv: Sequence[str] | None) -> dict[str, Any]:
 
 
 def run(place: Place, argv: Sequence[str] | None) -> int:
+    """Train, and return the exit status; 1 if the ranks' queues differ at the end."""
     given = place.on_all(parse, argv)
     device = place.on_all(place.device, given.get("device", "auto"))
     out: Path = given["resume"] if "resume" in given else given["out"]
     load = load_saved if "resume" in given else load_own
     saved, damaged = place.from_first(load, out, [*TASKS])
     if device.type == "cpu":
-        # The tasks' models are too small to share out, and the number of cores must not matter.
+        # More threads gain nothing on models this small, and results must not depend on the cores.
         torch.set_num_threads(1)
     else:
         # Two runs are the same only where no kernel adds in the order of arrival.
@@ -81,10 +83,11 @@ def run(place: Place, argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script on this rank, and return its exit status."""
     place = Place.find()
     needed = "numpy", "rich", "matplotlib", "sklearn"
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:  # before the ranks meet: that takes numpy
+    if missing:  # checked before the ranks connect, which needs numpy
         if place.rank == 0:
             reason = f"{', '.join(missing)} not installed: {how_to_install('train')}"
             print(f"train.py: {reason}", file=sys.stderr, flush=True)
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if place.rank == 0:
             print("stopped; --resume continues from the last checkpoint", flush=True)
-        os._exit(130)  # the other ranks may be anywhere: nothing to wait for
+        os._exit(130)  # the other ranks may have stopped anywhere, so no barrier can be waited for
     # gloo's threads must be gone on all ranks before one exits, and DDP's reducer before gloo.
     gc.collect()
     dist.barrier()

@@ -1,1 +1,1 @@
-"""What a person calls: ``gq-triton``, and what all commands share."""
+"""The program ``gq-triton``, and what all commands share: whole files and refusals."""

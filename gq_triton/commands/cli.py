@@ -1,4 +1,4 @@
-"""``gq-triton COMMAND``: each command is imported when it is called."""
+"""The program ``gq-triton COMMAND``, which imports a command when it is called."""
 
 import sys
 from collections.abc import Sequence

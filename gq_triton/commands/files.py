@@ -14,7 +14,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file of which readers see the old content or all of the new, whatever happens.
 
     Args:
-        path: where to; the folder must exist.
+        path: the file; its folder must exist.
 
     Yields:
         A draft to write to, which takes the place of ``path`` at the end.

@@ -1,4 +1,4 @@
-"""How a command refuses: one line that says what is wrong, and exit code 2."""
+"""The refusal of a command: one line that says what is wrong, and exit code 2."""
 
 import argparse
 from typing import NoReturn
@@ -7,14 +7,14 @@ __all__ = ["Parser", "Refusal"]
 
 
 class Refusal(Exception):
-    """Why a command cannot begin, in one line for the user."""
+    """The reason why a command cannot begin, in one line for the user."""
 
     def __init__(self, reason: object) -> None:
         super().__init__(" ".join(str(reason).split()))
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one line, without the usage."""
+    """A parser that refuses in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a ``Refusal``."""

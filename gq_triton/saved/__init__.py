@@ -1,1 +1,1 @@
-"""One check of everything that is loaded: rules, and what they say of this library's state."""
+"""The check of everything that is loaded: rules of any values, and the rules of saved states."""

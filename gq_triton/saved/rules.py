@@ -1,7 +1,8 @@
-"""One check of saved values before any of them is used: names, types, shapes, ranges.
+"""Rules of saved values, and ``check``, which applies them before any value is used.
 
-A rule says what a value must be. Rules are nested as the saved value is, ``check`` walks both and
-raises one error that names every problem. Nothing here knows who saves what.
+A rule says what a value must be: its type, range or keys. Rules are nested as the saved value is.
+``check`` walks both and raises one error, which names the first problems and counts the others. The
+rules of one saved state stand with the code that saves it.
 """
 
 import sys
@@ -20,7 +21,7 @@ __all__ = [
 
 # One more than the largest counter: up to here float64 tells whole numbers apart.
 COUNTER_LIMIT = 2**53
-# Problems that one message names.
+# How many problems one message names; it counts the others.
 _LISTED = 4
 
 
@@ -36,9 +37,9 @@ def check(value: Any, rule: Rule, what: str) -> None:
     """Raise one ValueError that names what is wrong with a saved value.
 
     Args:
-        value: what was saved, before anything is done with it.
-        rule: what it must be.
-        what: its name in the message, such as ``"the saved queue"``.
+        value: the saved value, which nothing has used yet.
+        rule: what the value must be.
+        what: the value's name in the message, such as ``"the saved queue"``.
 
     Raises:
         ValueError: the value breaks the rule.
@@ -60,6 +61,7 @@ altered, or belongs to another model or to other options)
 
 
 def must(path: str, requirement: str, value: Any) -> str:
+    """Return the clause that says what the value at a path must be, and what it is."""
     return f"{path or 'it'} must be {requirement}, got {shown(value)}"
 
 
@@ -78,7 +80,7 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Exactly:
-    """One value, of the same type.
+    """One value and its type.
 
     Args:
         expected: the value.
@@ -217,7 +219,7 @@ class Either:
     """What at least one of several rules allows.
 
     Args:
-        *rules: the rules; the message is the first one's.
+        *rules: the rules; if a value breaks all of them, the first one's problems are named.
     """
 
     rules: tuple[Rule, ...]
@@ -233,18 +235,18 @@ class Either:
 
 @dataclass(frozen=True)
 class Also:
-    """What a rule allows, if it also meets a condition.
+    """A value that another rule allows and that meets a condition.
 
     Args:
-        rule: checked first; the condition sees only what passes.
-        condition: returns what is wrong as a clause, or None.
+        rule: the other rule, checked first; the condition sees only values that pass it.
+        condition: function of the value that returns what is wrong as a clause, or None.
     """
 
     rule: Rule
     condition: Callable[[Any], str | None]
 
     def problems(self, value: Any, path: str) -> Iterator[str]:
-        """Yield the rule's problems; without any, the condition's."""
+        """Yield the rule's problems, or the condition's if the rule has none."""
         found = False
         for problem in self.rule.problems(value, path):
             found = True
@@ -260,8 +262,8 @@ class ListOf:
 
     Args:
         rule: what every member must be.
-        length: how many there must be; None leaves it open.
-        shortest: how many there must be at least.
+        length: number of members; None leaves it open.
+        shortest: smallest number of members.
     """
 
     rule: Rule
@@ -288,11 +290,11 @@ class Record:
     Args:
         required: rules of the keys that must be there.
         optional: rules of the keys that may be there.
-        unknown: None lets further keys pass unread; a text refuses them and says what they lack,
+        unknown: None lets all other keys pass unread; a text refuses them and ends the message,
             such as ``"that this model lacks"``.
-        label: what the mapping is called in messages; None takes its place in what is checked.
-        named: whether an entry's name comes first, as in "queue_length of options"; False puts it
-            last, as in "queue of 'weight'".
+        named: whether a message puts an entry's name first, as in "queue_length of options"; False
+            puts it last, as in "queue of 'weight'".
+        label: the mapping's name in messages; None stands for its path in what is checked.
     """
 
     required: Mapping[Any, Rule]

@@ -1,8 +1,8 @@
-"""What the saved state of a parameter must be, beside the tensors that a step touches.
+"""The rules of a parameter's saved state, and the copy of that state into memory of a step.
 
-Each rule stands for a tensor that ``gq_triton.ring`` or an optimizer makes. A loaded tensor never
-takes its place: its values are copied into memory made for the parameter (``filled``), so that a
-step meets the shape, type and layout it expects whatever a file held.
+Each rule describes a tensor that ``gq_triton.ring`` or an optimizer makes. No step uses a loaded
+tensor itself: its values are copied into memory made for the parameter (``filled``). A step
+therefore meets the shape, type and layout that it expects, whatever a file held.
 """
 
 import torch
@@ -17,9 +17,9 @@ __all__ = ["counter_rule", "filled", "losses_rule", "ring_rule", "twin_rule"]
 
 
 def ring_rule(param: Tensor, length: int) -> TensorLike:
-    """Return the rule of a ring: ``(length, *param.shape)`` in a type a queue may have.
+    """Return the rule of a ring: ``(length, *param.shape)`` of any real type, without NaN.
 
-    Infinities pass: a finite gradient may round to one in a queue of a narrower type.
+    Infinity passes: a finite gradient may round to infinity in a queue of a narrower type.
     """
     return TensorLike((length, *param.shape), nan=False, sharding=_sharding(param, length))
 
@@ -37,20 +37,23 @@ def losses_rule(window: int, longest: int) -> TensorLike:
 def twin_rule(param: Tensor, low: float | None = None) -> TensorLike:
     """Return the rule of a tensor of the parameter's shape, such as a moment, of any real type.
 
-    What is not finite passes: a step takes a gradient that is not finite into its moments, as
-    torch's optimizers do.
+    NaN and infinity pass: a step takes a gradient that is not finite into its moments, as torch's
+    optimizers do.
     """
     return TensorLike(tuple(param.shape), REAL_TYPES, low=low, sharding=_sharding(param))
 
 
 def filled(fresh: Tensor, saved: Tensor) -> Tensor:
-    """Copy the values of a checked tensor into memory made for it; return that memory."""
+    """Copy the values of a checked tensor into ``fresh``, made for them, and return ``fresh``."""
     local(fresh).copy_(local(saved.detach()))
     return fresh
 
 
 def _sharding(param: Tensor, length: int | None = None) -> Sharding | None:
-    """Return how a tensor beside a parameter is divided; a ring's rows come before its shape."""
+    """Return how a tensor of a parameter's state is divided among processes, or None.
+
+    None stands for an ordinary tensor. A ring has its ``length`` before the parameter's dimensions.
+    """
     if not isinstance(param, DTensor):
         return None
     part = tuple(param.to_local().shape)

@@ -1,4 +1,4 @@
-"""Rules of saved tensors."""
+"""The rules of saved tensors and of saved states of random number generators."""
 
 import struct
 from collections.abc import Collection, Iterator
@@ -15,7 +15,7 @@ from gq_triton.saved.rules import must
 
 __all__ = ["REAL_TYPES", "GeneratorState", "Sharding", "TensorLike"]
 
-# Floating types in which the state of a parameter may be kept.
+# Floating types that the state of a parameter may have.
 REAL_TYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -37,7 +37,7 @@ class Sharding(NamedTuple):
 class TensorLike:
     """A dense tensor.
 
-    Its strides are free: what is loaded is copied into memory of the layout that a step touches.
+    Its strides are free, since its values are copied into memory of the layout that a step expects.
 
     Args:
         shape: its shape; None stands for a dimension of any size from 1.
@@ -126,7 +126,7 @@ def _value_of(values: Tensor) -> str:
 
 @dataclass(frozen=True)
 class GeneratorState:
-    """What ``torch.Generator.get_state`` returns.
+    """The state of a generator, as ``torch.Generator.get_state`` returns it.
 
     Args:
         device: device of the generator.
@@ -153,10 +153,10 @@ class GeneratorState:
 
 
 def _within_its_numbers(state: Tensor) -> bool:
-    """Return whether a CPU generator's state reads only its own 624 numbers.
+    """Return whether a CPU generator in this state reads only its own 624 numbers.
 
-    Torch accepts any two counts up to 624: how many numbers are left, and which one is next. Those
-    that do not belong together would read past the numbers.
+    The state holds how many numbers are left and the index of the next one. Torch accepts any two
+    values up to 624. With two that do not belong together a generator would read past its numbers.
     """
     left, _, following = struct.unpack_from("iiQ", bytes(state.tolist()), 8)
     return left + following == 625 or (left, following) == (1, 0)

@@ -44,7 +44,7 @@ def _cifar_file(path: Path) -> Pair:
     content = _bytes(path)
     if len(content) == 0 or len(content) % 3073:
         raise MissingData(
-            f"{path} is no CIFAR-10 batch: records have 3073 bytes, it {len(content)}"
+            f"{path} is no CIFAR-10 batch: it must hold records of 3073 bytes, got {len(content)}"
         )
     rows = content.view(-1, 3073)
     return rows[:, 1:].reshape(-1, 3, 32, 32).float() / 127.5 - 1, rows[:, 0].long()
@@ -81,7 +81,9 @@ def _idx_file(path: Path) -> Tensor:
 
 
 def load_reuters(seed: int, data: Path | None = None) -> ScoredTask:
-    """Return Reuters-21578: documents of one topic, of the 8 most frequent, in Lewis's split.
+    """Return Reuters-21578 in Lewis's split: the documents whose only topic is one of 8.
+
+    These are the topics that the most training documents have as their only one.
 
     The input is the logarithm of one plus the count of each of the training set's 2000 most
     frequent words.
@@ -148,7 +150,7 @@ def _folder(data: Path | None, name: str, task: str, source: str) -> Path:
         for folder in (data / name, data):
             if folder.is_dir() and any(folder.iterdir()):
                 return folder
-    where = "" if data is None else f", and {data} is none"
+    where = "" if data is None else f", and {data} has none"
     raise MissingData(
         f"{task} needs --data DIR with the files of {source} in DIR/{name}{where}: "
         f"gq-triton study fetch {task} --data DIR gets them"

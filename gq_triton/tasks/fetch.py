@@ -1,4 +1,4 @@
-"""Fetching the paper's data sets: known addresses, known checksums, nothing without being asked."""
+"""The download of the paper's data sets, from known addresses, with known checksums, on request."""
 
 import tarfile
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ __all__ = ["SOURCES", "Source", "fetch"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the files of a task come from.
+    """The source of a task's files.
 
     Args:
-        folder: where the task looks for them, below the folder of all data.
-        files: SHA-256 by address.
-        members: pattern of the names that are taken out of an archive; None keeps a file as it is.
-        size: in words.
+        folder: where the task looks for the files, below the folder of all data.
+        files: SHA-256 of each download, by its address.
+        members: pattern of the names of files that are copied out of an archive; None if the
+            downloads are no archives.
+        size: size of the downloads, in words.
     """
 
     folder: str
@@ -74,16 +75,16 @@ SOURCES: dict[str, Source] = {
 
 
 def fetch(task: str, data: Path) -> Path:
-    """Fetch the files of a task and return their folder; what is there is only checked.
+    """Fetch the files of a task and return their folder; downloads that exist are only checked.
 
-    An archive stays in ``data``, for the next time.
+    An archive stays in ``data``, so that a later call need not download it.
 
     Args:
         task: a key of ``SOURCES``.
         data: folder of all data, as ``--data`` names it.
 
     Raises:
-        MissingData: a file cannot be had, or is not the one that is known.
+        MissingData: a file cannot be downloaded, or its checksum is another.
     """
     import pooch
 
@@ -111,7 +112,7 @@ def _contents(source: Source) -> str:
 
 
 def _unpack(archive: Path, members: str, folder: Path) -> None:
-    """Take files out of an archive, whole or not at all, whatever folder they are in there."""
+    """Copy the matching files out of any folder of an archive, each whole or not at all."""
     folder.mkdir(exist_ok=True)
     with tarfile.open(archive) as packed:
         for member in packed:

@@ -1,12 +1,12 @@
 """Line detection with a rare orientation (section 3.2 of the paper), as this project reads it.
 
-8 x 8 images: noise N(0, 0.1^2) plus 1 on one whole row or column, number 1 to 6. 95 horizontal and
-5 vertical lines to learn from. The paper's label is ambiguous, so there are two tasks:
-``lines-disc`` tells vertical from horizontal; ``lines-detect`` tells lines from 100 images of
-noise.
+The images have 8 x 8 pixels: noise N(0, 0.1^2), plus 1 on one whole row or column, number 1 to 6.
+The training set has 95 horizontal and 5 vertical lines. The paper's label is ambiguous, so there
+are two tasks: ``lines-disc`` tells vertical from horizontal lines; ``lines-detect`` tells lines
+from 100 images of noise.
 
-Model: two 3 x 3 filters, the largest response of each, and a logit of the two; 21 parameters. One
-filter starts slightly horizontal, the other slightly vertical.
+The model has 21 parameters: two 3 x 3 filters, the largest response of each, and a linear layer
+from these two to one logit. One filter starts slightly horizontal, the other slightly vertical.
 """
 
 from collections import OrderedDict

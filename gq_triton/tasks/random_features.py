@@ -17,8 +17,9 @@ _TRAIN, _HELD_OUT = 500, 2000
 def load_random_features(seed: int, data: Path | None = None) -> ScoredTask:
     """Return 500 samples in 100 dimensions; the student trains only its last layer.
 
-    ``x ~ N(0, I)``; the label is whether ``relu(x th1) th2`` lies above its mean over the training
-    set; the rows of ``th1`` have norm 1. The student has 1000 fixed ReLU features of norm 1.
+    The inputs are ``x ~ N(0, I)``. The label says whether the teacher's output, ``relu(first x)``
+    times ``second``, lies above its mean over the training set; the rows of ``first`` have norm 1.
+    The student has 1000 fixed ReLU features whose weights have norm 1.
     """
     generator = torch.Generator().manual_seed(seed)
     first = _unit_rows(torch.randn(_TEACHER, _INPUTS, generator=generator))

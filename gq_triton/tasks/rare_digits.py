@@ -34,8 +34,8 @@ def load_plain(seed: int, data: Path | None = None) -> ScoredTask:
 def load_longtail(seed: int, data: Path | None = None) -> ScoredTask:
     """Return the digits with 6 samples left of each of 3 classes.
 
-    The seed chooses classes and samples, so that an interval over seeds is also one over them.
-    Validation and test data keep all classes alike.
+    The seed chooses the classes and the samples, so that an interval over seeds covers this choice.
+    In validation and test data no class is rare.
     """
     (images, labels), validation, test = _split()
     generator = torch.Generator().manual_seed(seed)
@@ -56,10 +56,10 @@ def load_longtail(seed: int, data: Path | None = None) -> ScoredTask:
 
 
 def load_hidden(seed: int, data: Path | None = None) -> ScoredTask:
-    """Return the digits of which 5 % of every class are flipped and inverted.
+    """Return the digits with 5 % of every class mirrored and inverted.
 
-    Nothing but the score knows which, so no class weight can help. Validation and test hold every
-    image both ways; the groups are the two ways.
+    No label says which samples these are, so no class weight can help. Validation and test data
+    hold every image as it is and altered; these are the two groups of the score.
     """
     (images, labels), *held_out = _split()
     generator = torch.Generator().manual_seed(seed)
@@ -95,7 +95,7 @@ def _split() -> tuple[Pair, Pair, Pair]:
 
 
 def _redraw(images: Tensor) -> Tensor:
-    """Return images ``(N, 1, 8, 8)`` in [-1, 1] mirrored left to right, dark and light swapped."""
+    """Return images ``(N, 1, 8, 8)`` in [-1, 1] mirrored left to right, dark swapped with light."""
     return -images.flip(-1)
 
 

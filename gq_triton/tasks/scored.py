@@ -1,4 +1,4 @@
-"""What a study needs beyond a task: three sets of data, losses per sample, and scores."""
+"""The tasks of studies: three sets of data, losses per sample, and scores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,18 +16,18 @@ Measures = dict[str, float]
 
 
 class MissingData(Exception):
-    """A task's files are not there; the message is one line that says how to get them."""
+    """The error of a task without its files; the message is one line that says how to get them."""
 
 
 @dataclass(frozen=True)
 class ScoredTask(Task):
-    """A task of a study: settings are chosen on validation data, test data is used once.
+    """A task of a study, whose settings are chosen on validation data; test data is used once.
 
     Args:
-        validation: inputs and labels that settings are chosen and curves drawn by.
-        classes: number of labels; None where the labels are no classes of samples, as in text.
-        groups: the group of every validation and of every test sample, of which the worst counts;
-            training never sees them.
+        validation: inputs and labels from which settings are chosen and curves drawn.
+        classes: number of classes; None if samples have no class, as in text.
+        groups: the group of every validation sample and of every test sample, for the score of the
+            worst group; training does not use them.
     """
 
     validation: tuple[Tensor, Tensor]
@@ -51,16 +51,16 @@ class ScoredTask(Task):
 
 @dataclass(frozen=True)
 class StudyTask:
-    """An entry of the list of tasks: what is known before any data is read.
+    """An entry of the list of tasks, known before any data is read.
 
     Args:
-        load: makes the task from a seed, and from the folder with the user's files.
-        text: one line about it.
-        score: the measure that counts, a key of what ``measure`` returns.
-        chance: its value where nothing was learnt; a diverged run counts as that.
+        load: function that returns the task, from a seed and the folder with the user's files.
+        text: one line about the task.
+        score: name of the measure that is compared, a key of what ``measure`` returns.
+        chance: the score of a model that learnt nothing, which a diverged run gets.
         target: the validation score of "steps to target".
-        higher: whether more is better.
-        labels: whether samples have classes, so that a class-weighted loss makes sense.
+        higher: whether a higher score is better.
+        labels: whether samples have classes, which a class-weighted loss needs.
     """
 
     load: Callable[[int, Path | None], ScoredTask]
@@ -97,8 +97,8 @@ def measure(outputs: Tensor, labels: Tensor, groups: Tensor | None = None) -> Me
     """Return the loss and the scores of a set of samples.
 
     Args:
-        outputs: of the model, as in ``sample_losses``.
-        labels: of the samples.
+        outputs: outputs of the model, as in ``sample_losses``.
+        labels: labels of the samples, as in ``sample_losses``.
         groups: ``(B,)``, the group of every sample, or None.
 
     Returns:
@@ -124,5 +124,5 @@ def measure(outputs: Tensor, labels: Tensor, groups: Tensor | None = None) -> Me
 
 
 def _shares(right: Tensor, of: Tensor) -> list[float]:
-    """Return the share of right answers by value of ``of``."""
+    """Return the share of right answers for each value of ``of``."""
     return [right[of == value].double().mean().item() for value in torch.unique(of).tolist()]

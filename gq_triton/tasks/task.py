@@ -1,4 +1,4 @@
-"""What a task is: data that is in memory, split once, and a model that fits it."""
+"""A task, which is data in memory and a model, and the order of its batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Task:
     Args:
         train: inputs and labels to learn from.
         test: inputs and labels held out; the split never depends on a run's seed.
-        model: builds the model, from torch's random numbers.
+        model: function that builds the model, with random numbers of torch's global generator.
         features: name of the submodule whose output describes a sample, for the clusters.
     """
 
@@ -27,15 +27,15 @@ class Task:
 
 
 def batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Return the indices of every global batch of an epoch, the last one possibly smaller.
+    """Return the indices of every global batch of an epoch; the last batch may be smaller.
 
-    They depend on nothing but the arguments, so every rank and every resumed run agrees on them.
+    They depend on the arguments alone, so that all ranks and all resumed runs have the same.
 
     Args:
         samples: size of the training set.
         batch_size: samples per batch, over all ranks.
-        seed: of the run, below 2**31.
-        epoch: counted from 0, below 2**32.
+        seed: seed of the run, below 2**31.
+        epoch: number of the epoch, from 0, below 2**32.
     """
     generator = torch.Generator().manual_seed((seed << 32) + epoch)
     return list(torch.randperm(samples, generator=generator).split(batch_size))

@@ -1,6 +1,6 @@
-"""Next-byte prediction on the source text of Python's own standard library: real text everywhere.
+"""Next-byte prediction on the source of Python's standard library: real text on every machine.
 
-The text is that of the running interpreter: compare only runs of one Python version.
+The source is that of the running interpreter, so only runs of one Python version can be compared.
 """
 
 import sysconfig
@@ -24,7 +24,7 @@ _ASIDE = {"test", "tests", "site-packages", "idle_test", "__pycache__", "lib2to3
 
 
 def load_python_lm(seed: int, data: Path | None = None) -> ScoredTask:
-    """Return windows of 32 bytes and the bytes that follow each, split by file."""
+    """Return windows of 32 bytes and the next byte at each position, split by file."""
     train, validation, test = _windows()
     return ScoredTask(
         train=_pair(train),
@@ -49,7 +49,7 @@ def _windows() -> tuple[Tensor, Tensor, Tensor]:
         for path in library.rglob("*.py")
         if not _ASIDE.intersection(path.relative_to(library).parts)
     )
-    # Every tenth file is for validation, the one after it to test.
+    # Of every ten files the first is for validation and the second for the test.
     parts = [bytearray(), bytearray(), bytearray()]
     for number, path in enumerate(files):
         parts[{0: 1, 1: 2}.get(number % 10, 0)] += path.read_bytes()
@@ -59,7 +59,7 @@ def _windows() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cut(text: bytearray, limit: int) -> Tensor:
-    """Return windows spread evenly over a text, at most ``limit`` bytes of it."""
+    """Return windows that are spread evenly over a text and hold at most ``limit`` bytes."""
     size = CONTEXT + 1
     windows = torch.frombuffer(text, dtype=torch.uint8)[: len(text) // size * size].view(-1, size)
     chosen = torch.linspace(0, len(windows) - 1, min(limit // size, len(windows))).long()
@@ -71,9 +71,9 @@ class CausalTransformer(nn.Module):
 
     Args:
         vocabulary: number of symbols.
-        context: longest sequence, T.
-        width: of the residual stream, D.
-        heads: of attention.
+        context: length of the longest sequence, T.
+        width: width of the residual stream, D.
+        heads: number of attention heads.
         layers: number of blocks.
     """
 

@@ -1,1 +1,1 @@
-"""What a training run leaves in its folder: checkpoints, metrics and pictures."""
+"""A run of launch/train.py: its options, parts, steps, checkpoints, metrics and picture."""

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the newest two stay, and one that is damaged gives way to the other."""
+"""The checkpoints of a run: the newest two are kept, and one is read if the other is damaged."""
 
 import pickle
 import re
@@ -13,11 +13,11 @@ from gq_triton.commands.files import whole_file
 
 __all__ = ["checkpoints", "load_newest_checkpoint", "save_checkpoint", "step_of"]
 
-KEPT = 2  # checkpoints: one more than needed, for the case that the newest is damaged
+KEPT = 2  # checkpoints: one more than needed, since the newest may be damaged
 _CHECKPOINT = re.compile(r"step-\d{8,}\.pt")
 
 
-# What unpickling a damaged file has been seen to raise.
+# Exceptions that the reading of a damaged file has been seen to raise.
 _DAMAGE = (
     RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
     ImportError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
@@ -25,12 +25,12 @@ _DAMAGE = (
 
 
 def save_checkpoint(folder: Path, step: int, content: dict[str, Any]) -> None:
-    """Write the checkpoint of a step; of all there are, the newest ``KEPT`` stay.
+    """Write the checkpoint of a step, and delete all checkpoints but the newest ``KEPT``.
 
     Args:
-        folder: made where it does not exist.
-        step: steps done.
-        content: tensors and plain values, so that ``torch.load(weights_only=True)`` reads it.
+        folder: folder of the checkpoints, made if it does not exist.
+        step: number of steps done.
+        content: tensors and plain values, so that ``torch.load(weights_only=True)`` reads them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / f"step-{step:08d}.pt") as file:
@@ -45,7 +45,8 @@ def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[Pa
     """Read the newest checkpoint that is whole.
 
     Returns:
-        Its content, None where no checkpoint is whole; and the newer ones that are damaged.
+        The content, or None if no checkpoint is whole; and the paths of the newer checkpoints,
+        which are damaged.
     """
     damaged: list[Path] = []
     for path in checkpoints(folder):
@@ -57,7 +58,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[Pa
 
 
 def _load_checked(path: Path) -> dict[str, Any]:
-    """Read a file of ``torch.save``; its checksums, which torch writes but ignores, must hold."""
+    """Read a file of ``torch.save`` and check its checksums, which torch writes but ignores."""
     with zipfile.ZipFile(path) as archive:
         record = archive.testzip()
     if record is not None:
@@ -72,5 +73,5 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return how many steps a checkpoint's name says were done."""
+    """Return the number of steps done, from a checkpoint's name."""
     return int(path.stem.removeprefix("step-"))

@@ -1,4 +1,4 @@
-"""The folder of a run: what may become one, and what is read from it before anything is written."""
+"""The folder of a run: which folder may become one, and what is read before anything is written."""
 
 import os
 from collections.abc import Callable
@@ -19,14 +19,15 @@ Saved = tuple[dict[str, Any] | None, list[Path]]
 
 
 def load_own(out: Path, tasks: list[str]) -> Saved:
-    """Return the checkpoint of an earlier attempt of this launch; without one, ``out`` is new.
+    """Return the newest checkpoint in ``out`` that an earlier attempt of this launch wrote.
 
     Args:
         out: folder for the run.
-        tasks: names of what can be trained.
+        tasks: names of the tasks.
 
     Returns:
-        The content, or None; and the newer checkpoints that are damaged.
+        The content, or None if ``out`` is new or empty; and the paths of the newer checkpoints,
+        which are damaged.
 
     Raises:
         Refusal: ``out`` holds anything else, or cannot be made.
@@ -50,7 +51,7 @@ def _check_new(out: Path) -> None:
         raise Refusal(f"--out {out} is a file: name a folder")
     if out.resolve() == Path(out.resolve().anchor):
         raise Refusal(f"--out {out} is the root of the file system: name a folder below it")
-    # Nothing but drafts is no run: it was killed before its first checkpoint.
+    # Drafts alone are no run: their process was killed before its first checkpoint was whole.
     content = [path for path in out.iterdir() if path.name != CHECKPOINTS] if out.exists() else []
     kept = [path for path in (out / CHECKPOINTS).glob("*") if path.suffix != ".tmp"]
     if kept or any(path.name in (METRICS, SUMMARY, CURVES) for path in content):
@@ -72,14 +73,14 @@ def make_folder(out: Path) -> None:
 
 
 def load_saved(out: Path, tasks: list[str]) -> Saved:
-    """Return the newest checkpoint of a run that is whole, and the newer ones that are damaged.
+    """Return the newest whole checkpoint of a run, and the paths of the newer, damaged ones.
 
     Args:
         out: folder of the run.
-        tasks: names of what can be trained.
+        tasks: names of the tasks.
 
     Raises:
-        Refusal: there is none, or it is not one of this script.
+        Refusal: no checkpoint is whole, or the newest whole one is not launch/train.py's.
     """
     saved, damaged = _reachable(
         f"--resume {out} cannot be read", lambda: load_newest_checkpoint(out / CHECKPOINTS)
@@ -92,7 +93,7 @@ def load_saved(out: Path, tasks: list[str]) -> Saved:
 
 
 def _check(out: Path, saved: Any, damaged: list[Path], tasks: list[str]) -> None:
-    """Raise a Refusal unless a checkpoint has the form of one, and the step in its file's name."""
+    """Raise a Refusal unless a checkpoint has the right form and its file's name says its step."""
     path = next(path for path in checkpoints(out / CHECKPOINTS) if path not in damaged)
     try:
         check_form(saved, step_of(path), tasks)
@@ -101,7 +102,7 @@ def _check(out: Path, saved: Any, damaged: list[Path], tasks: list[str]) -> None
 
 
 def _reachable(refusal: str, act: Callable[[], Result]) -> Result:
-    """Return what ``act`` returns; a path that the system cannot use is a Refusal."""
+    """Return what ``act`` returns; raise a Refusal if the system cannot use a path."""
     try:
         return act()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A run from its first step, or the one it stopped at, to its summary."""
+"""The loop of a run, from its first step or from a checkpoint to its summary."""
 
 import json
 import platform
@@ -25,7 +25,15 @@ __all__ = ["fit", "result", "summarise"]
 
 
 def fit(trainer: Trainer, out: Path, every: int, seconds: float, terminal: "Terminal") -> float:
-    """Take the steps that are left; return the seconds all steps took, `seconds` of them before."""
+    """Take the steps that are left, and return the seconds that all steps of the run took.
+
+    Args:
+        trainer: the trainer of this rank; rank 0 alone writes.
+        out: folder of the run.
+        every: steps between checkpoints.
+        seconds: seconds of the steps before, which a checkpoint holds.
+        terminal: display of the run.
+    """
     started = time.perf_counter() - seconds
     first = trainer.place.rank == 0
 
@@ -64,12 +72,13 @@ def fit(trainer: Trainer, out: Path, every: int, seconds: float, terminal: "Term
 
 
 def _lacks_end(out: Path, step: int) -> bool:
+    """Return whether the metrics lack the row of the epoch that ended with a step."""
     rows = read_metrics(out / METRICS)
     return not any(row["kind"] == "epoch" and row["step"] == step for row in rows)
 
 
 def summarise(trainer: Trainer, out: Path, seconds: float) -> dict[str, Any]:
-    """Return what a finished run came to; rank 0 writes it down and draws the picture."""
+    """Return the summary of a finished run; rank 0 writes it and the picture into ``out``."""
     summary = {
         "world_size": trainer.place.world,
         "device": trainer.device.type,
@@ -102,7 +111,7 @@ def summarise(trainer: Trainer, out: Path, seconds: float) -> dict[str, Any]:
 
 
 def result(summary: dict[str, Any], out: Path) -> dict[str, str]:
-    """Return what a person is told at the end of a run, by the name of the row."""
+    """Return the lines that a terminal shows at the end of a run, by name."""
     digests = summary["queue_digest"]
     equal = "equal on all ranks" if len(set(digests)) == 1 else "DIFFERENT between ranks"
     return {

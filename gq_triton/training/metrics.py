@@ -32,7 +32,7 @@ _ROWS: dict[str, Rule] = {
 
 
 def json_line(row: dict[str, Any]) -> str:
-    """Return a row as one line of JSON, which has no NaN and no infinity: they become null."""
+    """Return a row as one line of JSON; NaN and infinity, which JSON lacks, become null."""
     plain = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
@@ -41,9 +41,9 @@ def json_line(row: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file up to the first that is none.
+    """Return the rows of a metrics file that stand before its first damaged line.
 
-    A killed process leaves half a line at the end, and a power cut more: nothing after it is whole.
+    A killed process leaves half a line at the end; a power cut may damage several lines.
     """
     rows: list[dict[str, Any]] = []
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -60,7 +60,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def continue_metrics(path: Path, step: int) -> None:
-    """Drop the rows after a step, so that a run continued from there writes each of them once."""
+    """Drop the rows after a step, which a run that continues from that step writes again."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     with whole_file(path) as file:
         file.writelines(json_line(row).encode() for row in rows)

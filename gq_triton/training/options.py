@@ -1,4 +1,4 @@
-"""The options of launch/train.py: what they mean, may be, and must stay when a run is resumed."""
+"""The options of launch/train.py: their help, their limits, and their values in a resumed run."""
 
 import argparse
 import math
@@ -12,8 +12,8 @@ from gq_triton.saved.rules import Also, Flag, Integer, Maybe, Number, OneOf, Rec
 
 __all__ = ["DEFAULTS", "choose_settings", "parse_options", "settings_rule"]
 
-# What makes a run the run it is: saved in every checkpoint. None for the learning rate and the
-# momentum stands for the optimizer's own.
+# The settings of a run, which every checkpoint holds. None for the learning rate and the momentum
+# stands for the default of the chosen optimizer.
 DEFAULTS: dict[str, Any] = {
     "task": "digits",
     "optimizer": "sgd",
@@ -86,10 +86,10 @@ def parse_options(argv: Sequence[str] | None, tasks: Collection[str]) -> dict[st
 
     Args:
         argv: the command line without the program; None reads the process's own.
-        tasks: names of what can be trained.
+        tasks: names of the tasks.
 
     Raises:
-        Refusal: an unknown option, or a value that cannot hold.
+        Refusal: an option is unknown, or a value is not allowed.
         SystemExit: after ``--help``.
     """
     parser = Parser(
@@ -146,8 +146,8 @@ def parse_options(argv: Sequence[str] | None, tasks: Collection[str]) -> dict[st
         default=", ".join(f"{lr} with {name}" for name, lr in LEARNING_RATES.items()),
         type=_at_least_0,
     )
-    option(training, "--momentum", "of sgd", default=str(MOMENTUM), type=_below_1)
-    option(training, "--weight-decay", "of the optimizer", type=_at_least_0)
+    option(training, "--momentum", "momentum of sgd", default=str(MOMENTUM), type=_below_1)
+    option(training, "--weight-decay", "weight decay of the optimizer", type=_at_least_0)
     option(training, "--epochs", "passes over the training data", type=_whole(1), metavar="N")
     option(
         training,
@@ -159,7 +159,8 @@ def parse_options(argv: Sequence[str] | None, tasks: Collection[str]) -> dict[st
     option(
         training,
         "--seed",
-        "of the initial weights, the order of the data and dropout; never of the test split",
+        "seed of the initial weights, the order of the data and dropout; the test split never "
+        "depends on it",
         type=_whole(0, 2**31 - 1),
         metavar="N",
     )
@@ -176,7 +177,7 @@ def parse_options(argv: Sequence[str] | None, tasks: Collection[str]) -> dict[st
     option(
         queue,
         "--features",
-        "layer whose output tells samples apart when there are clusters",
+        "layer whose output k-means clusters, with --n-clusters",
         default="the task's own",
         metavar="LAYER",
     )
@@ -212,10 +213,10 @@ def parse_options(argv: Sequence[str] | None, tasks: Collection[str]) -> dict[st
 
 
 def settings_rule(tasks: Collection[str]) -> Rule:
-    """Return what the settings in a checkpoint must be: those of every name in ``DEFAULTS``.
+    """Return the rule of the settings in a checkpoint: a value for every name in ``DEFAULTS``.
 
     Args:
-        tasks: names of what can be trained.
+        tasks: names of the tasks.
     """
     length = Integer(1, LONGEST)
     rules: dict[str, Rule] = {
@@ -245,7 +246,7 @@ def settings_rule(tasks: Collection[str]) -> Rule:
 
 
 def choose_settings(given: dict[str, Any], saved: dict[str, Any] | None) -> dict[str, Any]:
-    """Return a value for every name in ``DEFAULTS``: given, saved or by default.
+    """Return a value for every name in ``DEFAULTS``: the given one, the saved one or the default.
 
     Args:
         given: what ``parse_options`` returned.

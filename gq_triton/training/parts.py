@@ -1,4 +1,4 @@
-"""What a run is made of, built from its settings or from a checkpoint."""
+"""The parts of a run, built from its settings or from a checkpoint."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ QUEUE_OPTIONS = (
 
 
 class Task(Protocol):
-    """What can be trained: data that is in memory, and a model that fits it."""
+    """A task: data in memory, and a model that fits the data."""
 
     @property
     def train(self) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ class Task(Protocol):
 
     @property
     def model(self) -> Callable[[], nn.Module]:
-        """What builds the model from torch's random numbers."""
+        """Function that builds the model, with random numbers of torch's global generator."""
         ...
 
     @property
@@ -53,7 +53,7 @@ class Task(Protocol):
 
 @dataclass
 class Parts:
-    """What a run is made of on one rank, before DDP wraps the model."""
+    """The parts of a run on one rank, before DDP wraps the model."""
 
     settings: dict[str, Any]
     task: Task
@@ -74,12 +74,12 @@ def build(
     Args:
         given: options of the command line.
         saved: a checkpoint of the right form, or None for a new run.
-        world: how many processes share a batch.
-        device: of this process.
-        tasks: what can be trained, by name.
+        world: number of processes that share a batch.
+        device: device of this process.
+        tasks: functions that load a task, by its name.
 
     Raises:
-        Refusal: an option cannot hold, or the checkpoint does not fit the parts.
+        Refusal: an option is not allowed, or the checkpoint does not fit the parts.
     """
     settings = choose_settings(given, None if saved is None else saved["settings"])
     task = tasks[settings["task"]]()
@@ -100,8 +100,8 @@ def build(
     if settings["n_clusters"] is not None and settings["features"] is None:
         queue_options["features"] = task.features
     try:
-        # Only to be told now what cannot hold; the state that trains comes with DDP. With clusters
-        # it changes the model's layers: those of a copy.
+        # This state checks the options and the saved queue; ``Trainer`` makes the one that trains.
+        # With clusters a state changes the layers of its model, so this one gets a copy.
         state = GradQueueState(copy.deepcopy(model), **queue_options)
     except (ValueError, NotImplementedError) as error:
         raise Refusal(error) from error

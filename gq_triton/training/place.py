@@ -1,4 +1,4 @@
-"""Where a process of a run stands among the others, and how they agree."""
+"""The place of a process in a run: its rank, its device, and its exchange with the others."""
 
 import os
 from collections.abc import Callable
@@ -16,10 +16,10 @@ __all__ = ["Place", "launch_id"]
 
 
 def launch_id() -> str | None:
-    """Return what names this launch, the same after every restart of it; None without torchrun.
+    """Return a name of this launch, which its restarts share; None without torchrun.
 
-    The name of the job, ``--rdzv-id`` (``--standalone`` makes up a new one), or where there is none
-    the folder that torchrun's agent made for its logs.
+    It is the name of the job, ``--rdzv-id`` (``--standalone`` makes up a new one). A job without a
+    name has the folder that torchrun's agent made for its logs.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name is not None and name != "none":
@@ -30,13 +30,13 @@ def launch_id() -> str | None:
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all.
+    """The place of this process in a run.
 
     Args:
-        rank: among all processes.
-        world: how many there are.
-        local_rank: among those on this machine.
-        local_world: how many there are on this machine.
+        rank: number of this process among all.
+        world: number of all processes.
+        local_rank: number of this process among those on its machine.
+        local_world: number of processes on this machine.
     """
 
     rank: int
@@ -46,12 +46,12 @@ class Place:
 
     @classmethod
     def find(cls) -> "Place":
-        """Return what torchrun says in the environment, or one process alone."""
+        """Return the place that torchrun's environment variables name; alone without them."""
         names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
         return cls(*(int(os.environ.get(name, alone)) for name, alone in names))
 
     def connect(self) -> None:
-        """Join the default process group: gloo on the host, NCCL on GPUs where there are any."""
+        """Join the default process group: gloo for the host, NCCL for GPUs if there are any."""
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         store = self._store()
@@ -61,11 +61,12 @@ class Place:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
 
     def _store(self) -> Store | None:
-        """Return where the ranks find each other's addresses; None leaves it to torch.
+        """Return the store in which the ranks find each other's addresses; None: torch makes it.
 
-        In torch 2.13 the ranks that torchrun restarts share the store of those that died and would
-        connect to their addresses: on one machine the number of the attempt keeps them apart. On
-        several the agents count differently, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must.
+        In torch 2.13 ranks that torchrun restarts share the store of the ranks that died, and would
+        connect to the addresses of the dead. On one machine the number of the attempt keeps them
+        apart. The agents of several machines count their attempts differently; there
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives restarted ranks a new store.
         """
         env = os.environ
         if "RANK" not in env:
@@ -79,8 +80,8 @@ class Place:
         """Return this rank's device.
 
         Args:
-            name: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU where every rank on this machine
-                has one of its own.
+            name: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU if this machine has one for each of
+                its ranks, else the CPU.
 
         Raises:
             Refusal: there are too few GPUs.
@@ -104,7 +105,7 @@ class Place:
         return values
 
     def from_first(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return, on every rank, what ``function(*args)`` returns on rank 0, or refuse with it."""
+        """Return rank 0's ``function(*args)`` on every rank, or raise its Refusal on every rank."""
         answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -117,7 +118,7 @@ class Place:
         return answer[0]
 
     def on_all(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return ``function(*args)``; where one rank refuses, all do, with the first reason."""
+        """Return ``function(*args)``; if any rank refuses, all raise the first rank's Refusal."""
         result = refusal = None
         try:
             result = function(*args)

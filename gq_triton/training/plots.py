@@ -5,7 +5,7 @@ from typing import IO, Any
 
 __all__ = ["draw_curves"]
 
-# Okabe and Ito's palette: told apart with every common form of colour blindness.
+# Okabe and Ito's palette, whose colours stay distinct with every common form of colour blindness.
 _BLUE, _ORANGE, _GREEN, _GRAY = "#0072B2", "#D55E00", "#009E73", "#9A9A9A"
 _WINDOW = 15  # steps of the running mean
 
@@ -16,7 +16,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, file: IO[bytes]) -> 
     Args:
         rows: the rows of ``metrics.jsonl``; null stands for what was not finite.
         title: one line above the panels.
-        file: where to.
+        file: where the PNG is written.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -53,7 +53,8 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, file: IO[bytes]) -> 
         panel.plot(*series(epochs, f"train_{name}"), color=_BLUE, label="training set", **style)
         panel.plot(*series(epochs, f"test_{name}"), "--", color=_ORANGE, label="test set", **style)
     loss.set(title="Loss", ylabel="cross entropy (nats)", yscale="log")
-    # Labels at 1, 2 and 5 of every power of ten, or at the powers: all of them would overprint.
+    # Labels at 1, 2 and 5 times each power of ten; on a long axis at the powers alone, since more
+    # labels would overlap.
     low, high = loss.get_ylim()
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
     loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -102,7 +103,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, file: IO[bytes]) -> 
 
 
 def _draw_sizes(panel: Any, rows: list[dict[str, Any]]) -> None:
-    """Draw how many samples the clusters of a step have, over all processes."""
+    """Draw the sizes of the clusters of all processes over the steps."""
     at = [row["step"] for row in rows]
     sizes = [sorted(n for rank in row["cluster_sizes"] for n in rank) for row in rows]
     middle = [of[len(of) // 2] for of in sizes]
@@ -118,7 +119,7 @@ def _draw_sizes(panel: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Return the mean of each value and those before it, over ``_WINDOW`` of them."""
+    """Return running means: of each value and those before it, at most ``_WINDOW`` together."""
     windows = (values[max(0, end - _WINDOW) : end] for end in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]
 

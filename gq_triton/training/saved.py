@@ -1,4 +1,4 @@
-"""What a checkpoint of a run must be before anything in it is used."""
+"""The rules of a run's checkpoint, which are checked before anything in it is used."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -27,17 +27,17 @@ __all__ = ["FORMAT", "check_content", "check_form"]
 
 FORMAT = 1  # of the checkpoints
 _WHAT = "the checkpoint"
-# Options without which torch's optimizers cannot step; for others they have a default.
+# Options that torch's optimizers need for a step; the other options have defaults.
 _NEEDED = "lr", "momentum", "dampening", "weight_decay", "betas", "eps"
 
 
 def check_form(saved: Any, step: int, tasks: Collection[str]) -> None:
-    """Raise a ValueError that names what keeps a checkpoint from being one of a run.
+    """Raise a ValueError that says why a file does not hold the checkpoint of a run.
 
     Args:
-        saved: what was read.
-        step: how many steps the file's name says were done.
-        tasks: names of what can be trained.
+        saved: content of the file.
+        step: number of steps done, from the file's name.
+        tasks: names of the tasks.
     """
     random = Record({"cpu": GeneratorState(), "cuda": Maybe(_CudaState())})
     rules: dict[str, Rule] = {
@@ -64,10 +64,10 @@ def check_form(saved: Any, step: int, tasks: Collection[str]) -> None:
 
 
 class _CudaState:
-    """What a GPU's generator saved; a GPU that takes it over checks the rest."""
+    """The saved state of a GPU's generator; ``check_content`` checks its bytes, on a GPU."""
 
     def problems(self, value: Any, path: str) -> Any:
-        """Yield a problem unless the value is a row of bytes."""
+        """Yield a problem unless the value is a vector of bytes."""
         return TensorLike((None,), (torch.uint8,)).problems(value, path)
 
 
@@ -79,14 +79,14 @@ def check_content(
     state: GradQueueState,
     device: torch.device,
 ) -> None:
-    """Raise a ValueError that names what keeps a checkpoint from going on in these parts.
+    """Raise a ValueError that says why a run with these parts cannot continue a checkpoint.
 
     Args:
         saved: a checkpoint of the right form.
-        steps: how many steps the whole run has.
-        model: the model, as the settings build it.
+        steps: number of steps of the whole run.
+        model: the model that the settings build.
         optimizer: the optimizer, which has not taken a step.
-        state: what the hook is to go on from.
+        state: a state of the DDP hook with the settings' options.
         device: device of this process.
     """
     updates = saved["step"] - saved["skipped"]
@@ -115,7 +115,7 @@ def _foreign_clusters(queue: Mapping[str, Any], clustered: bool) -> str | None:
 
 
 def _optimizer_rule(optimizer: Optimizer, lr: float, updates: int) -> Rule:
-    """Return what the saved state of torch's SGD or AdamW must be after a number of updates.
+    """Return the rule of the saved state of torch's SGD or AdamW after a number of updates.
 
     Every update has moved every parameter.
     """
@@ -136,7 +136,7 @@ def _optimizer_rule(optimizer: Optimizer, lr: float, updates: int) -> Rule:
             states[number] = Record(rules)
         elif group["momentum"] != 0:
             states[number] = Record({"momentum_buffer": twin})
-    # SGD without momentum keeps nothing; what some versions of torch write there is not read.
+    # SGD without momentum has no state; whatever some versions of torch save for it is not read.
     unknown = "that has no place after this many updates" if states else None
     state = Record(states if updates else {}, unknown=unknown)
     return Record({"state": state, "param_groups": ListOf(Record(needed, options), length=1)})

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar and a table on a terminal, plain lines anywhere else."""
+"""The display of a run: a bar and a table on a terminal, plain lines elsewhere."""
 
 import sys
 from typing import Any
@@ -11,12 +11,12 @@ __all__ = ["Terminal"]
 
 
 class Terminal:
-    """Shows how a run goes; use it as a context manager.
+    """The display of a run; use it as a context manager.
 
     Args:
-        epochs: how many the run has.
-        steps: how many the run has.
-        quiet: show nothing, as on every rank but the first.
+        epochs: number of epochs of the run.
+        steps: number of steps of the run.
+        quiet: whether nothing is shown, as on every rank but the first.
     """
 
     def __init__(self, epochs: int, steps: int, *, quiet: bool = False) -> None:
@@ -41,7 +41,7 @@ class Terminal:
         self.bar.stop()
 
     def note(self, text: str) -> None:
-        """Say one line."""
+        """Print one line."""
         if not self.quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
@@ -65,10 +65,10 @@ class Terminal:
             )
 
     def finish(self, lines: dict[str, str]) -> None:
-        """Show the result: a table on a terminal, one line anywhere else.
+        """Show the result: a table on a terminal, one line elsewhere.
 
         Args:
-            lines: what to say, by the name of the row.
+            lines: texts by the name of their row.
         """
         self.bar.stop()
         if not self.console.is_terminal:

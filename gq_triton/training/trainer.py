@@ -28,8 +28,9 @@ class Trainer:
     Args:
         parts: what the run is made of; DDP wraps the model here.
         place: this process among all.
-        device: of this process.
-        batches: ``(samples, batch_size, seed, epoch)`` to the indices of every global batch.
+        device: device of this process.
+        batches: function of ``(samples, batch_size, seed, epoch)`` that returns the indices of
+            every global batch.
     """
 
     def __init__(self, parts: Parts, place: Place, device: torch.device, batches: Batches) -> None:
@@ -46,16 +47,17 @@ class Trainer:
         )
         self.state = register(self.ddp, **parts.queue_options)
         self._settle_buckets()
-        # Dropout differs between the ranks.
+        # Each rank draws its own dropout.
         torch.manual_seed((self.settings["seed"] << 32) + (1 << 31) + place.rank)
 
     def _settle_buckets(self) -> None:
         """Run one backward pass that leaves no trace, so that DDP has its final buckets.
 
-        DDP's first pass has the parameters in another order than all later ones. From three ranks
-        on, a gradient's place in the bucket decides in which order the ranks are summed. The state
-        reduces a resumed run's first step as the saved run did its last one; after this also a
-        checkpoint of the first step, whose last bucket was not yet the final one, is exact.
+        DDP's first pass orders the parameters differently from all later passes. With three ranks
+        or more, a gradient's place in its bucket decides in which order the ranks are summed. The
+        first step of a resumed run is reduced in the buckets of the saved run's last step. This
+        pass comes before the first step, so that the first step, too, has the final buckets and
+        its checkpoint resumes exactly.
         """
         empty = copy.deepcopy(self.state.state_dict())
         inputs, labels = self.train_set
@@ -66,7 +68,7 @@ class Trainer:
         self.state.load_state_dict(empty)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds; all ranks must ask."""
+        """Return the content of a checkpoint; every rank must call this."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
             "format": FORMAT,
@@ -81,7 +83,7 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from a checkpoint; `build` has loaded the model and the optimizer."""
+        """Continue from a checkpoint, of which ``build`` has loaded the model and the optimizer."""
         self.step, self.skipped = saved["step"], saved["skipped"]
         self.state.load_state_dict(saved["queue"])
         if saved["world_size"] != self.place.world:
@@ -92,14 +94,18 @@ class Trainer:
             torch.cuda.set_rng_state(random["cuda"], self.device)
 
     def train_step(self, indices: Tensor) -> dict[str, Any]:
-        """Do one step on a global batch ``(B,)``, of which each rank takes every W-th sample."""
+        """Take one step and return its row.
+
+        Args:
+            indices: of the global batch ``(B,)``; each of W ranks takes every W-th sample.
+        """
         lr = self.settings["lr"] * (1 + math.cos(math.pi * self.step / self.steps)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         inputs, labels = (t[indices[self.place.rank :: self.place.world]] for t in self.train_set)
         total = F.cross_entropy(self.ddp(inputs), labels, reduction="sum")
         # DDP averages over ranks, whose shares may differ by a sample: with this factor the
-        # average is the mean over the global batch. Clusters count by their samples anyway.
+        # average is the mean over the global batch. With clusters the state counts the samples.
         share = total.detach() * (self.place.world / len(indices))
         clustered = self.settings["n_clusters"] is not None
         factor = 1 / len(labels) if clustered else self.place.world / len(indices)
