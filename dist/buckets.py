@@ -13,20 +13,20 @@ __all__ = ["Buckets", "Rooms"]
 
 
 class Rooms:
-    """Memory beside DDP's buckets, kept from step to step: on the CPU fresh pages cost time."""
+    """Buffers by bucket, kept from step to step: on the CPU fresh memory pages cost time."""
 
     def __init__(self) -> None:
         self.held: dict[tuple[str, ...], Tensor] = {}
 
     def get(self, names: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
-        """Return the memory of a bucket; make it when the bucket is new.
+        """Return the buffer of a bucket; allocate it when the bucket is new.
 
-        When DDP has cut its buckets anew, the memory of old buckets that share a parameter with the
-        new one is freed.
+        When DDP has cut its buckets anew, the buffers of old buckets that share a parameter with
+        the new one are freed.
 
         Args:
-            names: the bucket's parameters.
-            make: allocates the memory.
+            names: the names of the bucket's parameters.
+            make: allocates the buffer.
         """
         key = tuple(names)
         if key not in self.held:
@@ -102,7 +102,7 @@ class Buckets:
         self._seen = set()
 
     def note(self, names: tuple[str, ...], static_graph: bool) -> None:
-        """Remember a bucket of this step, or the saved run's buckets where those are reduced."""
+        """Remember a bucket of this step, or the saved run's buckets that are reduced instead."""
         self._current += self.former(names, static_graph) or [names]
 
     def former(self, names: tuple[str, ...], static_graph: bool) -> list[tuple[str, ...]]:
@@ -143,7 +143,7 @@ class Buckets:
 
 
 def _twice(layout: Sequence[Sequence[str]]) -> str | None:
-    """Return which parameter lies in two buckets."""
+    """Return a message that names a parameter that lies in two buckets; None where none does."""
     names = [name for bucket in layout for name in bucket]
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     return f"it has {twice[0]!r} twice" if twice else None

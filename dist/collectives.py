@@ -1,7 +1,8 @@
 """Reduce-scatter and all-gather of a flat buffer in W equal slices, the last one padded.
 
-W ranks, a buffer of n elements: every rank sends ``(W - 1) / W * n`` elements in each of the two,
-together what a ring all-reduce sends, up to W - 1 elements of padding.
+With W ranks and a buffer of n elements, every rank sends ``(W - 1) / W * n`` elements in each of
+the two operations. Together that is what a ring all-reduce sends, plus up to W - 1 elements of
+padding.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch.futures import Future
 
 __all__ = ["all_gather", "completed", "reduce_scatter", "slice_size", "start_all_gather"]
 
-# The names that torch 2.13 gives them; the older ones warn there.
+# torch 2.13 renamed both functions, and warns of the old names.
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -26,15 +27,16 @@ def slice_size(numel: int, world: int) -> int:
 def reduce_scatter(buffer: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return this rank's slice of the sum of ``buffer`` over the ranks; every rank must call.
 
-    On the CPU the slices are exchanged and added in the order of the ranks: gloo's own operation
-    sends the whole buffer to everyone and then drops most of it, twice the bytes.
+    On the CPU the slices are exchanged and added in the order of the ranks. Gloo's own
+    reduce-scatter would send twice the bytes: the whole buffer goes to every rank, which drops most
+    of it.
 
     Args:
         buffer: ``(n,)``, left as it is.
-        group: the ranks.
+        group: the process group.
 
     Returns:
-        ``(ceil(n / W),)`` of the type of ``buffer``, a tensor of its own; what lies beyond n is 0.
+        ``(ceil(n / W),)`` of the type of ``buffer``, a new tensor; the elements beyond n are 0.
     """
     world = dist.get_world_size(group)
     size = slice_size(buffer.numel(), world)
@@ -56,7 +58,10 @@ def reduce_scatter(buffer: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def start_all_gather(part: Tensor, whole: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
-    """Start to fill ``whole`` ``(W n,)`` with the ranks' parts ``(n,)``; every rank must call."""
+    """Start to fill ``whole`` ``(W n,)`` with the ranks' parts ``(n,)``; return the work.
+
+    Every rank must call.
+    """
     return _gather(whole, part, group=group, async_op=True)
 
 
@@ -66,7 +71,7 @@ def all_gather(part: Tensor, buffer: Tensor, group: dist.ProcessGroup | None) ->
     Args:
         part: this rank's slice ``(ceil(n / W),)``.
         buffer: ``(n,)``, overwritten.
-        group: the ranks.
+        group: the process group.
 
     Returns:
         A future of ``buffer``.
@@ -84,15 +89,15 @@ def all_gather(part: Tensor, buffer: Tensor, group: dist.ProcessGroup | None) ->
         return buffer
 
     if buffer.is_cuda:
-        # No callback, which would run on a stream that the temporary tensors do not know. With nccl
-        # it is this stream that waits.
+        # A callback would run on a stream that the allocator does not connect with the temporary
+        # tensors. So wait here: with NCCL the current stream waits, not the host.
         work.wait()
         return completed(finish())
     return work.get_future().then(finish)
 
 
 def completed(buffer: Tensor) -> Future:
-    """Return a future of ``buffer`` that waits for what the current stream was given so far."""
+    """Return a completed future of ``buffer``; it waits for the current stream's work so far."""
     done = Future(devices=[buffer.device] if buffer.is_cuda else None)
     done.set_result(buffer)
     return done

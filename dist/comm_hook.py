@@ -1,7 +1,7 @@
 """The communication hook of DistributedDataParallel that weights reduced gradients.
 
-Without ``from __future__ import annotations``, and with a hook that has no annotations: DDP checks
-those at registration and would take their text for a wrong type.
+The module does without ``from __future__ import annotations``, and the hook has no annotations. DDP
+checks a hook's annotations at registration, and would take their text for a wrong type.
 """
 
 from typing_extensions import Unpack
@@ -16,9 +16,10 @@ __all__ = ["grad_queue_hook", "register"]
 def grad_queue_hook(state, bucket):
     """Average a bucket over the ranks, weight it by its scarcity, and queue the raw mean.
 
-    A communication hook: ``ddp.register_comm_hook(state, grad_queue_hook)``. As many bytes travel
-    as without it, and backward goes on meanwhile. With ``rho=1``, and until L gradients are queued,
-    the result is plain DDP's bit for bit.
+    Register it with ``ddp.register_comm_hook(state, grad_queue_hook)``. The backward pass goes on
+    while a bucket is reduced and weighted. Without clusters and slices the hook sends as many bytes
+    as plain DDP, and its result is plain DDP's bit for bit with ``rho=1`` and until L gradients are
+    queued. ``GradQueueState`` describes what clusters and slices change.
 
     Args:
         state: a ``GradQueueState``.
@@ -29,7 +30,8 @@ def grad_queue_hook(state, bucket):
 
     Raises:
         ValueError: a sparse gradient, or a parameter that the state does not know.
-        RuntimeError: the ranks' queues differ (``verify_every``), or DDP's Python reducer calls.
+        RuntimeError: the ranks' options differ, or their queues (``verify_every``); or DDP's Python
+            reducer calls the hook.
     """
     if isinstance(bucket, tuple):
         raise RuntimeError(_PYTHON_REDUCER)
@@ -38,7 +40,7 @@ def grad_queue_hook(state, bucket):
 
 @takes(ClusterOptions, LawOptions, HookOptions, without=NOT_ON_RANKS)
 def register(model: object, **options: Unpack[StateKeywords]) -> GradQueueState:
-    """Find the DDP module, build its state, register the hook; one line for a finished wrapper.
+    """Register the hook with the DDP module that ``model`` is or holds; return its new state.
 
     Args:
         model: the DDP module, or what a framework made of it: what ``torch.compile``,
@@ -50,14 +52,14 @@ def register(model: object, **options: Unpack[StateKeywords]) -> GradQueueState:
         The state, for ``record_loss``, ``metrics`` and checkpoints.
 
     Raises:
-        ValueError: no DDP module, or more than one; one with a hook already, with
-            ``mixed_precision``, or with the Python reducer; an option that cannot hold; a
-            ``GradQueue`` or one of this package's optimizers that weights these parameters already.
+        ValueError: ``model`` has no DDP module, or more than one; the DDP module has a hook
+            already, ``mixed_precision`` or the Python reducer; an option is out of its range; a
+            ``GradQueue`` or one of this package's optimizers weights these parameters already.
 
     Example:
         >>> import torch
         >>> from torch.nn.parallel import DistributedDataParallel
-        >>> ddp = DistributedDataParallel(torch.nn.Linear(4, 2))  # the process group is there
+        >>> ddp = DistributedDataParallel(torch.nn.Linear(4, 2))  # the process group exists
         >>> state = register(ddp, rho=3.0)
         >>> ddp(torch.ones(8, 4)).square().mean().backward()
         >>> state.metrics()["mean_weight"]  # until queue_length gradients are queued

@@ -12,8 +12,8 @@ __all__ = ["MeanLoss"]
 class MeanLoss:
     """The mean over all ranks of the losses that they have recorded since the last step.
 
-    A rank may record several losses (micro-batches) or none (a rank that has joined). The host
-    waits for nothing.
+    A rank may record several losses (micro-batches) or none (a rank that has joined). Losses stay
+    on their device, so that on a GPU the host waits for none of them.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class MeanLoss:
         self._recorded = []
         work = dist.all_reduce(total, group=group, async_op=True)
         assert work is not None
-        # Kept until the next step: another stream reads it.
+        # The tensor is kept until the next step, because another stream reads it.
         self._pending = work, total
         self._due = True
 
@@ -64,6 +64,7 @@ class MeanLoss:
         if self._pending is None or not self._due:
             return None
         work, total = self._pending
-        # Started before any bucket: no thread that finishes it waits for the caller.
+        # The reduction was started before any bucket's: no thread that finishes it waits for the
+        # caller.
         work.wait()
         return total[0] / total[1]

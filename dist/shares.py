@@ -1,4 +1,4 @@
-"""What the samples of each rank count in a bucket's gradients, parameter by parameter."""
+"""The shares of the ranks in a bucket's gradients, by their samples, parameter by parameter."""
 
 from collections.abc import Sequence
 
@@ -14,16 +14,17 @@ __all__ = ["Shares"]
 class Shares:
     """This rank's share among all ranks in the gradient of each parameter of a bucket.
 
-    A share is the rank's mass over the mass of all ranks. Nobody waits for that sum: each rank
-    multiplies its gradient by its mass in a unit that all ranks know, and the added gradients are
-    corrected by ``unit / sum``. That factor is 1 unless the ranks' gradients go back to forward
-    passes of several sizes. Column 0 is for weighted gradients, column 1 for raw ones.
+    A rank's mass is what its samples count in a gradient, and its share is its mass over the mass
+    of all ranks. No rank waits for that sum before it sends a gradient: it multiplies the gradient
+    by its mass over a unit that all ranks know, and the added gradients are multiplied by ``unit /
+    sum``. The second factor is 1 unless the ranks' gradients go back to forward passes of several
+    sizes. Column 0 is for weighted gradients, column 1 for raw ones.
 
     Args:
-        names: the parameters.
+        names: the names of the parameters.
         mine: this rank's masses ``(N, 2)`` float64.
         unit: the unit ``(2,)``, positive, the same on all ranks.
-        group: the ranks, all of which must build it.
+        group: the process group, every rank of which must build its object.
     """
 
     def __init__(
@@ -34,12 +35,12 @@ class Shares:
         self._work = dist.all_reduce(self._sum, group=group, async_op=True)
 
     def given(self, column: int) -> dict[str, Tensor]:
-        """Return by name what this rank's gradients are multiplied by before they are added up."""
+        """Return by name the factors, 0-d, for this rank's gradients before the addition."""
         factors = (self._mine[:, column] / self._unit[column]).unbind()
         return dict(zip(self._rows, factors, strict=True))
 
     def correct_(self, names: Sequence[str], grads: Sequence[Tensor], column: int) -> None:
-        """Multiply added gradients by what makes them means, in place.
+        """Make means of gradients that were added up over the ranks, in place.
 
         Args:
             names: parameters of the bucket.
@@ -61,7 +62,8 @@ class Shares:
 
     def _total(self) -> Tensor:
         if self._work is not None:
-            # Started before the bucket's reduction: waits for no thread that waits for the caller.
+            # This reduction was started before the bucket's: no thread that finishes it waits for
+            # the caller.
             self._work.wait()
             self._work = None
             in_use(self._mine, self._unit, self._sum)

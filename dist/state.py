@@ -41,9 +41,10 @@ __all__ = ["GradQueueState"]
 BUCKETS = "buckets"
 
 
-# What the ranks must agree on of ``ClusterOptions``.
+# Options of ``ClusterOptions`` that must be the same on every rank.
 _SHARED = "population_power", "centroid_scale", "accumulation_steps"
-# Options of the clusters that only one process has: DDP wants a mean, and calls backward itself.
+# Options of ``ClusterOptions`` that the hook does not take: DDP averages, so each rank's loss must
+# be a mean; and a hook works inside of ``loss.backward()``, so there is one backward pass.
 NOT_ON_RANKS = "loss_reduction", "mode"
 
 
@@ -53,13 +54,13 @@ def _not_negative(name: str, value: Any) -> str | None:
 
 
 def _comparable(value: Any) -> Any:
-    """Return an option so that equal ones have one text: 3 and 3.0, True and 1."""
+    """Return an option in a form that gives equal options one text: 3 and 3.0, True and 1."""
     return float(value) if isinstance(value, (int, float)) else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class HookOptions(Options):
-    """What the DDP hook does beside weighting."""
+    """Options of the DDP hook, in addition to those of the law and of the clusters."""
 
     shard_queue: bool = option(False, "divide the queue among the ranks.")
     grad_scaler: GradScaler | None = option(
@@ -70,10 +71,10 @@ class HookOptions(Options):
     verify_every: int = option(
         0,
         "N compares the ranks' queues at the start of every N-th backward pass and raises a "
-        "RuntimeError that names the first parameter that differs; 0 does not. It reads the whole "
-        "queue. Slices have no copy to compare with: with ``shard_queue`` it compares cuts, "
-        "counters, losses, and with clusters the statistics. The options are compared in the first "
-        "backward pass, whatever N is.",
+        "RuntimeError that names the first parameter that differs; 0 compares no queues. The "
+        "comparison reads the whole queue. Slices have no copy to compare with: with "
+        "``shard_queue`` the cuts, counters and losses are compared, and with clusters the "
+        "statistics. The options are compared in the first backward pass, whatever N is.",
         _not_negative,
     )
 
@@ -99,15 +100,15 @@ class GradQueueState:
     that of one process with the global batch.
 
     *Names.* Everything is kept by parameter name, so DDP may cut its buckets in any way. The
-    process group is that of the DDP module. A state can be built, and loaded, before the module and
-    the group exist. The gradient that leaves the hook is the weighted one: norms, clipping and the
-    optimizer see it.
+    process group is that of the DDP module. A state can be built, and loaded, before the DDP module
+    and the group exist. The gradient that leaves the hook is the weighted one: norms, clipping and
+    the optimizer see it.
 
-    *Unused parameters.* Under ``find_unused_parameters`` or ``static_graph`` DDP shows a parameter
-    that no rank used as exact zeros, which is also how a gradient looks that is zero. A parameter
-    whose gradient is zero throughout is skipped there, its queue unchanged. In every other case a
-    zero gradient is queued. Parameters that never reach a hook (``delay_all_reduce_named_params``,
-    ignored ones) are not weighted.
+    *Unused parameters.* Under ``find_unused_parameters`` or ``static_graph`` DDP gives the hook
+    exact zeros for a parameter that no rank used, and the hook cannot tell them from a gradient
+    that is zero. So in these two modes a parameter whose gradient is zero throughout is skipped,
+    its queue unchanged. In every other case a zero gradient is queued. Parameters that never reach
+    a hook (``delay_all_reduce_named_params``, ignored ones) are not weighted.
 
     *Slices.* With ``shard_queue=True`` a bucket is reduce-scattered, each rank weights and queues
     its slice, and the slices are gathered. The result is the same up to the order of summation,
@@ -115,9 +116,9 @@ class GradQueueState:
     wire are plain DDP's, plus at most W - 1 elements of padding per bucket and one byte per
     parameter that is cut between ranks (16 more with ``match_norm``). When DDP cuts its buckets
     anew, after the first steps, the slices move once. ``metrics``, ``digest`` and ``state_dict``
-    communicate: every rank must call them. On the CPU the hook waits for the first half of the
-    exchange, on a GPU it waits for nothing. After a change of the process group the last saved
-    state must be loaded.
+    communicate: every rank must call them. On the CPU the hook waits for the reduce-scatter; on a
+    GPU it waits for nothing. After a change of the process group the last saved state must be
+    loaded.
 
     *Clusters.* With ``n_clusters=K`` each rank groups its own samples and weights its K centroids
     with the shared statistics in its one backward pass. The weighted gradients are added up over
@@ -125,9 +126,9 @@ class GradQueueState:
     counts by its samples, so W ranks are one process with those W * K clusters, also where their
     batches differ in size. (With several forward passes per step ``docs/distributed.md`` has the
     exact rule.) The effective length of a step is that of the losses before it. ``metrics`` and
-    ``state_dict`` communicate: every rank must call them. With ``shard_queue=True`` the mean and 1
-    / sigma of all slices, 2 numbers per element beside L / W, are gathered while the optimizer and
-    the next forward pass run.
+    ``state_dict`` communicate: every rank must call them. With ``shard_queue=True`` the mean and
+    1 / sigma of all slices are gathered while the optimizer and the next forward pass run: every
+    rank keeps these 2 numbers per element in addition to the queue's L / W.
 
     *Saving.* Save ``state.state_dict()`` and load it into the live state of the new run, on every
     rank. The object itself is not pickled. A copy of the DDP module carries no hook, as always in
@@ -139,14 +140,15 @@ class GradQueueState:
             ``features`` may be None, which makes each rank's mean a centroid.
 
     Raises:
-        ValueError: an option that cannot hold, or a complex parameter.
+        ValueError: an option is out of its range; a parameter is complex; with clusters, something
+            else weights these parameters already.
 
     Example:
         >>> from torch.nn.parallel import DistributedDataParallel
         >>> from gq_triton.dist import GradQueueState, grad_queue_hook
         >>> model = torch.nn.Linear(4, 2)
         >>> state = GradQueueState(model)
-        >>> ddp = DistributedDataParallel(model)  # the process group is there
+        >>> ddp = DistributedDataParallel(model)  # the process group exists
         >>> ddp.register_comm_hook(state, grad_queue_hook)
         >>> ddp(torch.ones(8, 4)).square().mean().backward()
         >>> state.metrics()["mean_weight"]  # until queue_length gradients are queued
@@ -196,13 +198,13 @@ class GradQueueState:
         )
 
     def _context(self) -> Context:
-        """Return what the route knows of this state, which it does not keep alive."""
+        """Return what the route knows of this state; the route does not keep the state alive."""
         alive = weakref.ref(self)
 
         def state() -> GradQueueState:
             known = alive()
             if known is None:
-                raise RuntimeError("the GradQueueState of this model is gone: keep it")
+                raise RuntimeError("this model's GradQueueState no longer exists: keep a reference")
             return known
 
         return Context(
@@ -218,7 +220,7 @@ class GradQueueState:
         return self.route.queues
 
     def claim(self) -> None:
-        """Note that the hook weights the model's gradients.
+        """Claim the model's parameters for the hook, which alone may weight their gradients.
 
         Raises:
             ValueError: something else weights them already.
@@ -269,7 +271,7 @@ class GradQueueState:
 
         The next synchronized backward pass averages over all ranks the losses recorded since the
         last one; the mean decides the effective length. A rank may record several losses
-        (micro-batches) or none. Nothing waits for the loss or for its mean.
+        (micro-batches) or none. On a GPU the host waits neither for the loss nor for its mean.
 
         Args:
             loss: one number, 0-d or one element.
@@ -292,13 +294,13 @@ class GradQueueState:
     def metrics(self) -> dict[str, Any]:
         """Return what the law did in the last step, the same on every rank.
 
-        With ``shard_queue`` or clusters every rank must call: each one knows its own part only.
+        With ``shard_queue`` or clusters every rank must call: each one knows only its own part.
 
         Returns:
             ``mean_weight``; ``norm_ratio``, ``|g*| / |g|`` over all parameters; ``saturated_high``
             and ``saturated_low``, shares of elements at rho and at 1/rho; ``effective_length``;
             with clusters ``cluster_sizes``, a list for each rank. Empty before the first step.
-            Transfers to the host happen here and only here.
+            The values are transferred to the host here, not during the step.
         """
         with self._together("metrics"):
             return self.route.metrics()
@@ -316,14 +318,14 @@ class GradQueueState:
         """Return the queue by parameter name: tensors and plain values, the same on every rank.
 
         The saved state loads into any world size, sliced or not. With ``shard_queue`` or clusters
-        every rank must call, also where one rank writes: slices are gathered, parameter by
+        every rank must call, even if only one rank writes: slices are gathered, parameter by
         parameter, into the memory of the CPU. ``torch.load(weights_only=True)`` reads the saved
-        state, and ``torch.distributed.checkpoint`` takes this object.
+        state, and ``torch.distributed.checkpoint`` takes the ``GradQueueState`` itself.
 
         Returns:
             ``queue``: rings ``(L, *param.shape)`` by name; ``queued``: how many gradients each has
             taken; ``losses``; ``options``; ``buckets``: the names in every bucket of the last step;
-            ``clusters``: with clusters, what each rank's k-means goes on from.
+            ``clusters``: with clusters, the state of each rank's k-means.
         """
         with self._together("state_dict"):
             self.route.settle()
@@ -332,7 +334,10 @@ class GradQueueState:
             return self.queues.state_dict() | buckets | self.route.saved()
 
     def _together(self, call: str) -> AbstractContextManager[None]:
-        """Return what runs a call that every rank must make, if the route communicates."""
+        """Return the context in which a call runs that every rank must make.
+
+        The context does nothing where the call does not communicate.
+        """
         if not self.route.communicates or self.ddp is None:
             return nullcontext()
         return together(f"GradQueueState.{call}()", dist.get_rank())
@@ -342,8 +347,8 @@ class GradQueueState:
 
         With the same world size training continues bit for bit, if the state was saved after the
         second step or later (the third with ``static_graph``). The order in which more than two
-        ranks are summed depends on the buckets, and DDP cuts those anew in its first steps. Until
-        then the hook reduces the buckets of the saved run.
+        ranks are summed depends on the buckets, and DDP cuts its buckets anew in the first steps.
+        Until then the hook reduces the buckets of the saved run.
 
         Raises:
             ValueError: the state belongs to another model or to other options. Nothing is changed.
@@ -380,14 +385,14 @@ class GradQueueState:
         )
 
     def begin(self, bucket: Any) -> tuple[str, ...]:
-        """Return the names of a ``GradBucket``'s parameters; first do what is due once per step.
+        """Return the names of a ``GradBucket``'s parameters; a step's first bucket begins the step.
 
         Raises:
             ValueError: a sparse gradient, or a parameter that the state does not know.
             RuntimeError: the ranks differ in options or queues.
         """
         names = self.buckets.names(bucket)
-        ddp = self.ddp  # which may be another one than in the last step
+        ddp = self.ddp  # may be another module than in the last step
         self._begin_step(names, bucket.buffer().device)
         self.buckets.note(names, ddp is not None and ddp.static_graph)
         return names

@@ -1,4 +1,4 @@
-"""One CUDA stream per device for what the hook does beside the backward pass."""
+"""One CUDA stream per device for the work of the hook while the backward pass goes on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ __all__ = ["SideStreams"]
 
 
 class SideStreams:
-    """One stream per device, in which the work on all buckets is done in their order.
+    """CUDA streams, one per device, each of which does the work on all buckets in their order.
 
-    torch runs every bucket's callback on another stream of a pool. The callbacks share tensors,
+    torch takes another stream of a pool for every bucket's callback. The callbacks share tensors,
     such as the losses, which must be written before they are read.
     """
 
@@ -23,7 +23,7 @@ class SideStreams:
         """Work in the device's stream, after what the current stream was given so far.
 
         Args:
-            device: where; on the CPU this does nothing.
+            device: the device of the work; on the CPU there are no streams and nothing to order.
             wait: whether the current stream then waits for the work. Without it the caller returns
                 a future that marks the end of the work.
         """

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 __all__ = ["PATIENCE", "together"]
 
-# Seconds after which a rank that waits says so. It goes on waiting: another one may be writing.
+# Seconds after which a waiting rank logs a warning. It waits on: another rank may be writing.
 PATIENCE = 20.0
 
 _log = logging.getLogger("gq_triton")
@@ -17,14 +17,14 @@ _log = logging.getLogger("gq_triton")
 def together(call: str, rank: int, patience: float | None = None) -> Iterator[None]:
     """Run collectives of a call that every rank must make.
 
-    No rank can know whether the others will come, so nothing is refused. A rank that has waited for
-    ``patience`` seconds logs a warning, and where the process group gives up, after its own
+    No rank can know whether the others will make the call, so nothing is refused. A rank that has
+    waited for ``patience`` seconds logs a warning. Where the process group gives up after its own
     timeout, the error names the call.
 
     Args:
         call: the call, such as ``"GradQueueState.metrics()"``.
         rank: this process's rank, for the message.
-        patience: seconds; None is ``PATIENCE``.
+        patience: seconds before the warning; None stands for ``PATIENCE``.
 
     Raises:
         RuntimeError: a collective failed.

@@ -19,10 +19,10 @@ def check_same(
 
     Args:
         digests: digests of one size by name, in the same order on every rank.
-        group: the ranks, all of which must call.
+        group: the process group, every rank of which must call.
         device: where the group's collectives run.
-        when: the moment, for the message.
-        what: an entry's kind, for the message.
+        when: the moment of the comparison, for the message.
+        what: the kind of the entries, for the message.
     """
     mine = torch.frombuffer(bytearray(b"".join(digests.values())), dtype=torch.uint8).to(device)
     tables = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -34,6 +34,6 @@ def check_same(
             others = [rank for rank, equal in enumerate(ranks) if not equal]
             raise RuntimeError(
                 f"{what} {name!r} differs between the ranks (rank 0 from {others}) in "
-                f"{when}: every rank must load the same state and have the same options; a run "
-                "that did is to be resumed from its last checkpoint"
+                f"{when}: every rank must load the same state and have the same options; if "
+                "every rank did, resume the run from its last checkpoint"
             )

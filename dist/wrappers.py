@@ -1,4 +1,4 @@
-"""Search for the DDP module inside of what frameworks wrap around it."""
+"""The search for the DDP module inside the objects that frameworks wrap around it."""
 
 import gc
 
@@ -20,7 +20,7 @@ def find_ddp(model: object) -> DistributedDataParallel | None:
             ``model``.
 
     Raises:
-        ValueError: there are several.
+        ValueError: there are several DDP modules.
     """
     is_module = isinstance(model, nn.Module)
     handles = [model] if is_module else [getattr(model, name, None) for name in _HANDLES]

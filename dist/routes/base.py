@@ -1,4 +1,4 @@
-"""What all routes share: what they know of the state, and the addition over the ranks."""
+"""The base of all routes: what a route knows of the state, and the addition over the ranks."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +32,8 @@ class Context:
         loss_scale: returns the loss scale that the gradients on a device carry, 0-d, or None.
         buckets: how parameters lie in buckets, in this run and in the saved one.
         losses: the mean over the ranks of the recorded losses.
-        lock: held while a callback works: those of several buckets may run at once.
-        streams: what callbacks run in on a GPU.
+        lock: held while a callback works: callbacks of several buckets may run at once.
+        streams: the CUDA streams in which callbacks work.
     """
 
     ddp: Callable[[], DistributedDataParallel | None]
@@ -72,7 +72,7 @@ class Context:
         """Work on what the buckets share, after what the current stream was given so far.
 
         Args:
-            device: where.
+            device: the device of the work.
             wait: whether the current stream then waits for the work.
         """
         with self.lock, self.streams.after_current(device, wait):
@@ -82,8 +82,8 @@ class Context:
 class Route:
     """One way from a bucket of this rank's gradients to the weighted mean over all ranks.
 
-    A route owns its kind of queue, its addition over the ranks and its finish. Subclasses provide
-    ``start``.
+    A route owns its kind of queue, its addition over the ranks, and the work after the addition.
+    Subclasses provide ``start``.
 
     Args:
         context: what the route knows of the state.
@@ -92,7 +92,7 @@ class Route:
 
     # Whether each rank clusters its own samples.
     clustered = False
-    # Whether metrics, digest or a saved state need all ranks.
+    # Whether metrics, a digest or a saved state need all ranks.
     communicates = False
 
     def __init__(self, context: Context, queues: Queues) -> None:
@@ -114,14 +114,14 @@ class Route:
         """Do what is due before the first bucket of a step."""
 
     def settle(self) -> None:
-        """Do what the next step would do first, so that a saved state is complete."""
+        """Do what the next step would do first, so that the state to save is complete."""
 
     def saved(self) -> dict[str, Any]:
-        """Return what a saved state holds beside the rings; every rank must call."""
+        """Return what a saved state holds in addition to the rings; every rank must call."""
         return {}
 
     def check_saved(self, state: Mapping[str, Any], *, every_rank: bool) -> None:
-        """Raise a ValueError where the rest of a saved state, beside the rings, is unsound.
+        """Raise a ValueError where a saved state, apart from its rings, is unsound.
 
         Args:
             state: the saved state.
@@ -154,7 +154,7 @@ class Route:
             self.queues.record_loss(loss)
 
     def before_weighing(self) -> None:
-        """Do what is due before a bucket is weighted: this step's loss decides its length."""
+        """Do what is due before a bucket is weighted: this step's loss decides its length E."""
         self.take_loss()
 
     def add_up(
@@ -163,12 +163,14 @@ class Route:
         buffer: Tensor,
         through: Callable[[tuple[str, ...], Tensor], Future],
     ) -> Future:
-        """Start to add a bucket up over the ranks, in place, cut as in the saved run where due.
+        """Start to add a bucket up over the ranks, in place.
+
+        In the first steps after loading, the saved run's buckets are added up instead.
 
         Args:
             names: the parameters in the order of the bucket.
             buffer: their gradients on this rank, flat.
-            through: adds a bucket up over the ranks, in place.
+            through: starts to add one bucket up over the ranks, in place.
 
         Returns:
             A future of ``buffer``.
@@ -178,7 +180,7 @@ class Route:
         if not former:
             return through(names, buffer)
         slices = dict(zip(names, buckets.split(names, buffer), strict=True))
-        # Waiting is no loss here: it is for one step, whose only bucket this usually is.
+        # Waiting costs nothing here: usually this is the only bucket of the first step.
         for bucket in former:
             pieces = [slices[name] for name in bucket]
             whole = torch.cat(pieces)
@@ -188,22 +190,22 @@ class Route:
         return completed(buffer)
 
     def all_reduce(self, names: tuple[str, ...], buffer: Tensor) -> Future:
-        """Start to add a bucket up over the ranks."""
+        """Start to add a bucket up over the ranks; return a future of the work."""
         work = dist.all_reduce(buffer, group=self.context.group, async_op=True)
         assert work is not None
         return work.get_future()
 
     def even_(self, buffer: Tensor) -> None:
-        """Multiply a buffer by the same share for every rank."""
-        # DDP multiplies by the reciprocal too: dividing rounds otherwise for 3 ranks.
+        """Multiply a buffer by 1 / W, the same share for each of W ranks."""
+        # DDP multiplies by the reciprocal, too. For 3 ranks a division would round otherwise.
         buffer.mul_(1.0 / dist.get_world_size(self.context.group))
 
     @torch.no_grad()
     def weigh(self, names: tuple[str, ...], buffer: Tensor, reduced: Future) -> Tensor:
         """Weight a reduced bucket in place and queue the raw one; return it. Local work only.
 
-        Runs in a thread of gloo, where waiting for another collective could deadlock, or on a
-        stream that follows the reduction.
+        On the CPU this runs in a thread of gloo, where waiting for a later collective could
+        deadlock; on a GPU it runs in a stream that follows the reduction.
         """
         reduced.value()  # raises what the reduction raised
         with self.context.alone(buffer.device):

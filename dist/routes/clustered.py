@@ -20,7 +20,7 @@ from gq_triton.queues import Queues
 __all__ = ["Clustered", "ClusteredQueues", "ClusteredRoute"]
 
 
-# Key of the saved state: what each rank's k-means goes on from.
+# Key of the saved state: the states of all ranks' k-means.
 CLUSTERS = "clusters"
 
 
@@ -28,9 +28,9 @@ class ClusteredQueues(Queues):
     """The rings, the same on every rank, of parameters that each rank weights by its own clusters.
 
     Args:
-        params: by name.
+        params: the model's parameters by name.
         group: returns the process group.
-        options: of the law.
+        options: the options of the law.
     """
 
     def __init__(
@@ -45,20 +45,20 @@ class ClusteredQueues(Queues):
 
     def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
         if self.clustered.isdisjoint(names):
-            # Each rank has all of it; metrics() adds the ranks up.
+            # Every rank has the statistics of the whole bucket, and metrics() adds the ranks up.
             statistics = statistics.clone()
             statistics[:, 2:] /= dist.get_world_size(self._group())
         super()._keep_statistics(names, statistics)
 
     def _over_ranks(self, total: Tensor) -> Tensor:
-        """Add up the ranks' shares of what the weights were; the norms are the same on all."""
+        """Add up the ranks' shares of the weights' statistics; all ranks have the same norms."""
         shares = total[2:].clone()
         dist.all_reduce(shares, group=self._group())
         return torch.cat([total[:2], shares])
 
 
 class ClusteredRoute(Route):
-    """What the two routes with clusters share: they begin, save and report alike.
+    """The base of the two routes with clusters, which begin, save and report alike.
 
     The effective length of a step is that of the losses before it: this step's is not known yet
     when its first centroid is weighted.
@@ -69,19 +69,19 @@ class ClusteredRoute(Route):
     local: LocalClusters
 
     def before_weighing(self) -> None:
-        """Leave the length alone: the gradients were weighted before."""
+        """Leave the effective length alone, which is that of the losses before this step."""
 
     def begin(self) -> None:
-        """Take the last step's loss, which no backward pass of a rank that has joined takes."""
+        """Take the last step's loss: a rank that has joined runs no backward pass that takes it."""
         self.take_loss()
         self.local.step_begins = True
 
     def settle(self) -> None:
-        """Take the last step's loss."""
+        """Take the last step's loss, so that the state to save is complete."""
         self.take_loss()
 
     def saved(self) -> dict[str, Any]:
-        """Return what each rank's k-means goes on from; every rank must call."""
+        """Return the states of all ranks' k-means; every rank must call."""
         return {CLUSTERS: self.local.states()}
 
     def check_saved(self, state: Mapping[str, Any], *, every_rank: bool) -> None:
@@ -90,7 +90,7 @@ class ClusteredRoute(Route):
         self.local.check_saved(state.get(CLUSTERS, []), every_rank=every_rank)
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on with k-means."""
+        """Load the state of this rank's k-means."""
         super().resume(state)
         self.local.load(state.get(CLUSTERS, []))
 
@@ -109,7 +109,7 @@ class ClusteredRoute(Route):
 
 
 class Clustered(ClusteredRoute):
-    """Weighted gradients are added up, beside them the raw means, which every rank queues.
+    """The route that adds up weighted gradients, and raw means, which every rank queues.
 
     Args:
         context: what the route knows of the state.
@@ -135,7 +135,7 @@ class Clustered(ClusteredRoute):
 
     @torch.no_grad()
     def start(self, names: tuple[str, ...], buffer: Tensor) -> Future:
-        """Start to add up weighted gradients, and the raw ones beside them."""
+        """Start to add up the weighted gradients, and then the raw ones."""
         clustered = tuple(name for name in names if name in self.local.covered)
         if not clustered:
             self.even_(buffer)
@@ -146,7 +146,7 @@ class Clustered(ClusteredRoute):
         self.local.scale_(names, self.context.buckets.split(names, buffer), shares)
         reduced = self.add_up(names, buffer, self.all_reduce)
         raw = self.local.raw_bucket(clustered, buffer, shares)
-        # A future of its own: the callback waits for the first reduction too, which began earlier.
+        # The callback is the second reduction's; it waits for the first one, which began earlier.
         second = self.add_up(clustered, raw, self.all_reduce)
         return second.then(partial(self._finish, names, buffer, shares, reduced, raw))
 
@@ -160,7 +160,7 @@ class Clustered(ClusteredRoute):
         raw: Tensor,
         second: Future,
     ) -> Tensor:
-        """Queue the raw means; weight what has no clusters. Local work only, as ``weigh``."""
+        """Queue the raw means; weight what has no clusters; return the bucket. Local work only."""
         second.value()
         reduced.wait()
         split, local = self.context.buckets.split, self.local

@@ -1,8 +1,9 @@
-"""Clusters on every rank, the queue in slices: what a rank has to know of the others' slices.
+"""Clusters of every rank's own samples, the queue in slices, one of which each rank keeps.
 
 A rank that weights its own centroids compares them with the statistics of every element. With the
-queue in slices each rank computes those of its slice, after queueing, and they are gathered while
-training goes on: the mean and 1 / sigma, two numbers per element instead of L.
+queue in slices each rank computes the statistics of its slice, after queueing, and all slices'
+statistics are gathered while training goes on. They are the mean and 1 / sigma, two numbers per
+element instead of L.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,14 +35,14 @@ __all__ = ["ClusteredSliced", "ClusteredSlices"]
 class ClusteredSlices(SlicedQueues):
     """``SlicedQueues`` of parameters that each rank weights by its own clusters.
 
-    Beside its slice of the rings every rank holds the statistics of all of them, ``(2, P)`` per
-    parameter in float32 (float64 where parameter or queue is), one bucket after another. They
-    arrive while the optimizer and the next forward pass run.
+    In addition to its slice of the rings every rank holds the statistics of all rings, ``(2, P)``
+    per parameter in float32 (float64 where the parameter or the queue is). They arrive bucket by
+    bucket while the optimizer and the next forward pass run.
 
     Args:
-        params: by name.
+        params: the model's parameters by name.
         group: returns the process group.
-        options: of the law.
+        options: the options of the law.
     """
 
     def __init__(
@@ -74,14 +75,14 @@ class ClusteredSlices(SlicedQueues):
         Args:
             names: the parameters of the whole bucket, in its order.
             part: the slice of the raw gradients added up over all ranks, ``(ceil(n / W),)``.
-            shares: what makes them means.
+            shares: makes means of the added gradients.
             length: effective length of the next step, or None for L.
-            grad_scale: the loss scale the means carry, or None.
+            grad_scale: the loss scale that the means carry, or None.
             skip_zeros: whether a parameter whose mean is zero throughout is left alone.
 
         Returns:
-            ``(N, 2)`` float64: squared norm of each mean in this rank's slice, and in all of it
-            (with ``match_norm`` only, else the same).
+            ``(N, 2)`` float64: the squared norm of each mean over this rank's slice, and over the
+            whole parameter. Without ``match_norm`` the second equals the first.
         """
         self._settle(names)
         held, means = self._held(names, part)
@@ -104,7 +105,7 @@ class ClusteredSlices(SlicedQueues):
     def _share(
         self, names: Sequence[str], held: Sequence[str], size: int, length: Tensor | None
     ) -> None:
-        """Compute the statistics of this rank's slice and start to gather all of them."""
+        """Compute the statistics of this rank's slice and start to gather those of all slices."""
         group, like = self._group(), self.params[names[0]]
         ops = engine(like.device, self.options.backend)
         mine = torch.zeros(2, size, dtype=self._wide(names[0]), device=like.device)
@@ -162,17 +163,19 @@ class ClusteredSlices(SlicedQueues):
         super()._cut(name, cuts)
 
     def shared_digests(self) -> dict[str, bytes]:
-        """Return digests of what all ranks must hold alike: also the statistics; a collective."""
+        """Return digests of what all ranks must hold alike, with the statistics; a collective."""
         digests = super().shared_digests()
         for name, known in self._known.items():
             if name not in self._cuts:
-                continue  # of a loaded ring that is not placed yet: made where a gradient needs it
+                # The statistics of a loaded ring that is not placed yet: a rank computes them only
+                # where one of its gradients needs them.
+                continue
             self._settle([name])
             digests[name] = bytes(map(xor, digests[name], sha(name, known)))
         return digests
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state, whole; the statistics are those of the loaded rings.
+        """Load a saved state with whole rings; forget the statistics of the rings before.
 
         Raises:
             ValueError: the state belongs to another model or to other options. Nothing is changed.
@@ -184,9 +187,9 @@ class ClusteredSlices(SlicedQueues):
 
 
 class ClusteredSliced(ClusteredRoute, Sliced):
-    """Weighted gradients are added up; each rank queues its slice of the raw means.
+    """The route that adds up weighted gradients; each rank queues its slice of the raw means.
 
-    What has no clusters is weighted in slices as without clusters, in a bucket of its own.
+    Parameters without clusters form a second bucket, which is weighted as on the route ``Sliced``.
 
     Args:
         context: what the route knows of the state.
@@ -250,14 +253,14 @@ class ClusteredSliced(ClusteredRoute, Sliced):
         """Add raw gradients up over the ranks, each rank its slice, and queue those.
 
         Args:
-            shares: this rank's.
+            shares: the shares of this rank.
             squares: filled with the squared norms by name.
-            names: clustered parameters.
+            names: the clustered parameters.
             raw: their raw gradients on this rank, flat.
         """
         context = self.context
-        # Without the lock, which callbacks wait for in threads that this exchange may need: no
-        # callback touches the slices.
+        # The lock is not taken: a callback may wait for it in a thread that this exchange needs. No
+        # callback touches the slices, so none is needed.
         with context.streams.after_current(raw.device, wait=False):
             part = reduce_scatter(raw, context.group)
             norms = self._slices.push_slice(
@@ -276,13 +279,14 @@ class ClusteredSliced(ClusteredRoute, Sliced):
         squares: Mapping[str, Tensor],
         shares: Shares,
     ) -> None:
-        """Note what the weights did, where ``push_slice`` has queued the raw means.
+        """Finish weighted gradients and keep their statistics, after ``push_slice``.
 
         Args:
-            names: clustered parameters.
-            grads: their weighted gradients added up over all ranks, flat; made means here.
+            names: the clustered parameters.
+            grads: their weighted gradients added up over all ranks, flat. Here they become means,
+                with ``match_norm`` of the raw norm.
             squares: what ``push_slice`` returned, by name.
-            shares: those of this rank.
+            shares: the shares of this rank.
         """
         shares.correct_(names, grads, 0)
         scale = self.context.loss_scale(grads[0].device)

@@ -1,4 +1,4 @@
-"""Where parameters are cut when a bucket is divided among the ranks."""
+"""The positions at which parameters are cut when a bucket is divided among the ranks."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,7 +18,7 @@ def cut(numels: tuple[int, ...], world: int) -> list[tuple[int, ...]]:
 
     Args:
         numels: elements of each parameter, in the order of the bucket.
-        world: W, ranks.
+        world: W, the number of ranks.
 
     Returns:
         For each parameter W + 1 positions among its own elements, in memory order: rank r holds
@@ -40,7 +40,17 @@ def holders(cuts: tuple[int, ...]) -> int:
 def common(
     old: tuple[int, ...], giver: int, new: tuple[int, ...], taker: int
 ) -> list[tuple[int, int]]:
-    """Return the elements, from and to, that ``giver`` held and ``taker`` is to hold; or none."""
+    """Return the range of elements that ``giver`` held and ``taker`` is to hold, as a list.
+
+    Args:
+        old: the cuts so far.
+        giver: the rank that held the elements.
+        new: the cuts to come.
+        taker: the rank that is to hold them.
+
+    Returns:
+        One pair, the first element and the one after the last; an empty list where there is none.
+    """
     a, b = max(old[giver], new[taker]), min(old[giver + 1], new[taker + 1])
     return [(a, b)] if a < b else []
 
@@ -48,7 +58,14 @@ def common(
 def copy_where_held(
     all_rows: Tensor, held_rows: Tensor, places: Sequence[int | None], *, to_held: bool
 ) -> None:
-    """Copy rows between the table of all cut parameters and that of those held here."""
+    """Copy rows between the table of all cut parameters and the table of those held here.
+
+    Args:
+        all_rows: a row for each parameter that is cut.
+        held_rows: a row for each parameter of which this rank holds a part.
+        places: for each row of ``all_rows`` its row in ``held_rows``, or None.
+        to_held: the direction.
+    """
     for row, place in enumerate(places):
         if place is not None and to_held:
             held_rows[place].copy_(all_rows[row])

@@ -1,8 +1,8 @@
 """Clusters of a rank's own samples: weighted in its backward pass, counted by its samples.
 
-A rank's backward pass leaves the mean of its weighted centroids in the bucket, and the raw mean
-beside it. Ranks count by their samples: W ranks with K clusters each are one process with those
-W * K clusters.
+A rank's backward pass leaves the mean of its weighted centroids in the bucket, and keeps the raw
+mean. Ranks count by their samples: W ranks with K clusters each are one process with those W * K
+clusters.
 """
 
 import warnings
@@ -52,13 +52,13 @@ class LocalClusters:
         described = options.features is not None or options.clusterer is not None
         sizes_only = options.n_clusters == 1 and not described
         if sizes_only:
-            # Whatever it is, it has one label; the model's own output says how many samples.
+            # One cluster needs no features: the model's output tells how many samples there are.
             options = replace(options, features="", clusterer=_one_cluster)
         self._context, self._queues = context, queues
         names: dict[Tensor, str] = {param: name for name, param in queues.params.items()}
         self._sink = Weigh(
             queues,
-            match_norm=False,  # the norms of the means over all ranks count
+            match_norm=False,  # match_norm_ below takes the norms of the means over all ranks
             grad_scale=lambda: context.loss_scale(self._device),
         )
         self._clusters = Clusters(
@@ -97,7 +97,7 @@ class LocalClusters:
         return {"cluster_sizes": sizes}
 
     def states(self) -> list[dict[str, Any]]:
-        """Return what each rank's k-means goes on from; every rank must call."""
+        """Return the states of all ranks' k-means; every rank must call."""
         mine = self._clusters.state_dict()
         if self._context.ddp() is None:
             return [mine]
@@ -136,7 +136,7 @@ class LocalClusters:
         self._clusters.sample_weights = weights
 
     def _whole_batch(self, size: int) -> Tensor:
-        """Return how many samples all ranks have; a centroid's standard error needs it."""
+        """Return the number of samples on all ranks, which a centroid's standard error needs."""
         if self._context.joining:
             raise RuntimeError(
                 'centroid_scale="standard_error" cannot be used under join(): a rank without a '
@@ -150,8 +150,8 @@ class LocalClusters:
         """Return this rank's shares in a bucket's clustered gradients; every rank must call.
 
         Args:
-            names: clustered parameters.
-            device: where the bucket is.
+            names: the clustered parameters.
+            device: the bucket's device.
         """
         mine = self._raw.masses(names, device)
         if self.step_begins:
@@ -165,7 +165,7 @@ class LocalClusters:
         return Shares(names, mine, self._unit, self._context.group)
 
     def _check_passes(self) -> None:
-        """Warn, once, where the passes that add up are not as many as the centroids allow for."""
+        """Warn, once, where the number of backward passes does not fit ``accumulation_steps``."""
         wanted, several = self._passes, len(self._raw.passes) > 1
         self._raw.passes.clear()
         if self._warned or several == (wanted > 1) or self._context.joining:
@@ -185,7 +185,7 @@ class LocalClusters:
         Args:
             names: the parameters of the bucket.
             slices: their gradients on this rank, flat.
-            shares: those of the clustered ones; None where there are none.
+            shares: the shares of the clustered ones; None where there are none.
         """
         even = 1.0 / dist.get_world_size(self._context.group)
         weighted = {} if shares is None else shares.given(0)
@@ -193,14 +193,14 @@ class LocalClusters:
             piece.mul_(weighted[name].to(piece.dtype) if name in weighted else even)
 
     def raw_bucket(self, names: Sequence[str], like: Tensor, shares: Shares) -> Tensor:
-        """Return the raw gradients of a bucket in the queue's type, times this rank's share.
+        """Return the raw gradients of a bucket, flat, times this rank's share, in the queue's type.
 
-        In the bucket's own where the queue is float16: they carry the loss scale still.
+        Where the queue is float16 they have the bucket's type: they still carry the loss scale.
 
         Args:
-            names: clustered parameters; zeros for those without a gradient on this rank.
+            names: the clustered parameters; one without a gradient on this rank gives zeros.
             like: the bucket's buffer.
-            shares: those of this rank.
+            shares: the shares of this rank.
         """
         params, given = self._queues.params, shares.given(1)
         dtype = self._queues.options.queue_dtype or like.dtype
@@ -223,7 +223,14 @@ class LocalClusters:
         return bucket
 
     def table(self, name: str, raw: Tensor, weighted: Tensor, shares: Shares) -> Tensor:
-        """Return the statistics of a parameter, ``(1, 5)``: this rank's share of the weights."""
+        """Return the statistics of a parameter, ``(1, 5)``, with this rank's share of the weights.
+
+        Args:
+            name: the parameter's name.
+            raw: squared norm of the raw mean, 0-d float64.
+            weighted: squared norm of the weighted mean, 0-d float64.
+            shares: the shares of this rank.
+        """
         seen = self._sink.statistics.pop(name, None)
         table = torch.zeros(1, 5, dtype=torch.float64, device=raw.device)
         table[0, 0], table[0, 1] = raw, weighted

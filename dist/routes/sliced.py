@@ -1,4 +1,4 @@
-"""One cluster over the global batch, the queue in slices: each rank weights and queues its own."""
+"""One cluster over the global batch, the queue in slices, one of which each rank keeps."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,19 +25,20 @@ __all__ = ["Sliced", "SlicedQueues"]
 class SlicedQueues(Queues):
     """``Queues`` whose rings are divided among the ranks of a group, bucket by bucket.
 
-    A rank holds the ring of what ``reduce_scatter`` gives it: a run of elements of a few parameters
-    (the one that begins in another rank's slice, whole ones, the one that ends in the next). Cuts
-    are kept by parameter name; when DDP cuts its buckets anew the slices move between the ranks,
-    once, and nothing is forgotten.
+    A rank holds the rings of the elements that ``reduce_scatter`` gives it. They are the end of a
+    parameter that begins in an earlier rank's slice, some whole parameters, and the beginning of
+    one that ends in a later rank's slice. Cuts are kept by parameter name. When DDP cuts its
+    buckets anew the slices move between the ranks, once, and nothing is forgotten.
 
-    What concerns a whole parameter is agreed on: whether it is finite, or zero throughout (one byte
-    per parameter that is cut, at most W - 1 per bucket), and with ``match_norm`` its norms (16
-    bytes each). ``metrics``, ``digest`` and ``state_dict`` are collectives: every rank must call.
+    The ranks agree on what concerns a whole parameter: whether its gradient is finite, or zero
+    throughout (one byte per parameter that is cut, at most W - 1 per bucket), and with
+    ``match_norm`` its norms (16 bytes per such parameter). ``metrics``, ``digest`` and
+    ``state_dict`` are collectives: every rank must call.
 
     Args:
-        params: parameters by name.
+        params: the model's parameters by name.
         group: returns the process group, asked whenever it is needed; None is the default one.
-        options: of the law.
+        options: the options of the law.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class SlicedQueues(Queues):
     ) -> None:
         super().__init__(params, options)
         self._group = group
-        # Of every parameter that is placed. A ring without cuts was loaded, and is whole.
+        # The cuts of every placed parameter. A ring without cuts was loaded, and is whole.
         self._cuts: dict[str, tuple[int, ...]] = {}
         self._ranks: list[int] = []
 
@@ -60,12 +61,12 @@ class SlicedQueues(Queues):
         grad_scale: Tensor | None = None,
         skip_zeros: bool = False,
     ) -> None:
-        """Weight this rank's slice of a bucket in place and queue the raw one; all ranks must call.
+        """Weight this rank's slice of a bucket in place and queue the raw one; a collective.
 
         Args:
             names: the parameters of the whole bucket, in its order.
             part: the slice of the averaged gradients, ``(ceil(n / W),)``.
-            grad_scale: the loss scale the gradients carry, or None.
+            grad_scale: the loss scale that the gradients carry, or None.
             skip_zeros: whether a parameter whose gradient is zero throughout is left alone.
         """
         held, grads = self._held(names, part)
@@ -78,14 +79,14 @@ class SlicedQueues(Queues):
         self._keep_statistics(tuple(names), statistics)
 
     def _held(self, names: Sequence[str], part: Tensor) -> tuple[list[str], list[Tensor]]:
-        """Place a bucket; return which parameters this rank holds a part of, and that of each."""
+        """Place a bucket; return the names of which this rank holds a part, and the parts."""
         self.place(names)
         sizes = {name: len(range(*self.bounds(name))) for name in names}
         held = [name for name in names if sizes[name]]
         return held, list(part[: sum(sizes.values())].split([sizes[name] for name in held]))
 
     def bounds(self, name: str) -> tuple[int, int]:
-        """Return from and to which element of a placed parameter this rank holds its ring."""
+        """Return the first element of a placed parameter held here, and the one after the last."""
         rank = dist.get_rank(self._group())
         return self._cuts[name][rank], self._cuts[name][rank + 1]
 
@@ -133,15 +134,16 @@ class SlicedQueues(Queues):
         match_norm_(grads, statistics, norms)
 
     def _shared(self, names: Sequence[str], held: Sequence[str]) -> list[int | None]:
-        """Return, for each parameter of a bucket that several ranks hold, its place in ``held``."""
+        """Return the place in ``held``, or None, of each parameter that several ranks hold."""
         places = {name: index for index, name in enumerate(held)}
         several = [name for name in names if holders(self._cuts[name]) > 1]
         return [places.get(name) for name in several]
 
     def place(self, names: Sequence[str]) -> None:
-        """Give each rank its slice of a bucket; what other ranks held of it moves here, once.
+        """Give each rank its slice of a bucket; a collective.
 
-        Nothing is sent for a bucket that lies as it is to lie, nor for a loaded ring.
+        Where the cuts have changed, the slices move between the ranks. Nothing is sent where they
+        have not, nor for a loaded ring, which every rank has whole.
 
         Raises:
             RuntimeError: the process group is no longer the one that holds the slices.
@@ -179,7 +181,7 @@ class SlicedQueues(Queues):
         self._hold(name, ring, queued)
 
     def _move(self, names: Sequence[str], cuts: Mapping[str, tuple[int, ...]]) -> None:
-        """Exchange slices so that those of ``names``, parameters of one type, lie as ``cuts``."""
+        """Exchange slices between the ranks until those of ``names``, of one type, fit ``cuts``."""
         group = self._group()
         world, rank = dist.get_world_size(group), dist.get_rank(group)
         counts = self._counts(names)
@@ -218,16 +220,16 @@ class SlicedQueues(Queues):
         return torch.zeros(size, dtype=self.options.queue_dtype or param.dtype, device=param.device)
 
     def _hold(self, name: str, ring: Tensor, queued: Tensor) -> None:
-        """Keep a ring and its counter; nothing of a parameter that has no elements here."""
+        """Keep a ring and its counter; keep neither where the ring has no elements."""
         counter = queued.to(ring.device, copy=True)
         for earlier in (self._queue.pop(name, None), self._queued.pop(name, None)):
             if earlier is not None:
-                in_use(earlier)  # copied from, or left out, in the stream of the hook
+                in_use(earlier)  # the hook's stream may still read it
         if ring.numel():
             self._queue[name], self._queued[name] = ring, counter
 
     def _allocate(self, name: str, device: torch.device) -> None:
-        """Leave it to ``place``, which knows the bucket."""
+        """Allocate nothing: ``place``, which knows the bucket, does."""
 
     def _counts(self, names: Sequence[str]) -> Tensor:
         """Return how many gradients each placed parameter has taken, ``(N,)``; a collective."""
@@ -287,7 +289,7 @@ class SlicedQueues(Queues):
     def shared_digests(self) -> dict[str, bytes]:
         """Return digests of what all ranks must hold alike; a collective.
 
-        No other rank has a copy of a slice: what can be compared are where each parameter is cut,
+        No other rank has a copy of a slice. What can be compared is where each parameter is cut,
         how many gradients it has taken, and the losses.
         """
         names = list(self.params)
@@ -301,7 +303,7 @@ class SlicedQueues(Queues):
         return digests
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state, whole; ``place`` then keeps this rank's part of it.
+        """Load a saved state with whole rings; ``place`` then keeps this rank's part of them.
 
         Raises:
             ValueError: the state belongs to another model or to other options. Nothing is changed.
@@ -311,7 +313,7 @@ class SlicedQueues(Queues):
 
 
 class Sliced(Route):
-    """A bucket is reduce-scattered, each rank weights its slice, and the slices are gathered.
+    """The route of a bucket that is reduce-scattered, weighted slice by slice, and gathered.
 
     Args:
         context: what the route knows of the state.
@@ -332,10 +334,10 @@ class Sliced(Route):
 
     @torch.no_grad()
     def by_slices(self, names: tuple[str, ...], buffer: Tensor) -> Future:
-        """Add a bucket up over the ranks and weight it, each rank its slice; start to gather those.
+        """Add a bucket up over the ranks and weight it, slice by slice; start to gather the slices.
 
-        Everything but the gathering is done, or given to the stream, before this returns: in no
-        thread but the caller's, so that all ranks issue their collectives in the same order.
+        The caller's thread does all work but the gathering, or gives it to the stream, before this
+        method returns: so all ranks issue their collectives in the same order.
         """
         context = self.context
         with context.alone(buffer.device, wait=False):

@@ -14,7 +14,7 @@ __all__ = ["Whole"]
 
 
 class Whole(Route):
-    """A bucket is averaged over the ranks, then weighted and queued, on every rank alike.
+    """The route of a bucket that is averaged, then weighted and queued on every rank alike.
 
     Args:
         context: what the route knows of the state.
