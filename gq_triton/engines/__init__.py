@@ -26,13 +26,14 @@ def engine(device: torch.device, backend: str = "auto") -> Engine:
     Args:
         device: where the gradients are.
         backend: ``"auto"`` takes Triton on a GPU it supports, Numba on the CPU where it is
-            installed, and plain torch otherwise; ``"triton"``, ``"numba"`` and ``"torch"`` insist.
+            installed, and plain torch otherwise; ``"triton"``, ``"numba"`` and ``"torch"`` allow no
+            other engine.
 
     Raises:
         ValueError: an unknown backend.
         RuntimeError: the backend asked for cannot run here; the message says what to do.
     """
-    # Imports as statements: torch.compile can trace those.
+    # Import statements, not importlib: torch.compile can trace them.
     check_backend(backend)
     if backend == "auto":
         backend = _best(device.type)
@@ -51,16 +52,16 @@ def engine(device: torch.device, backend: str = "auto") -> Engine:
     return eager
 
 
-# Elements of one launch from which the plain path costs a step tens of milliseconds.
+# From this many elements of one launch on, plain torch costs a step tens of milliseconds.
 LARGE = 1_000_000
 
 
 def note_plain_torch(device: torch.device, backend: str, tensors: Iterable[Tensor]) -> None:
-    """Warn, once per process, where ``"auto"`` works on a large model without Numba.
+    """Warn, once per process, where ``"auto"`` runs a large model on the CPU without Numba.
 
     Args:
         device: where the gradients are.
-        backend: what was asked for; plain torch by choice needs no word.
+        backend: the backend asked for; only ``"auto"`` warns.
         tensors: the gradients of one launch.
     """
     if device.type != "cpu" or backend != "auto" or _installed("numba") or _noted:

@@ -49,11 +49,12 @@ class Engine(Protocol):
                 L every weight is 1.
             accepted: ``(N,)`` bool; where False the gradient passes untouched and is not queued.
                 None accepts all.
-            law: ``found_inf`` is not read: ``accepted`` says it.
+            law: ``found_inf`` is not read: ``accepted`` is False where a step is skipped.
 
         Returns:
-            ``(N, 5)``, float32 or float64: sums of g^2 and (w g)^2, both unscaled, and of w; how
-            many weights are rho and how many 1/rho (0 where rho = 1 or the law does not act).
+            ``(N, 5)``, float32 or float64: sums of g^2 and (w g)^2, both unscaled, and of w; the
+            number of weights that are rho, and of those that are 1/rho. Both numbers are 0 where
+            rho = 1 or the law does not act.
         """
         ...
 
@@ -175,42 +176,45 @@ class Engine(Protocol):
         into: tuple[Tensor, Tensor] | None = None,
         queue_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight the cluster means of one parameter and add them up: ``sum_k P_k w(c_k) c_k``.
+        """Weight the cluster means of one parameter and add them up: ``sum_k p_k w(c_k) c_k``.
 
-        Algorithm 1 of Grad Queue; nothing is queued.
+        This is Algorithm 1 of Grad Queue. Nothing is queued.
 
         Args:
             sums: ``(K, P)``, gradients summed over each cluster's samples; ``c_k = sums_k /
                 share_k``. If any of them is not finite, every weight is 1.
-            queue: the ring ``(L, P)``, read only; or ``(2, P)``, what ``queue_statistics`` wrote.
+            queue: the ring ``(L, P)``, or the statistics ``(2, P)`` that ``queue_statistics``
+                wrote; read only.
             queued: gradients queued so far, 0-d int64; below L every weight is 1. None says that
                 ``queue`` holds statistics.
-            law: ``found_inf`` is not read: the raw gradient is queued, or not, by ``push_``.
-                Statistics have their effective length: ``length`` is not read with them.
+            law: ``found_inf`` is not read: ``push_`` decides whether the raw gradient is queued.
+                ``length`` is not read with statistics: ``queue_statistics`` has applied it.
             inverse_shares: ``(K,)`` float64, ``1 / share_k``; 0 for an empty cluster.
-            mixture: ``(K,)`` float64, ``P_k``.
-            sigma_scales: ``(K,)`` float64, what sigma is multiplied by for cluster k.
+            mixture: ``(K,)`` float64, ``p_k``.
+            sigma_scales: ``(K,)`` float64, the factor of sigma for cluster k.
             into: where to write the weighted and the raw gradient, ``(P,)`` each; None allocates.
-            queue_dtype: type of the ring that statistics are of.
+            queue_dtype: type of the ring that the statistics were taken from.
 
         Returns:
             The weighted gradient ``(P,)`` and the raw one ``(P,)``, both with the loss scale and in
-            the type of ``sums``; and ``(C, 5)`` float64, one row per part of the work, whose sum is
-            as in ``weigh_``, the last three averaged over the clusters by population.
+            the type of ``sums``; and ``(C, 5)`` float64, one row per part of the work. The sum of
+            the rows has the columns of ``weigh_``, the last three averaged over the clusters,
+            weighted by population.
         """
         ...
 
     def queue_statistics(
         self, queue: Tensor, queued: Tensor, out: Tensor, *, length: Tensor | None = None
     ) -> None:
-        """Write what ``combine`` needs to know of a ring: its mean and 1 / sigma.
+        """Write the statistics of a ring that ``combine`` takes: its mean and 1 / sigma.
 
         The mean is rounded once, to the type of ``out``. For a constant queue it is exact, and
         1 / sigma is the largest number of that type: z is 0 where a gradient equals the mean.
 
         Args:
             queue: the ring ``(L, P)`` with contiguous rows at any distance, read only.
-            queued: gradients queued so far, 0-d int64; below L 1 / sigma is NaN: weights are 1.
+            queued: gradients queued so far, 0-d int64. Below L, NaN is written for 1 / sigma, which
+                stands for weights of 1.
             out: ``(2, P)`` with contiguous rows, float32, or float64 where gradients or ring are.
             length: effective length, 0-d int64, or None for L.
         """

@@ -46,7 +46,7 @@ class GQAdamW(GradQueueOptimizer):
         **options: those of ``LawOptions``.
 
     Raises:
-        ValueError: an option that cannot hold, a complex parameter, a sparse gradient.
+        ValueError: an invalid option or a complex parameter; in ``step`` a sparse gradient.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)

@@ -36,23 +36,23 @@ _SAVED = "the saved optimizer"
 
 
 class GradQueueOptimizer(Optimizer):
-    """A torch optimizer whose gradients pass through the scarcity law first.
+    """A torch optimizer that applies the scarcity law to the gradients before its update.
 
     Subclasses provide ``_check_group``, ``_new_state``, ``_keys``, ``_batch_key`` and ``_update``.
     """
 
     # With this flag GradScaler leaves unscaling and skipping to step(), which does both on the
-    # device. The two flags belong to the class: a copied or unpickled optimizer has no other
-    # attributes.
+    # device. Both flags belong to the class, because torch copies and pickles no further attributes
+    # of an optimizer.
     _step_supports_amp_scaling = True
     _warned_losses = False
 
     def __init__(self, params: ParamsT, own: dict[str, Any], options: Mapping[str, Any]) -> None:
-        """Take over the subclass's own options, and those of the law that were given.
+        """Check and keep the subclass's own options and the given options of the law.
 
         Raises:
             TypeError: an option that does not exist.
-            ValueError: an option that cannot hold.
+            ValueError: an invalid option.
         """
         (law,) = read(options, LawOptions)
         defaults = own | vars(law)
@@ -63,7 +63,7 @@ class GradQueueOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # The state may now lie in another memory order than its parameter; see _init.
+        # The state may now have another memory order than its parameter; see _init.
         self._orders, self._plans = {}, {}
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -98,10 +98,10 @@ class GradQueueOptimizer(Optimizer):
             raise
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Tell the effective length the loss of the step to come, unscaled.
+        """Record the unscaled loss of the coming step for the effective length.
 
-        Needed only with ``loss_window``, and only where ``step`` gets no closure. The loss stays on
-        its device; nothing waits for it.
+        A call is needed only with ``loss_window``, and only where ``step`` gets no closure. The
+        loss stays on its device; the host does not wait for it.
 
         Args:
             loss: one number, 0-d or one element.
@@ -149,7 +149,7 @@ class GradQueueOptimizer(Optimizer):
                 ops = engine(device, group["backend"])
                 note_plain_torch(device, group["backend"], batch.shards)
                 if probing:
-                    # Passed through: weight 1, not queued.
+                    # The gradients pass through: weight 1, not queued.
                     nothing = torch.zeros(len(batch.params), dtype=torch.bool, device=device)
                     self._update(ops, batch, nothing, group, law)
                 else:
@@ -160,7 +160,7 @@ class GradQueueOptimizer(Optimizer):
     def _step_batch(self, ops: Engine, batch: Batch, group: dict[str, Any], law: Law) -> None:
         groups = shard_groups(batch.members[0])
         accept = None
-        # A loss scaler has looked at every gradient here already; none is read a second time.
+        # Where a loss scaler has checked every gradient already, none is read a second time.
         if law.found_inf is None or group["match_norm"] or groups:
             finite = ops.all_finite(batch.grads)
             accept = accepted(finite, found_inf=law.found_inf, least=least_over(groups))
@@ -171,12 +171,12 @@ class GradQueueOptimizer(Optimizer):
             for process_group in groups:
                 dist.all_reduce(statistics, group=process_group)
             match_norm_(batch.grads, statistics)
-            # Weighted and queued already: the update passes these gradients through.
+            # These gradients are weighted and queued already: the update takes them as they are.
             accept = torch.zeros_like(accept)
         self._update(ops, batch, accept, group, law)
 
     def _check_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Raise what keeps any group from its step before any group has taken it."""
+        """Raise the error that any group's gradients would raise, before any group steps."""
         for group in groups:
             devices = set()
             for param in group["params"]:
@@ -201,7 +201,7 @@ class GradQueueOptimizer(Optimizer):
         return found
 
     def _plan(self, number: int) -> list[Batch]:
-        """Plan a group anew; return its parameters with a gradient, batched by launch."""
+        """Make a new plan of a group; return the batches of its parameters with a gradient."""
         group = self.param_groups[number]
 
         def key_of(param: Tensor) -> Any:
@@ -220,7 +220,7 @@ class GradQueueOptimizer(Optimizer):
         return plan.batches(found)
 
     def _init(self, param: Tensor, group: dict[str, Any], state: State) -> None:
-        """Allocate what is missing of a parameter's state."""
+        """Allocate missing parts of a parameter's state, and give it the parameter's order."""
         if QUEUE not in state:
             state[QUEUE] = new_queue(param, group["queue_length"], group["queue_dtype"])
             state[QUEUED] = new_counter(param)
@@ -231,7 +231,7 @@ class GradQueueOptimizer(Optimizer):
             self._reorder(param, state)
 
     def _reorder(self, param: Tensor, state: State) -> None:
-        """Bring a parameter's state to its memory order, which a checkpoint may not have had."""
+        """Copy a parameter's state to the parameter's memory order; a checkpoint may differ."""
         if isinstance(param, DTensor):
             return
         for name, value in state.items():
@@ -253,16 +253,15 @@ class GradQueueOptimizer(Optimizer):
             self._full_state(group["params"], group)
 
     def _full_state(self, params: Iterable[Tensor], group: dict[str, Any]) -> None:
-        """Allocate the whole state of parameters, as a checkpoint of a later step has it."""
+        """Allocate all entries that the state of these parameters has after later steps."""
         for param in params:
             self._init(param, group, self.state[param])
 
     def _is_probe(self) -> bool:
-        """Return whether a checkpoint library takes this first step, to make the state exist.
+        """Return whether a checkpoint library takes this first step only to allocate the state.
 
         ``torch.distributed.checkpoint.state_dict`` takes such a step with all gradients zero and
-        all learning rates 0. A queue must not remember those gradients. The update itself is
-        torch's.
+        all learning rates 0. Queues must not remember those gradients. The update runs as in torch.
         """
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
@@ -284,7 +283,7 @@ class GradQueueOptimizer(Optimizer):
         return length_of(group.get(LOSSES), LawOptions.of(group), device)
 
     def _name(self, param: Tensor) -> str:
-        """Return what an error calls a parameter: its name where torch knows one."""
+        """Return a parameter's name for an error: torch's where it has one, else its place."""
         for number, group in enumerate(self.param_groups):
             for index, (member, name) in enumerate(
                 zip(group["params"], _names(group), strict=True)
@@ -298,11 +297,14 @@ class GradQueueOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; training continues bit for bit.
 
-        Unlike torch's, this keeps the type of the saved queue, as long as the options that come
-        with it, and shares no memory with ``state_dict``: values are copied into memory made for
-        the parameters. Moments take the type of their parameter, as in torch. A checkpoint of the
-        optimizer that this one extends also loads: its moments go on, the law starts with an empty
-        queue and keeps the options it has.
+        Saved options replace those of the groups, as in torch; ``queue_length`` sets the length of
+        the queues. Unlike in torch, queues keep the type they were saved in, and all values are
+        copied into new memory: none is shared with ``state_dict``. Moments take the type of their
+        parameter, as in torch.
+
+        A checkpoint of ``torch.optim.SGD`` or ``torch.optim.AdamW`` also loads into the optimizer
+        that extends it: its moments go on, the queues start empty, and the options of the law stay
+        as they are.
 
         Raises:
             ValueError: the state was altered or belongs to another model. Nothing is changed.
@@ -311,7 +313,7 @@ class GradQueueOptimizer(Optimizer):
         loaded: dict[str, Any] = {}
 
         def check_all(_: Optimizer, adapted: dict[str, Any]) -> None:
-            # The last of the hooks: it sees what all the others have made of the state.
+            # This hook runs last: it sees the state as all other hooks have left it.
             check(
                 adapted,
                 optimizer_rule(self.param_groups, adapted, self._name, self._check),
@@ -329,7 +331,7 @@ class GradQueueOptimizer(Optimizer):
             for name, value in saved.items():
                 self._take_over(param, name, value)
         for group, before in zip(self.param_groups, options, strict=True):
-            # A checkpoint of torch.optim knows nothing of the law: its options stay as they were.
+            # A checkpoint of torch.optim has no options of the law: the group's own ones stay.
             for name, value in before.items():
                 if name != LOSSES:
                     group.setdefault(name, value)
@@ -339,9 +341,9 @@ class GradQueueOptimizer(Optimizer):
                 group[LOSSES] = filled(new_losses(window, group["queue_length"], device), losses)
 
     def _take_over(self, param: Tensor, name: str, value: Any) -> None:
-        """Copy one entry of a checked state into memory of the layout that a step touches.
+        """Copy one entry of a checked state into new memory with the layout that a step needs.
 
-        An entry of an unknown name stays what torch made of it.
+        An entry of an unknown name stays as torch has loaded it.
         """
         state = self.state[param]
         if name == QUEUE:

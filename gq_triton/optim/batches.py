@@ -1,8 +1,8 @@
 """The batches of one parameter group: found once, kept as long as they fit.
 
 For a model of a hundred tensors it takes the host milliseconds to find the batches: flat views of
-all tensors, and tables of addresses for the kernels. From step to step only the gradients change.
-A step therefore compares every tensor with what the plan remembers; see `Plan.found`.
+all tensors, and tables of addresses for the kernels. From step to step only the gradients change. A
+step therefore keeps the batches of its plan if every tensor is as it was then; see `Plan.found`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ __all__ = ["QUEUE", "QUEUED", "Batch", "Flats", "Plan", "State"]
 # Keys of the state of one parameter.
 QUEUE, QUEUED = "queue", "queued"
 
-# Keys of one number; what stands under any other key is as large as the parameter.
+# Keys of single numbers; the tensor of any other key is as large as the parameter.
 _COUNTERS = QUEUED, "step"
 
 State = dict[str, Any]
@@ -31,11 +31,11 @@ _NOTHING: State = {}
 
 
 class Flats(Sequence[Tensor]):
-    """A sequence of flat tensors, each made when it is asked for: a view where memory allows it.
+    """A sequence of flat tensors, each made at its first use: a view where memory allows it.
 
     Attributes:
-        memo: a dict in which `gq_triton.kernels` keep what does not depend on the addresses of the
-            gradients; None where it would not be valid in the next step.
+        memo: a dict in which `gq_triton.kernels` keeps data for the next steps, all of it
+            independent of the gradients' addresses; None where that data would not stay valid.
         addresses: the addresses of the flat tensors, or None where they are not known yet.
     """
 
@@ -67,7 +67,7 @@ class Flats(Sequence[Tensor]):
         return self._made[index]
 
     def write_back(self) -> None:
-        """Copy those flat tensors that are no views back to the tensors that they stand for."""
+        """Copy flat tensors that are not views back into the tensors they were made from."""
         for index, made in self._made.items():
             write_back_(self._tensors[index], made)
 
@@ -103,7 +103,7 @@ class Batch:
     def state(self, key: str) -> Flats:
         """Return one entry of every state, flat and in the order of the parameter's memory."""
         tensors = self.columns.get(key)
-        if tensors is None:  # made after the batch
+        if tensors is None:  # these tensors were made after the batch
             tensors = [local(state[key]) for state in self.states]
         return Flats(tensors, self.shards, flat)
 
@@ -127,8 +127,8 @@ class _Part:
 class Plan:
     """The batches of one group, and a record of everything that they depend on.
 
-    The plan refers to the parameters, as their group does. It refers to no tensor of a state:
-    memory that a user frees becomes free. It holds no weak references either, because
+    The plan refers to the parameters, as their group does. It refers to no tensor of a state, so
+    that a state that a user drops is freed. It holds no weak references either, because
     ``torch.utils.swap_tensors`` refuses a tensor that has one. Instead a step compares all types,
     shapes, strides and addresses with the record.
     """
@@ -140,13 +140,14 @@ class Plan:
         keys: Sequence[str],
         key_of: Callable[[Tensor], Any],
     ) -> None:
-        """Take in the group's parameters that have a gradient.
+        """Divide the group's parameters that have a gradient into batches.
 
         Args:
-            group: of the optimizer.
-            states: of its parameters; queues and counters are there.
-            keys: of the further tensors of a state that a step uses, as far as they are there.
-            key_of: what the members of one batch have in common.
+            group: a parameter group of the optimizer.
+            states: the states of its parameters, which hold queues and counters.
+            keys: keys of further tensors of a state that a step uses; a key that any of the states
+                lacks is left out.
+            key_of: returns the properties that all members of one batch share.
         """
         params = group["params"]
         self._params = list(params)
@@ -222,7 +223,7 @@ def _find(
 ) -> Found:
     # map() over functions written in C: this runs in every step.
     keys = QUEUE, QUEUED, *keys
-    own = list(map(states.get, members, repeat(_NOTHING)))  # makes no entry, as [] would
+    own = list(map(states.get, members, repeat(_NOTHING)))  # [] would add an entry, get does not
     grads: list[Any] = list(map(_grad, members))
     columns: list[Sequence[Tensor]] = list(zip(*map(itemgetter(*keys), own), strict=True))
     shards, placements = members, None
@@ -261,7 +262,7 @@ def _part(found: Found, indices: list[int]) -> _Part:
     kept = all(
         is_view(c[index], index) for c in columns for index in indices if c[index].numel() > 1
     )
-    # The address of another kind of tensor says nothing.
+    # Only the address of a plain tensor says where its elements are.
     plain = {type(found.grads[index]) for index in indices} <= {Tensor, Parameter}
     return _Part(indices, copied, {} if kept and plain else None)
 
@@ -289,7 +290,7 @@ def _are(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 def _flat_grad(grad: Tensor, like: Tensor) -> Tensor:
-    # One that was copied is flat, whatever the parameter's order.
+    # A gradient that was copied is flat, whatever the parameter's order.
     return grad if grad.dim() == 1 and grad.is_contiguous() else flat(grad, like)
 
 

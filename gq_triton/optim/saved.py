@@ -1,4 +1,4 @@
-"""What the saved state of an optimizer must be before any of it is used."""
+"""The rules that an optimizer's saved state must meet before any of it is used."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ LOSSES = "losses"
 # Keys of a parameter's state, as torch names them.
 STEP, EXP_AVG, EXP_AVG_SQ, MOMENTUM_BUFFER = "step", "exp_avg", "exp_avg_sq", "momentum_buffer"
 
-# float32 counts no further, and torch keeps a step in float32.
+# torch keeps a step in float32, which counts no further than this.
 _FLOAT32_COUNTS_TO = 2**24
 # A step that torch saved: a tensor, in its older versions an integer.
 _STEP_TYPES = *REAL_TYPES, torch.int64, torch.int32
@@ -44,7 +44,7 @@ _SWITCH = OneOf((False, True, 0, 1))
 
 @dataclass(frozen=True)
 class _Number:
-    """A real number, or a tensor of one element where a step can read one."""
+    """The rule of a finite real number; with ``tensor``, also of a tensor with one element."""
 
     tensor: bool = False
 
@@ -76,16 +76,16 @@ def optimizer_rule(
     name_of: Callable[[Tensor], str],
     check_options: Callable[[dict[str, Any]], None],
 ) -> Rule:
-    """Return what a saved optimizer must be to be loaded.
+    """Return the rule that a saved optimizer must meet to be loaded.
 
-    Keys that are not known pass unread, as in torch: the options and the state of the optimizer
-    that saved them.
+    Unknown keys pass unread, as in torch: they are options and states of the optimizer that saved
+    them.
 
     Args:
         groups: the parameter groups of the optimizer that loads.
-        saved: the saved state, of which the options decide the shapes of the rings.
-        name_of: returns how to call a parameter in a message.
-        check_options: raises a ValueError for options of a group that cannot hold.
+        saved: the saved state; its options decide the shapes of the rings.
+        name_of: returns the name of a parameter for a message.
+        check_options: raises a ValueError if options of a group are invalid.
     """
     members = ListOf(_KEY)
     form = Also(
@@ -96,7 +96,7 @@ def optimizer_rule(
         return form
     entries: dict[Any, Rule] = {}
     rules: list[Rule] = []
-    # Where the numbers of groups or parameters differ torch has an error of its own.
+    # Where the numbers of groups or parameters differ, torch raises its own error.
     for own, group in zip(groups, saved["param_groups"], strict=False):
         merged = {**own, **group}
         rules.append(_group_rule(own, merged, check_options))
@@ -109,7 +109,7 @@ def optimizer_rule(
 
 @dataclass(frozen=True)
 class _Each:
-    """A list whose members have rules of their own; further members pass."""
+    """The rule of a list: one rule per member; members beyond the last rule pass."""
 
     rules: Sequence[Rule]
 
@@ -149,7 +149,7 @@ def _is_finite(number: Any) -> bool:
 
 
 def _is_length(value: Any) -> TypeGuard[int]:
-    """Return whether shapes can be told from an option; if not, the option is what is refused."""
+    """Return whether an option is a valid length; the option's own rule refuses any other."""
     return not any(Integer(1, LONGEST).problems(value, ""))
 
 

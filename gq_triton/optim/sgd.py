@@ -46,7 +46,7 @@ class GQSGD(GradQueueOptimizer):
         **options: those of ``LawOptions``.
 
     Raises:
-        ValueError: an option that cannot hold, a complex parameter, a sparse gradient.
+        ValueError: an invalid option or a complex parameter; in ``step`` a sparse gradient.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -113,7 +113,7 @@ class GQSGD(GradQueueOptimizer):
     ) -> None:
         first = self._batch_key(group, batch.states[0])
         if first:
-            # On the CPU a step that a loss scaler skips must not leave an empty buffer behind.
+            # On the CPU a step that a loss scaler skips must not leave a buffer of zeros.
             if law.found_inf is not None and not law.found_inf.is_cuda and bool(law.found_inf):
                 return
             for member in batch.members:

@@ -1,8 +1,9 @@
 """Law and update fused into one pass over memory, compiled by Numba for the CPU.
 
-The operations are those of ``engines.protocol``. A tensor whose weights are all 1 (warm-up,
-rho = 1, a gradient that is not accepted), or whose types Numba does not know, goes to ``eager``,
-which there is bit for bit ``torch.optim``. Numba comes with the extra ``cpu``.
+The operations are those of ``engines.protocol``. Two kinds of tensors go to ``eager``: those whose
+weights are all 1 (warm-up, rho = 1, a gradient that is not accepted), because ``eager`` then equals
+``torch.optim`` bit for bit, and those of types that Numba does not know. Numba comes with the extra
+``cpu``.
 """
 
 from gq_triton.engines.compiled.adamw import gqadamw_

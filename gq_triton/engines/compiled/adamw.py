@@ -80,7 +80,7 @@ def gqadamw_(
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize
     )
     unscale, accept = law.unscale, flags(accepted, len(grads))
-    # A learning rate that is a tensor is worked with in its own type, as torch does.
+    # Arithmetic with a learning rate that is a tensor stays in the tensor's type, as in torch.
     keep = float(1 - lr * weight_decay)
     jobs: list[Job] = []
     counters: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Cluster means, weighted and added up.
+"""The weighted sum of cluster means.
 
 Shape legend: K = clusters, L = queue slots, P = elements of one parameter.
 """
@@ -34,14 +34,14 @@ TILE = 512
 
 @exact()
 def _known(statistics, stride, slots, slot, j, law):
-    """Return what ``spread_of`` would, from the mean and 1 / sigma."""
+    """Return the result of ``spread_of``, from the stored mean and 1 / sigma."""
     one = law[2]
     return statistics[j], one - one, statistics[np.uint64(stride) + j], one
 
 
 @cache
 def _combine_kernel(used: int) -> Callable[..., Any]:
-    """Return the weighted sum of cluster means; ``used`` 0 takes statistics for the ring."""
+    """Return the compiled loop of ``combine``; with ``used`` 0 the ring holds statistics."""
     spread = spread_of(used) if used else _known
 
     @exact()
@@ -76,7 +76,7 @@ def _combine_kernel(used: int) -> Callable[..., Any]:
     return kernel
 
 
-# Loops of their own, over few arrays: the compiler gives up on telling more of them apart.
+# Separate loops over few arrays each: with more the compiler cannot tell that none overlap.
 @exact()
 def _weigh(part, statistics, invert, unscale, narrow, low, high, weights):
     base, mean, shrink, rate = statistics
@@ -170,14 +170,14 @@ def combine(
         ]
     )
     statistics = np.sum(seen, axis=0)
-    # What is not finite in any cluster is not in the sum of squares of their sums either.
+    # An element that is not finite in any cluster makes this sum of squares not finite either.
     if not math.isfinite(statistics[0]):
         return plain()
     return weighted, raw, torch.from_numpy(statistics)[None]
 
 
 def _used(queue: Tensor, queued: Tensor | None, law: Law) -> tuple[int | None, int]:
-    """Return how many rows count, 0 for statistics, None where weights are 1; and the slot."""
+    """Return the number of rows (0 for statistics, None where weights are 1) and the slot."""
     if queued is not None:
         turn = Turn(queue, queued, True, law)
         return len(turn.rows) or None, turn.slot or 0

@@ -1,4 +1,4 @@
-"""The law of one element, and the arguments its loops take.
+"""The law of one element, and the arguments of the loops over elements.
 
 Shape legend: L = queue slots, E = effective length, P = elements of one parameter, N = tensors.
 """
@@ -21,7 +21,7 @@ __all__ = [
     "spread_of", "sums", "typed", "weight_of",
 ]  # fmt: skip
 
-# Elements that are updated before they are queued: their gradients are still in L1 then.
+# Elements of one tile: all are updated, then all are queued while their gradients are still in L1.
 TILE = 2048
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -64,7 +64,7 @@ def spread_of(used: int) -> Callable[..., Any]:
 
 @cache
 def weight_of(used: int) -> Callable[..., Any]:
-    """Return the law of one element."""
+    """Return the compiled weight of one element for an effective length."""
     spread = spread_of(used)
 
     @exact()
@@ -78,7 +78,7 @@ def weight_of(used: int) -> Callable[..., Any]:
 
 
 def fuses(turn: Turn, unscale: float, *tensors: Tensor) -> bool:
-    """Return whether the compiled pass does this tensor: weights active, one type it knows."""
+    """Return whether the compiled pass takes these tensors: the law acts, one known type."""
     dtype = tensors[0].dtype
     known = dtype in DTYPES and all(tensor.dtype == dtype for tensor in tensors)
     dense = all(tensor.is_contiguous() for tensor in tensors)
@@ -86,16 +86,16 @@ def fuses(turn: Turn, unscale: float, *tensors: Tensor) -> bool:
 
 
 def exact_scale(unscale: float) -> bool:
-    """Return whether a loss scale is a power of two, whose product rounds nothing.
+    """Return whether a loss scale is a power of two, so that products with it round nothing.
 
-    With any other the compiler may fuse the product with the comparison, and what is compared
-    would not be rounded as what is queued: ``eager`` does those.
+    With any other scale the compiler may fuse the product with the difference that follows. The
+    compared number would then be rounded otherwise than the queued one, so ``eager`` takes over.
     """
     return abs(math.frexp(unscale)[0]) == 0.5
 
 
 def ring_arguments(turn: Turn, queue: Tensor) -> tuple[Any, ...]:
-    """Return a ring as one dimension, the distance of its rows, their number, and the slot."""
+    """Return a ring as one dimension, the stride of its rows, their number, and the slot."""
     slots, stride = queue.shape
     return queue.view(-1).numpy(), stride, slots, turn.slot
 
@@ -109,5 +109,5 @@ def law_arguments(kind: type, rho: float, used: int) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=64)
 def typed(kind: type, values: tuple[float, ...]) -> tuple[Any, ...]:
-    """Return numbers in the type of the tensors, as a kernel takes them."""
+    """Return numbers in the type of a kernel's tensors."""
     return tuple(kind(value) for value in values)

@@ -1,4 +1,4 @@
-"""The statistics of a ring, written down for whoever does not read the ring.
+"""The statistics of a ring, stored for operations that do not read the ring.
 
 Shape legend: L = queue slots, P = elements of one parameter.
 """
@@ -22,7 +22,7 @@ __all__ = ["queue_statistics"]
 
 @cache
 def _statistics_kernel(used: int) -> Callable[..., Any]:
-    """Return what writes the mean and 1 / sigma of a ring."""
+    """Return the compiled loop that writes the mean and 1 / sigma of a ring."""
     spread = spread_of(used)
 
     @exact()

@@ -19,7 +19,7 @@ Job = Callable[[], Any]
 
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Return the worker threads; a forked child has another process id and makes its own."""
+    """Return the worker threads; a forked child has another process id, hence other threads."""
     return ThreadPoolExecutor(threads, thread_name_prefix="gq_triton")
 
 

@@ -1,4 +1,4 @@
-"""Plain torch, block by block: for any device, and for whatever the other engines do not cover.
+"""Plain torch, block by block: for any device, and for all cases that other engines leave out.
 
 A block's intermediates stay in cache. The operations are those of ``engines.protocol``.
 """

@@ -34,12 +34,12 @@ def gqadamw_(
 ) -> None:
     """Take one step of AdamW on weighted gradients; see ``protocol``.
 
-    Bit for bit ``torch.optim.AdamW`` where every weight is 1.
+    The step equals that of ``torch.optim.AdamW`` bit for bit where every weight is 1.
     """
     if law.skips:
         return
     unscale, accept = law.unscale, flags(accepted, len(grads))
-    # A learning rate that is a tensor is worked with in its own type, as torch does.
+    # Arithmetic with a learning rate that is a tensor stays in the tensor's type, as in torch.
     keep = float(1 - lr * weight_decay)
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         turn = Turn(queue, queued[index], accept[index], law)

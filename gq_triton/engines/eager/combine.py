@@ -1,4 +1,4 @@
-"""Cluster means, weighted and added up.
+"""The weighted sum of cluster means.
 
 Shape legend: K = clusters, L = queue slots, P = elements of one parameter.
 """
@@ -63,7 +63,7 @@ def combine(
 def _spreads(
     queue: Tensor, queued: Tensor | None, finite: bool, law: Law
 ) -> Callable[[Tensor, torch.dtype], Spread | None]:
-    """Return what gives a block of a ring, or of statistics, its spread; None: weights are 1."""
+    """Return the function from a block of ``queue`` to its spread, or to None for weights of 1."""
     if queued is not None:
         return Turn(queue, queued, finite, law).spread
     if finite and law.rho != 1.0 and not statistics_missing(queue):

@@ -17,7 +17,7 @@ BLOCK = 65536
 
 
 class Turn:
-    """One parameter's ring in one step.
+    """The use of one parameter's ring in one step: rows to read and the row to write.
 
     Attributes:
         rows: the rows the statistics use, newest first; empty where every weight is 1.
@@ -40,12 +40,12 @@ class Turn:
         return Spread.of([queue[row].to(dtype) for row in self.rows]) if self.rows else None
 
     def block(self, grad: Tensor, queue: Tensor, unscale: float) -> Tensor:
-        """Queue one block and return its weights, or the number 1 as a 0-d tensor.
+        """Queue one block and return its weights; 1 as a 0-d tensor where every weight is 1.
 
         Args:
             grad: raw gradients ``(n,)``, multiplied by the loss scale where there is one.
             queue: the ring's columns ``(L, n)``.
-            unscale: what undoes the loss scale.
+            unscale: the factor that removes the loss scale.
         """
         raw = grad if unscale == 1.0 else grad * unscale
         stored = to_queue(raw, queue.dtype)

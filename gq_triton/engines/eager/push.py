@@ -1,4 +1,4 @@
-"""Gradients queued that were weighted elsewhere."""
+"""The queueing of gradients that were weighted elsewhere."""
 
 from collections.abc import Sequence
 

@@ -38,7 +38,7 @@ def gqsgd_(
 ) -> None:
     """Take one step of SGD on weighted gradients; see ``protocol``.
 
-    Bit for bit ``torch.optim.SGD`` where every weight is 1.
+    The step equals that of ``torch.optim.SGD`` bit for bit where every weight is 1.
     """
     if law.skips:
         return

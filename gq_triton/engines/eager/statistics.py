@@ -1,4 +1,4 @@
-"""The statistics of a ring, written down for whoever does not read the ring.
+"""The statistics of a ring, stored for operations that do not read the ring.
 
 Shape legend: L = queue slots, P = elements of one parameter.
 """
@@ -30,5 +30,5 @@ def queue_statistics(
 
 
 def statistics_missing(statistics: Tensor) -> bool:
-    """Return whether ``queue_statistics`` found too few gradients: it then does everywhere."""
+    """Return whether ``queue_statistics`` found too few gradients, and so wrote NaN everywhere."""
     return bool(statistics[1, :1].isnan().any())

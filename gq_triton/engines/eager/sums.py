@@ -10,7 +10,7 @@ __all__ = ["by_cluster", "channel_sums", "per_channel", "position_sums", "sample
 
 
 def by_cluster(per_sample: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """Sum ``(B, N)`` rows by cluster, ``(K, N)``, by a product: in a fixed order."""
+    """Return ``(B, N)`` rows summed by cluster, ``(K, N)``: a matrix product, in a fixed order."""
     place = torch.arange(len(order), device=order.device)
     sorted_ = (place >= offsets[:-1, None]) & (place < offsets[1:, None])
     members = torch.empty(sorted_.shape, dtype=per_sample.dtype, device=order.device)
@@ -58,7 +58,7 @@ def channel_sums(
 
 
 def per_channel(statistic: Tensor, channels: int) -> Tensor:
-    """Return ``(B or 1, C)`` from ``(B or 1, G)``."""
+    """Return the statistics ``(B or 1, G)`` of groups for each channel, ``(B or 1, C)``."""
     width = channels // max(1, statistic.shape[1])
     return statistic if width == 1 else statistic.repeat_interleave(width, dim=1)
 
@@ -69,8 +69,8 @@ def sample_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Te
     Args:
         grad: gradient at the layer's output, ``(B, C, S)``.
         x: the layer's input, in the same shape.
-        mean: what the layer subtracted, ``(B or 1, C)``.
-        rstd: what it then multiplied by, ``(B or 1, C)``.
+        mean: the means that the layer subtracted, ``(B or 1, C)``.
+        rstd: the factors that the layer then multiplied by, ``(B or 1, C)``.
 
     Returns:
         ``(B, C)`` for the scale and for the shift, in float32 at least.

@@ -1,4 +1,4 @@
-"""Gradients weighted in place, and the raw ones queued.
+"""The weighting of gradients in place, and the queueing of the raw ones.
 
 Shape legend: L = queue slots, P = elements of one parameter, N = tensors.
 """
