@@ -1,4 +1,8 @@
-"""Which door weights the gradients of which parameter: two doors would weight twice."""
+"""Claims on parameters: only one *door* may weight the gradients of a parameter.
+
+A door is an entry to this package that weights gradients: the plug-in, the DDP hook, or the
+optimizers. Two doors to one parameter would weight its gradient twice.
+"""
 
 import gc
 import weakref
@@ -10,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["ATTACH", "HOOK", "OPTIMIZER", "claim", "release"]
 
-# The doors, as messages call them.
+# The names of the doors in messages.
 ATTACH = "GradQueue.attach"
 HOOK = "the hook of gq_triton.dist"
 OPTIMIZER = "GQSGD or GQAdamW"
@@ -35,19 +39,21 @@ _claims = WeakIdKeyDictionary()
 def claim(
     params: Iterable[Tensor], owner: object, door: str, active: Callable[[], bool] = _always
 ) -> None:
-    """Note that an owner weights the gradients of parameters from now on.
+    """Record that an owner weights the gradients of parameters from now on.
 
-    Another optimizer of this package, or another state of the hook, takes over from an earlier one
-    of its kind: a loop may build them anew. Everything else would weight twice.
+    An optimizer of this package takes claims over from an earlier optimizer, and a state of the
+    hook from an earlier state, because a loop may build them anew. Any other second claim is
+    refused.
 
     Args:
         params: the parameters.
-        owner: what weights them; held weakly, and a claim ends with it.
-        door: ``ATTACH``, ``HOOK`` or ``OPTIMIZER``.
-        active: returns whether the owner weights at all.
+        owner: the object that weights their gradients. It is held weakly: when the owner goes, its
+            claims end.
+        door: the owner's door, ``ATTACH``, ``HOOK`` or ``OPTIMIZER``.
+        active: returns whether the owner weights gradients at present.
 
     Raises:
-        ValueError: another owner weights one of them already. Nothing is noted.
+        ValueError: another owner weights one of the parameters already. No claim is recorded.
     """
     claimed = list(params)
     if any(_rival(param, owner, door) for param in claimed):
@@ -61,7 +67,7 @@ def claim(
 
 
 def release(params: Iterable[Tensor], owner: object) -> None:
-    """Forget the claims of an owner on parameters."""
+    """Delete an owner's claims on parameters."""
     for param in params:
         known = _claims.get(param)
         if known is not None and known.owner() is owner:
@@ -69,7 +75,7 @@ def release(params: Iterable[Tensor], owner: object) -> None:
 
 
 def _rival(param: Tensor, owner: object, door: str) -> _Claim | None:
-    """Return the claim on a parameter that a new one would contradict; None where there is none."""
+    """Return another owner's claim on a parameter that rules out a new one; None if none does."""
     known: _Claim | None = _claims.get(param)
     if known is None or known.owner() is owner or (known.door == door and door != ATTACH):
         return None
@@ -79,8 +85,8 @@ def _rival(param: Tensor, owner: object, door: str) -> _Claim | None:
 _ONE = "keep one of the two"
 _MESSAGES = {
     (ATTACH, ATTACH): (
-        "attached already to these parameters, and a second time would weight twice: call remove() "
-        "on the first handle"
+        "GradQueue is attached already to these parameters, and a second one would weight them "
+        "twice: call remove() on the first handle"
     ),
     (ATTACH, OPTIMIZER): (
         f"GradQueue.attach weights these parameters already, and {OPTIMIZER} would weight them a "

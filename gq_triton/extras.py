@@ -1,12 +1,12 @@
-"""How to install what this package needs only for a part of its work."""
+"""The commands that install the package's optional dependencies, its extras."""
 
 __all__ = ["how_to_install"]
 
 
 def how_to_install(extra: str) -> str:
-    """Return the command that installs an extra, as a message says it.
+    """Return the words with which a message tells how to install an extra.
 
-    The package is on no index yet, so the command works in a checkout.
+    The package is on no package index, so the command is for a checkout.
 
     Args:
         extra: a key of ``[project.optional-dependencies]`` in pyproject.toml.

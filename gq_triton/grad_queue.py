@@ -29,13 +29,13 @@ __all__ = ["GradQueue", "Handle"]
 
 
 class Handle:
-    """What ``attach`` returns: ``remove`` undoes it."""
+    """The connection of a ``GradQueue`` to an optimizer; ``remove`` ends it."""
 
     def __init__(self, undo: Callable[[], None]) -> None:
         self._undo: Callable[[], None] | None = undo
 
     def remove(self) -> None:
-        """Leave the optimizer as it was; a second call does nothing."""
+        """End the connection: later steps use plain gradients. A second call does nothing."""
         if self._undo is not None:
             self._undo()
             self._undo = None
@@ -47,19 +47,22 @@ class PlugInKeywords(ClusterKeywords, LawKeywords, total=False):
 
 @takes(ClusterOptions, LawOptions)
 class GradQueue:
-    """Weights gradients by their scarcity just before an optimizer's step.
+    """A plug-in that weights gradients by their scarcity just before an optimizer's step.
 
-    The last L raw gradients of every parameter are kept; a new one is multiplied, element by
-    element, by ``clip(|g - mu| / sigma, 1/rho, rho)`` (Grad Queue, arXiv 2404.16917, equations 1
-    and 2). The user's loop does not change.
+    A queue holds the last L raw gradients of every parameter. A new gradient is multiplied, element
+    by element, by ``clip(|g - mu| / sigma, 1/rho, rho)``, where ``mu`` and ``sigma`` are mean and
+    standard deviation of the queue (Grad Queue, arXiv 2404.16917, equations 1 and 2). The user's
+    loop does not change.
 
-    With ``n_clusters`` the samples of every batch are first grouped by their features; each group's
-    mean gradient ``c_k`` is weighted by itself, then they are added up by population (section 3.3,
-    Algorithm 1): ``g* = sum_k p_k w(c_k) c_k``. One ``loss.backward()`` does it.
+    With ``n_clusters`` the samples of every batch are first grouped by their features. The mean
+    gradient ``c_k`` of each group is weighted, and the weighted means are added up in proportion to
+    the groups' populations ``p_k`` (section 3.3, Algorithm 1): ``g* = sum_k p_k w(c_k) c_k``. One
+    ``loss.backward()`` computes the sum.
 
     Args:
-        model: the model whose parameters the optimizer updates; a DDP or compiled one may be given.
-        **options: those of ``LawOptions`` and ``ClusterOptions``.
+        model: the model whose parameters the optimizer updates, bare, compiled or in DDP. With
+            ``n_clusters`` a model in DDP is refused.
+        **options: the options of ``LawOptions`` and ``ClusterOptions``.
 
     Raises:
         ValueError: an option that cannot hold.
@@ -98,8 +101,8 @@ class GradQueue:
             return
         if isinstance(bare(model), DistributedDataParallel):
             raise ValueError(
-                "with clusters the ranks share what they queue: use gq_triton.dist.register(model, "
-                "n_clusters=..., features=...) in place of GradQueue"
+                "with clusters all ranks must share one queue, which GradQueue does not do: use "
+                "gq_triton.dist.register(model, n_clusters=..., features=...) in its place"
             )
         self._clusters = Clusters(
             bare(model),
@@ -112,19 +115,21 @@ class GradQueue:
         """Weight the gradients in every ``optimizer.step()`` from now on.
 
         Args:
-            optimizer: any torch optimizer over parameters of the model; others that it holds are
-                left as they are. Several optimizers may share the model, each with parameters of
-                its own. A wrapper that keeps the optimizer under ``.optimizer``, as those of
-                Accelerate, Lightning and Fabric do, may be given in its place.
+            optimizer: any torch optimizer over parameters of the model. Gradients of other
+                parameters that it holds are left as they are. Without clusters several optimizers
+                may divide the model's parameters among them. A wrapper that keeps the optimizer
+                under ``.optimizer``, as those of Accelerate, Lightning and Fabric do, may be given
+                in its place.
             grad_scaler: the loop's ``torch.amp.GradScaler``; needed only with clusters, whose
                 gradients are weighted while they carry its scale.
 
         Returns:
-            A handle; ``handle.remove()`` undoes it. The queue stays.
+            A handle. ``handle.remove()`` ends the weighting and keeps the queue.
 
         Raises:
-            TypeError: not a torch optimizer.
-            ValueError: the gradients would be weighted twice, or none of them is the model's.
+            TypeError: ``optimizer`` is no torch optimizer.
+            ValueError: the gradients would be weighted twice, or none of the optimizer's parameters
+                belongs to the model.
         """
         optimizer = _innermost(optimizer)
         self._check_optimizer(optimizer)
@@ -137,12 +142,12 @@ class GradQueue:
             if closure is None:
                 self._weigh(optimizer)
                 return None
-            # The closure computes the gradients inside step(): weigh them when it returns.
+            # The closure computes the gradients inside step(): weight them when it returns.
             weighing = self._closure(optimizer, closure)
             rest = {name: value for name, value in kwargs.items() if name != "closure"}
             return (optimizer, weighing, *args[2:]), rest
 
-        # Clusters weight in the backward pass, whichever optimizer steps.
+        # With clusters the backward pass weights the gradients, whichever optimizer steps.
         claimed = list(self._names) if self._clusters else self._own(optimizer)
         claim(claimed, before_step, ATTACH)
         hook = optimizer.register_step_pre_hook(before_step)
@@ -165,7 +170,7 @@ class GradQueue:
         return self._handle
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise unless the optimizer's steps can be weighted, and weighted once."""
+        """Raise an error unless the optimizer's gradients can be weighted, and only once."""
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
@@ -199,8 +204,8 @@ class GradQueue:
 
     @torch.no_grad()
     def _weigh(self, optimizer: Optimizer) -> None:
-        """Weight what the optimizer is about to use, and queue the raw gradients."""
-        # Set by GradScaler in the steps of optimizers that unscale and skip by themselves (fused).
+        """Weight the gradients that the optimizer is about to use, and queue the raw ones."""
+        # GradScaler sets both for fused optimizers, which unscale gradients and skip steps alone.
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         done = self._push_clustered(found_inf)
@@ -222,12 +227,12 @@ class GradQueue:
                 write_back_(grad, value, like)
 
     def _push_clustered(self, found_inf: Tensor | None) -> set[str]:
-        """Queue the raw gradients that the backward pass kept; return the names it weighted.
+        """Queue the raw gradients that the backward pass kept; return their parameters' names.
 
-        Any other parameter with a gradient is weighted as one cluster.
+        Any other parameter with a gradient is weighted later, as one cluster.
 
         Args:
-            found_inf: non-zero where the step is skipped, on the device, or None.
+            found_inf: a tensor on the device, non-zero if the step is skipped; or None.
         """
         if self._clusters is None:
             return set()
@@ -250,39 +255,40 @@ class GradQueue:
             raise ValueError(
                 f"{self._names[param]} has a gradient of layout {grad.layout} and type "
                 f"{grad.dtype}, which a queue cannot hold: build the layer with sparse=False, or "
-                "give the parameter to an optimizer of its own"
+                "give the parameter to another optimizer"
             )
 
     def record_loss(self, loss: Tensor | float) -> None:
-        """Tell the effective length the loss of the step to come, unscaled.
+        """Record the loss of the coming step, from which the effective length follows.
 
-        Needed only with ``loss_window``, and only where ``optimizer.step`` gets no closure.
+        The call is needed only with ``loss_window``, and only where ``optimizer.step`` gets no
+        closure.
 
         Args:
-            loss: one number, 0-d or one element.
+            loss: the loss before any loss scale: a number, or a tensor of one element.
         """
         self._queues.record_loss(loss)
 
     def metrics(self) -> dict[str, Any]:
-        """Return what the law did in the last step, in one transfer to the host.
+        """Return figures of the last step's weights, in one transfer to the host.
 
         Returns:
             ``mean_weight``; ``norm_ratio``, ``|g*| / |g|``; ``saturated_high`` and
-            ``saturated_low``, shares of elements at rho and at 1/rho; ``effective_length``;
-            ``cluster_sizes``, None without clusters. Empty before the first step.
+            ``saturated_low``, the shares of weights at rho and at 1/rho; ``effective_length``;
+            ``cluster_sizes``, None without clusters. Before the first step the dict is empty.
         """
         values: dict[str, Any] = dict(self._queues.metrics())
         return values | {"cluster_sizes": self.cluster_sizes_} if values else values
 
     @property
     def labels_(self) -> Tensor | None:
-        """The cluster of every sample of the last batch, ``(B,)`` int64."""
+        """The cluster of every sample of the last batch, ``(B,)`` int64; None if there is none."""
         groups = self._last_groups()
         return None if groups is None else groups.labels
 
     @property
     def cluster_sizes_(self) -> list[int] | None:
-        """Samples in each cluster of the last batch."""
+        """The number of samples in each cluster of the last batch; None if there is none."""
         groups = self._last_groups()
         return None if groups is None else groups.sizes
 
@@ -291,7 +297,7 @@ class GradQueue:
         return None if last is None else last.known_groups
 
     def report(self) -> dict[str, str]:
-        """Return by parameter name how its gradient is handled."""
+        """Return, by parameter name, how the parameter's gradient is handled."""
         if self._clusters is None:
             return {
                 name: "whole batch" if p.requires_grad else "frozen"
@@ -300,11 +306,14 @@ class GradQueue:
         return self._clusters.report()
 
     def set_sample_weights(self, weights: Tensor | None) -> None:
-        """Say how much each sample of the next batches counts in the loss.
+        """Set how much each sample of the coming batches counts in the loss.
 
         Args:
-            weights: ``(B,)``, such as the number of tokens of each sequence under a mean per
-                token; None for equal.
+            weights: ``(B,)``, for example the number of tokens of each sequence where the loss is a
+                mean over tokens; None gives all samples equal weight.
+
+        Raises:
+            ValueError: there are no clusters.
         """
         if self._clusters is None:
             raise ValueError("set_sample_weights needs n_clusters")
@@ -315,22 +324,25 @@ class GradQueue:
 
         Args:
             losses: per-sample losses ``(B,)``.
+
+        Raises:
+            ValueError: another mode, no forward pass before, or not one loss per sample.
         """
         if self._clusters is None or self._clusters.mode != "microbatch":
             raise ValueError('backward(losses) needs n_clusters and mode="microbatch"')
         self._clusters.backward(losses)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the queue: equal exactly where every element of it is."""
+        """Return the SHA-256 of the queue: two digests are equal if all elements are."""
         return self._queues.digest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the queue, and what k-means goes on from: tensors and plain values."""
+        """Return the queue and the state of k-means, as tensors and plain values."""
         clusters = {} if self._clusters is None else {"clusters": self._clusters.state_dict()}
         return self._queues.state_dict() | clusters
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved queue; training continues bit for bit.
+        """Load the queue and the state of k-means; training continues bit for bit.
 
         Raises:
             ValueError: the state belongs to another model or other options. Nothing is changed.
@@ -345,7 +357,7 @@ class GradQueue:
 
 
 def _innermost(optimizer: Any) -> Any:
-    """Return the optimizer inside of all wrappers that keep it under ``.optimizer``."""
+    """Return the optimizer inside all wrappers that keep it under ``.optimizer``."""
     inner = getattr(optimizer, "optimizer", None)
     return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
 
@@ -356,20 +368,20 @@ def _refuse_ddp(model: nn.Module, args: Any) -> None:
         return
     if DistributedDataParallel._get_active_ddp_module() is not None:
         raise RuntimeError(
-            "the model was wrapped in DistributedDataParallel after GradQueue.attach: every rank "
-            "would queue gradients of its own: call remove() on the handle, and use "
+            "the model was wrapped in DistributedDataParallel after GradQueue.attach, so every "
+            "rank would queue its own gradients only: call remove() on the handle, and use "
             "gq_triton.dist.register(ddp, n_clusters=..., features=...)"
         )
 
 
 class _GradScale:
-    """The loss scale of the GradScaler that an attached loop has."""
+    """The loss scale of the ``GradScaler`` that was given to ``attach``."""
 
     def __init__(self) -> None:
         self.scaler: Any = None
 
     def __call__(self) -> Tensor | None:
-        """Return it on its device; None without a scaler, or where it does not scale."""
+        """Return the scale on its device; None where no scaler is given or it is disabled."""
         if self.scaler is None or not self.scaler.is_enabled():
             return None
         return self.scaler._get_scale_async()
