@@ -1,8 +1,8 @@
-"""One backward pass, K cluster gradients, and no K-fold storage of the model.
+"""The gradients of K clusters from one backward pass, without K gradients of the whole model.
 
-Each family of layers (``layers/``) sums the gradients of each cluster's samples for one parameter
-at a time and hands them to a ``Sink``. ``Weigh``, the sink of the law, weights the means and adds
-them up on the spot.
+A family of layers (``layers/``) sums the gradients of each cluster's samples, for one parameter at
+a time, and hands the sums to a ``Sink``. ``Weigh``, the sink of the law, weights the cluster means
+and adds them up before the next parameter's turn.
 """
 
 from gq_triton.cluster_grad.clusters import Clusters

@@ -1,10 +1,10 @@
-"""From the layers' sums to ``p.grad``: what comes together there, and the raw gradient beside it.
+"""The accumulator, which brings the sink's gradients into ``p.grad`` and keeps the raw ones.
 
 A layer's backward pass returns a *marker* in place of a parameter's gradient: zeros that take no
-memory. Autograd calls a hook of the parameter once everything that the backward pass has for it has
-come together. If that is the marker alone, all of the gradient is known by cluster, and the hook
-returns what the sink made of it. If it is more, the parameter was used past its layers: then the
-sink takes the whole gradient as that of one cluster.
+memory. Autograd adds up everything that the backward pass has for the parameter, then calls a hook
+of the parameter with the total. If the total is the marker alone, the whole gradient is known by
+cluster, and the hook returns the gradient that the sink made of the sums. If the total is more, the
+parameter was used past its layers, and the sink takes the whole gradient as that of one cluster.
 """
 
 import warnings
@@ -29,11 +29,11 @@ __all__ = ["Accumulator"]
 
 @dataclass(eq=False)
 class _Waiting:
-    """What layers have given for a parameter whose hook was not called yet.
+    """The gradients that layers have given for a parameter whose hook was not called yet.
 
     Attributes:
-        marker: what they returned in its place.
-        taken: of forward passes that use the parameter once.
+        marker: the marker that the first of the layers returned.
+        taken: forward passes that use the parameter once, with the sink's gradients.
         steps: forward passes that use it several times; their sums are in ``Step.partial``.
     """
 
@@ -46,14 +46,16 @@ class Accumulator:
     """The clustered gradients of one model while its plug-in is attached.
 
     Args:
-        sink: what the layers' sums go to.
-        names: parameters' names.
+        sink: the receiver of the layers' sums.
+        names: the names of the model's parameters.
         covered: names of the parameters that belong to layers which sum by cluster.
-        assign: finds the clusters of a step.
+        assign: returns the clusters of a step.
 
     Attributes:
-        raw: the raw gradients beside ``p.grad``.
-        known_by_cluster: by name, whether all of a parameter's last gradient was.
+        step: the step of the latest forward pass, or None.
+        raw: the raw gradients, kept while ``p.grad`` holds the weighted ones.
+        known_by_cluster: by parameter name, whether the whole of its last gradient came from
+            layers that sum by cluster.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Accumulator:
         self.params = {name: param for param, name in names.items()}
         self.names = names
         self.step: Step | None = None
-        # What compiled graphs see of it: compiled_ops.py.
+        # A compiled graph holds these in place of the accumulator: see compiled_ops.py.
         self.number, self.clock = new_number(self), torch.zeros(1, dtype=torch.int64)
         self.token: Tensor | None = None
         self.raw = RawGradients(self.params, self._first_step)
@@ -75,12 +77,12 @@ class Accumulator:
         self._assign = assign
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._markers: dict[Any, Tensor] = {}
-        # Parameters without hooks so far, and the hooks of the others.
+        # Names of covered parameters without hooks so far, and the hooks of the others.
         self._unwatched = list(covered)
         self._hooks: list[Any] = []
         self._told: set[str] = set()
-        # Of the backward pass that runs: what its hooks wait for, what went to the sink as one
-        # cluster's, and its forward passes.
+        # State of the running backward pass: gradients that wait for a parameter's hook, gradients
+        # that the sink took as one cluster's, and the forward passes it goes through.
         self._waiting: dict[str, _Waiting] = {}
         self._whole: dict[str, Taken] = {}
         self._steps: list[Step] = []
@@ -89,7 +91,7 @@ class Accumulator:
     def new_step(self) -> Step:
         """Return the step of a forward pass that begins."""
         if not in_backward():
-            self._end_pass()  # left open by an error
+            self._end_pass()  # an error left the last one open
         if self._unwatched:
             self._watch()
         accumulator = weakref.ref(self)  # the registry of steps must not keep the model alive
@@ -114,7 +116,7 @@ class Accumulator:
         self._hooks.clear()
 
     def trainable(self, module: nn.Module) -> list[str]:
-        """Return the names of a layer's own parameters that have a gradient."""
+        """Return the names of a layer's own parameters that need a gradient."""
         params = module.parameters(recurse=False)
         return [self.names[param] for param in params if param.requires_grad]
 
@@ -123,9 +125,9 @@ class Accumulator:
         return step.uses.get(self.names[param], 1)
 
     def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return room for a parameter's sums by cluster ``(K, elements)``, until the next call.
+        """Return memory for a parameter's sums ``(K, elements)``, valid until the next call.
 
-        On the CPU it is the same memory every time: fresh pages cost more than what is done there.
+        On the CPU every call returns the same memory: fresh pages cost more than the sums.
         """
         if like.device.type != "cpu":
             return torch.empty(clusters, elements, dtype=dtype, device=like.device)
@@ -137,14 +139,14 @@ class Accumulator:
     def give(
         self, step: Step, param: Tensor, blocks: Iterator[Block], dtype: torch.dtype
     ) -> Tensor | None:
-        """Take one use's sums of a parameter; return what the layer returns as its gradient.
+        """Take the sums of one use of a parameter; return what the layer returns as gradient.
 
-        The sums of several uses wait for the last one: the sink takes their total.
+        If the forward pass uses the parameter several times, the sink takes the total of all uses.
 
         Args:
-            step: the forward pass they belong to.
+            step: the forward pass that the sums belong to.
             param: the parameter.
-            blocks: its parts, in memory order, which together cover it.
+            blocks: parts of the parameter, in memory order, which together cover it.
             dtype: type of the sums.
         """
         name = self.names[param]
@@ -160,10 +162,10 @@ class Accumulator:
         return self._wait(step, name, None)
 
     def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor | None:
-        """Take the sums of some rows of a table that is used once; return as ``give`` does.
+        """Take the sums of some rows of a table that is used once; return what ``give`` returns.
 
         Args:
-            step: the forward pass.
+            step: the forward pass that the sums belong to.
             param: the table ``(V, d)``, contiguous.
             rows: the touched rows ``(U,)`` int64, without repetition.
             sums: ``(K, U * d)``.
@@ -172,10 +174,10 @@ class Accumulator:
         return self._wait(step, name, self._sink.take_rows(name, step.groups, rows, sums))
 
     def _wait(self, step: Step, name: str, taken: Taken | None) -> Tensor | None:
-        """Keep what a layer has given until the parameter's hook is called.
+        """Keep the gradient that a layer has given until the parameter's hook is called.
 
         Returns:
-            A marker for the first layer; None, no gradient, for the others.
+            The marker for the first layer; None, which autograd adds nothing for, for the others.
         """
         waiting = self._waiting.get(name)
         first = waiting is None
@@ -196,11 +198,11 @@ class Accumulator:
         return self._markers[key]
 
     def _come_together(self, name: str, total: Tensor) -> Tensor | None:
-        """Return a parameter's gradient; None leaves what autograd has found.
+        """Return a parameter's gradient; None keeps ``total``.
 
         Args:
             name: the parameter's name.
-            total: all that the backward pass has for it, markers in place of layers' gradients.
+            total: the sum that autograd has formed, with markers in place of layers' gradients.
         """
         waiting = self._waiting.pop(name, None)
         parts: list[tuple[Step, Taken]] = []
@@ -217,15 +219,20 @@ class Accumulator:
         return self._take_whole(name, parts, total)
 
     def _finds_groups(self) -> bool:
-        """Return whether the clusters are known where no layer has asked for them."""
+        """Return whether a gradient that no layer has given can be taken as one cluster's.
+
+        The samples of the forward pass must be known, and the backward pass must not be one that
+        is differentiated again (``create_graph=True``).
+        """
         step = self._steps[-1] if self._steps else self.step
         known = step is not None and (step.known_groups is not None or step.features is not None)
         return known and not torch.is_grad_enabled()
 
     def _take_partial(self, step: Step, name: str) -> Taken:
-        """Return what the uses so far add to what earlier uses in this backward pass gave.
+        """Return the sink's gradients of a parameter's sums, less those returned before.
 
-        A checkpointed segment may run its backward pass, and call the hook, before other uses.
+        The hook is called more than once in a backward pass where a checkpointed segment runs its
+        own backward pass before the parameter's other uses.
         """
         partial = step.partial[name]
         blocks = iter([(0, partial.sums.shape[1], partial.sums)])
@@ -236,7 +243,10 @@ class Accumulator:
         return Taken(taken.gradient - before.gradient, taken.raw - before.raw)
 
     def _take_whole(self, name: str, parts: list[tuple[Step, Taken]], total: Tensor) -> Tensor:
-        """Return the gradient of a parameter that was used past its layers, as one cluster's."""
+        """Return the gradient of a parameter that was used past its layers, as one cluster's.
+
+        Later calls in one backward pass return the difference to what was returned before.
+        """
         self._open_pass()
         last = self._steps[-1] if self._steps else self.step
         step = parts[-1][0] if parts else last
@@ -253,11 +263,11 @@ class Accumulator:
         return taken.gradient if before is None else taken.gradient - before.gradient
 
     def _first_step(self) -> Step | None:
-        """Return the first forward pass of the running backward pass, else the latest one."""
+        """Return the first forward pass of the running backward pass, or else the latest one."""
         return self._steps[0] if self._steps else self.step
 
     def _open_pass(self) -> None:
-        """Have the end of the backward pass that runs noticed."""
+        """Have autograd call ``_end_pass`` when the running backward pass ends."""
         if not self._running:
             self._running = True
             self.raw.begin_pass()
@@ -265,14 +275,14 @@ class Accumulator:
             engine.queue_callback(self._end_pass)
 
     def enter_pass(self, step: Step) -> None:
-        """Note that a step's gradients are computed in the backward pass that runs."""
+        """Note that the running backward pass computes a step's gradients."""
         if not step.finishing:
             step.finishing = True
             self._steps.append(step)
         self._open_pass()
 
     def _end_pass(self) -> None:
-        """Forget what no later pass may see: uses that did not come, gradients not accumulated."""
+        """Forget incomplete sums and gradients that did not reach ``p.grad``; warn where due."""
         for step in self._steps:
             step.finishing = False
             step.partial.clear()
@@ -283,7 +293,7 @@ class Accumulator:
             self.warn_whole(whole, "part of their gradient came past their layer")
 
     def warn_whole(self, names: list[str], why: str, stacklevel: int = 3) -> None:
-        """Say once which parameters are weighted as one cluster, and how much of the model."""
+        """Warn that parameters are weighted as one cluster, with their share of the model."""
         self._told.update(names)
         trainable = sum(param.numel() for param in self.params.values() if param.requires_grad)
         share = sum(self.params[name].numel() for name in names) / max(trainable, 1)
@@ -294,10 +304,10 @@ class Accumulator:
         )
 
     def add(self, step: Step, param: Tensor, sums: Tensor) -> None:
-        """Add a gradient that no layer has given to ``p.grad``.
+        """Add to ``p.grad`` a gradient that no layer has given.
 
         Args:
-            step: the forward pass.
+            step: the forward pass that the sums belong to.
             param: the parameter.
             sums: complete sums by cluster, ``(K, *param.shape)``.
         """
@@ -331,10 +341,10 @@ class Accumulator:
 
 
 def _is_marker(total: Tensor, waiting: _Waiting) -> bool:
-    """Return whether no gradient but the layers' own has come together.
+    """Return whether a parameter's gradient came from layers alone.
 
-    A compiled graph has markers of its own, zeros, and adds them up: there the values tell, for
-    which a GPU is waited for.
+    A compiled graph makes other markers, zeros, and adds them up. There only the values tell, and
+    reading them waits for a GPU.
     """
     if total is waiting.marker:
         return True
@@ -347,7 +357,7 @@ def _first_hook(param: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
     handle = param.register_hook(hook)
     hooks: Any = param._backward_hooks
     others = [(key, other) for key, other in hooks.items() if key != handle.id]
-    for key, other in others:  # autograd follows the order in which they were put in
+    for key, other in others:  # autograd calls hooks in the order of insertion
         del hooks[key]
         hooks[key] = other
     return handle

@@ -1,4 +1,4 @@
-"""Clusters of a model's batches: features in, labels out, gradients weighted on the way back."""
+"""The clusters of a model's batches: hooks that keep features, a clusterer that labels them."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from gq_triton.saved.rules import Also, Bytes, ListOf, Maybe, Number, OneOf, Rec
 
 __all__ = ["Clusters"]
 
-# The model's entry that holds its clusters while they are installed.
+# The attribute of the model that holds its clusters while they are installed.
 _INSTALLED = "_gq_triton_clusters"
 
 
@@ -37,16 +37,17 @@ def _nothing() -> None:
 
 
 class Clusters:
-    """Groups the samples of every batch and weights each group's mean gradient.
+    """The clusters of a model's batches and the sums of its gradients by cluster.
 
     Args:
         model: the model.
-        names: its parameters' names.
-        sink: what the layers' sums go to.
-        options: how samples are grouped and the groups mixed.
+        names: the names of its parameters.
+        sink: the receiver of the layers' sums.
+        options: how samples are grouped and how the groups are mixed.
         before_assign: called before the clusters of a step are found.
-        whole_batch: from this process's number of samples to that of the whole batch.
-        sizes_only: the clusterer looks at no feature, so none is kept.
+        whole_batch: called with this process's number of samples; returns that of the whole batch.
+        sizes_only: whether the clusterer needs only the number of samples, so that no features are
+            kept.
 
     Raises:
         ValueError: an option that cannot hold, or a layer that is refused.
@@ -82,7 +83,7 @@ class Clusters:
         self._sizes_only = sizes_only
         self._names = names
         self.layers = survey(model) if self.mode == "one_backward" else []
-        # By parameter name, the kind of the layer that sums its gradient by cluster.
+        # By parameter name, the class of the layer that sums its gradient by cluster.
         self._kinds = {
             names[param]: type(layer.module).__name__
             for layer in self.layers
@@ -105,8 +106,8 @@ class Clusters:
         self._warned = False
 
     def _new_kmeans(self) -> KMeans:
-        # A gradient that a loss scaler let overflow has no cluster to speak of; its step is
-        # skipped anyway.
+        # A loss scaler may let gradients at the output overflow. Such a step is skipped, so its
+        # clusters do not matter.
         overflow = self.features == OUTPUT_GRADIENT
         return KMeans(self.n_clusters, nonfinite="zero" if overflow else "raise")
 
@@ -115,7 +116,7 @@ class Clusters:
         return self
 
     def assign(self, step: Step) -> Groups:
-        """Find the clusters of a step's samples."""
+        """Return the clusters of a step's samples."""
         self._before_assign()
         if step.features is None:
             raise RuntimeError(
@@ -135,7 +136,7 @@ class Clusters:
                 f"the clusterer must return ({len(step.features)},) integers, got "
                 f"{tuple(labels.shape)} of {labels.dtype}"
             )
-        labels = labels.to(step.features.device)  # scikit-learn's lie on the CPU
+        labels = labels.to(step.features.device)  # labels of scikit-learn are on the CPU
         clusters = self.n_clusters
         if not self.kmeans:
             lowest, highest = torch.stack(labels.aminmax()).tolist()
@@ -158,10 +159,10 @@ class Clusters:
             )
 
     def install(self) -> Callable[[], None]:
-        """Make the model's backward passes leave weighted gradients; return what undoes it."""
+        """Make the model's backward passes use the sink's gradients; return what undoes it."""
         earlier: Clusters | None = vars(self.model).get(_INSTALLED)
         if earlier is not None and earlier.model is self.model:
-            earlier.uninstall()  # whoever installed it is gone, or replaced by this
+            earlier.uninstall()  # its plug-in or hook is gone, or is replaced
         accumulator = self.accumulator
         prepare_for_compile()
         restore = convert(self.layers, accumulator) if self.mode == "one_backward" else None
@@ -205,7 +206,7 @@ class Clusters:
         return with_first_tensor(output, partial(watch, token=accumulator.token))
 
     def _see_second(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note the input of a layer whose batch is the second dimension."""
+        """Note the shape of the input of a layer whose batch is the second dimension."""
         step, tensor = self.accumulator.step, first_tensor([*args, *kwargs.values()])
         if torch.compiler.is_compiling() or step is None or not step.open or tensor is None:
             return
@@ -220,7 +221,7 @@ class Clusters:
             capture(accumulator.clock, accumulator.token, tensor, channels_first)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what k-means goes on from, in plain values; nothing for another clusterer."""
+        """Return the state of k-means in plain values; an empty one for another clusterer."""
         if self.kmeans is None:
             return {}
         state = self.kmeans.state_dict()
@@ -251,7 +252,7 @@ class Clusters:
         self.kmeans.check_saved(_tensors(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state; an empty one begins anew."""
+        """Load a saved state; with an empty one k-means starts anew."""
         if self.kmeans is None:
             return
         if not state:
@@ -260,7 +261,7 @@ class Clusters:
         self.kmeans.load_state_dict(_tensors(state))
 
     def report(self) -> dict[str, str]:
-        """Return by parameter name how its last gradient was handled; at first, what is planned."""
+        """Return, by parameter name, how the last gradient was handled or the first will be."""
         if self.mode == "microbatch":
             how = dict.fromkeys(self._names.values(), "clusters (microbatch)")
         else:
@@ -272,7 +273,7 @@ class Clusters:
         return how | frozen
 
     def _planned(self) -> dict[str, str]:
-        """Return by parameter name what the layers that hold it are; all of them must be known."""
+        """Return, by parameter name, ``clusters`` where all layers that hold it sum by cluster."""
         how: dict[str, str] = {}
         for layer in sorted(self.layers, key=lambda layer: layer.family is None):
             kind = type(layer.module).__name__
@@ -284,7 +285,7 @@ class Clusters:
         return how
 
     def covered(self) -> set[str]:
-        """Return the names of the parameters whose gradients come out weighted, frozen or not."""
+        """Return the names of the parameters that clusters cover, frozen ones included."""
         return set(self._names.values()) if self.mode == "microbatch" else set(self._kinds)
 
     def backward(self, losses: Tensor) -> None:
@@ -292,12 +293,15 @@ class Clusters:
 
         Args:
             losses: ``(B,)`` per-sample losses.
+
+        Raises:
+            ValueError: there was no forward pass, or there is not one loss per sample.
         """
         backward(self.accumulator, losses, self.options)
 
 
 def _uneven(state: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with saved centres beside their number."""
+    """Return what is wrong with saved centres, besides their number; None if nothing is."""
     centers = state["cluster_centers"]
     if (centers is None) != (state["dtype"] is None):
         return "cluster_centers and dtype must both be None or neither"
@@ -307,10 +311,10 @@ def _uneven(state: Mapping[str, Any]) -> str | None:
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what k-means saved from the plain values of ``Clusters.state_dict``."""
+    """Return the state of ``KMeans`` from the plain values of ``Clusters.state_dict``."""
     centers = state["cluster_centers"]
     if centers is not None:
-        # By way of float64: a number beyond the range of float32 becomes an infinity, no error.
+        # Through float64, a number beyond the range of float32 becomes an infinity, not an error.
         centers = torch.tensor(centers, dtype=torch.float64).to(getattr(torch, state["dtype"]))
     generator = torch.tensor(list(state["generator"]), dtype=torch.uint8)
     return {"cluster_centers": centers, "generator": generator}

@@ -1,11 +1,11 @@
-"""The passes' functions for eager and for compiled models alike.
+"""The functions of ``passes``, callable in eager models and in compiled graphs.
 
 A graph made by ``torch.compile`` must hold neither a step's clusters nor a queue: it would replay
 those of the step it was traced in. It holds two small tensors instead, the token of the forward
-pass and the key of the layer's site, and calls of the functions of ``passes`` as opaque operations,
-which find the rest when they run. Operations without a result write to a *clock*: the compiler's
-only reason to keep them, in their order. Outside a compiled graph the functions are called as they
-are.
+pass and the key of the layer's site. It calls the functions of ``passes`` as opaque operations,
+which find the step and the layer by these tensors when they run. Operations without a result write
+to a *clock*, a tensor: only for that write does the compiler keep them, and their order. Outside a
+compiled graph the functions are called directly.
 """
 
 import functools
@@ -31,9 +31,9 @@ __all__ = [
 
 
 def exact(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a backward pass compute in the types of its tensors, also where autocast is on.
+    """Return a backward pass that computes in the types of its tensors, also under autocast.
 
-    ``loss.backward()`` inside autocast would narrow sums that are to be formed in float32.
+    A ``loss.backward()`` inside autocast would narrow sums that must be formed in float32.
     """
 
     @functools.wraps(backward)
@@ -51,13 +51,17 @@ _whole: list[Callable[..., Any]] = []
 
 
 def traced_whole(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function that calls an autograd function: Dynamo must not look into it."""
+    """Mark a function that calls an autograd function, so that Dynamo does not look into it."""
     _whole.append(function)
     return function
 
 
 def prepare_for_compile() -> None:
-    """Tell Dynamo what is marked; it is not imported before an optimizer needs it anyway."""
+    """Tell Dynamo which functions are marked.
+
+    The call imports Dynamo, so it comes when clusters are installed, not when this package is
+    imported. Torch's optimizers import Dynamo anyway.
+    """
     for function in _whole:
         torch.compiler.allow_in_graph(function)
 
@@ -104,7 +108,7 @@ def _traced_param_grads(
     token: Tensor, site: Tensor, tensors: list[Tensor], params: list[Tensor], wanted: list[int]
 ) -> list[Tensor]:
     passes.param_grads(token, site, tensors, wanted, traced=True)
-    # A graph wants the gradients that it was traced with, in their layout.
+    # A graph expects gradients in the layout that it was traced with.
     return [torch.zeros_like(param) for param in params]
 
 
@@ -169,9 +173,13 @@ def param_grads(ctx: Any, *tensors: Tensor) -> list[Tensor | None]:
     """Collect the sums of a layer's gradients; return what its backward pass returns for them.
 
     Args:
-        ctx: the context of an autograd function whose arguments begin with the layer's input and
-            ``params``; ``ctx.params`` are those, ``ctx.call`` the token and the site's key.
-        tensors: what the layer's gradients are made of.
+        ctx: the context of an autograd function whose first arguments are the layer's input, then
+            the parameters. ``ctx.params`` holds these parameters, ``ctx.call`` the token and the
+            key of the site.
+        tensors: the tensors from which the layer's family computes its gradients.
+
+    Raises:
+        RuntimeError: the gradients are to be differentiated again, or the plug-in was removed.
     """
     token, site = ctx.call
     positions = range(len(ctx.params))
@@ -180,8 +188,9 @@ def param_grads(ctx: Any, *tensors: Tensor) -> list[Tensor | None]:
     if not wanted:
         return result
     params = [ctx.params[i] for i in wanted]
-    # A graph is traced with tensors of the compiler's own. Its flag alone does not tell: before
-    # torch 2.13 it is set while Dynamo reads Python, and not while backward passes are traced.
+    # A graph is traced with the compiler's own classes of tensors. is_compiling() alone does not
+    # tell: before torch 2.13 it is True while Dynamo reads Python, but not while backward passes
+    # are traced.
     if torch.compiler.is_compiling() or type(token) is not Tensor:
         grads = _param_grads_op(token, site, list(tensors), params, wanted)
     elif torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""The switch in a model that makes its layers sum their gradients by cluster."""
+"""The conversion of a model's layers, which then sum their gradients by cluster."""
 
 from collections.abc import Callable
 from types import MethodType
@@ -16,7 +16,7 @@ __all__ = ["convert"]
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a layer, with clustered gradients where this forward pass will have a backward pass."""
+    """Run a layer, with clustered gradients if this forward pass will have a backward pass."""
     site: Site = getattr(module, SITE)  # the compiler of torch 2.8 does not know vars(module)
     collector, graded = site.collector, torch.is_grad_enabled()
     if site.module is not module or not trains(module):  # a copy of the model, a frozen layer
@@ -34,16 +34,17 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def convert(layers: list[Layer], collector: Collector) -> Callable[[], None]:
-    """Make layers compute clustered gradients; return what undoes it.
+    """Make layers compute clustered gradients; return a function that undoes it.
 
-    Classes, names and ``state_dict`` keys stay: only ``forward`` is set on the instance.
+    Classes, names and ``state_dict`` keys stay: only ``forward`` and a site are set on the
+    instance.
 
     Raises:
-        ValueError: another one has made them do it.
+        ValueError: another plug-in has converted one of the layers.
     """
     for layer in layers:
         site = vars(layer.module).get(SITE)
-        # A copy of a model has the sites of its original, which mean nothing.
+        # A copy of a model has the sites of its original, which do not count.
         if site is not None and site.module is layer.module:
             raise ValueError(
                 f"another GradQueue computes the clustered gradients of {layer.name or 'the model'}"

@@ -10,16 +10,16 @@ __all__ = ["backward"]
 
 
 def backward(accumulator: Accumulator, losses: Tensor, options: ClusterOptions) -> None:
-    """Run K backward passes through the last forward pass; add what the sink makes to ``p.grad``.
+    """Run K backward passes through the last forward pass; add the sink's gradients to ``p.grad``.
 
     Args:
-        accumulator: that of the model.
-        losses: ``(B,)`` per-sample losses; the mean of them is what is minimised, or their sum with
-            ``loss_reduction="sum"``.
+        accumulator: the accumulator of the model.
+        losses: ``(B,)`` per-sample losses. Their mean is minimised, or with
+            ``loss_reduction="sum"`` their sum.
         options: how the clusters are weighted.
 
     Raises:
-        ValueError: there was no forward pass, or not one loss per sample.
+        ValueError: there was no forward pass, or there is not one loss per sample.
     """
     step = accumulator.step
     if step is None or losses.dim() != 1:
@@ -30,7 +30,7 @@ def backward(accumulator: Accumulator, losses: Tensor, options: ClusterOptions) 
     scale = options.accumulation_steps
     whole = losses.sum() / (count * scale)
     if step.features is None:
-        output = whole  # the hook on the model's output fires on the way to it
+        output = whole  # the backward pass from here calls the hook that keeps the features
         torch.autograd.grad(output, params, retain_graph=True, allow_unused=True)
     groups = step.groups
     if len(groups.labels) != len(losses):

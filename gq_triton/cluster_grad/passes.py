@@ -1,7 +1,7 @@
 """The forward and backward passes of a model, as its layers go through them.
 
-A forward pass has a *token*, a small tensor; its step lives as long as the token, that is, as the
-graph of the forward pass.
+A forward pass has a *token*, a small tensor that its graph holds. The step of a forward pass lives
+as long as the token.
 """
 
 import weakref
@@ -28,12 +28,12 @@ def in_backward() -> bool:
 
 
 def begin(clock: Tensor, session: int) -> Tensor:
-    """Start the step of a forward pass, unless one is computed anew; return its token."""
+    """Start the step of a forward pass and return its token; a recomputation keeps its step."""
     alive = collector_of(session)
     token = alive.token
     last = None if token is None else _steps.get(int(token))
-    # A reentrant checkpoint around the whole model has hidden its forward pass: then the last step
-    # known is an older one, which is done.
+    # A reentrant checkpoint around the whole model hides the forward pass, which then runs without
+    # gradients. The last known step belongs to an older pass in that case, and is complete.
     goes_on = last is not None and (last.known_groups is None or last.finishing)
     if token is not None and in_backward() and goes_on:
         return token.clone()
@@ -54,7 +54,8 @@ def end(clock: Tensor, token: Tensor) -> None:
 def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:
     """Count one use of a layer's parameters in the forward pass.
 
-    A segment under a reentrant checkpoint computes without gradients first: that is its use.
+    A segment under a reentrant checkpoint runs without gradients first. That run is counted, and
+    the recomputation in the backward pass is not.
     """
     step, where = _steps.get(int(token)), site_of(site)
     assert where is not None
@@ -76,7 +77,7 @@ def capture(clock: Tensor, token: Tensor, features: Tensor, channels_first: bool
 
 
 def watch(grad: Tensor, token: Tensor) -> Tensor:
-    """Keep the gradient at the model's output as the features of the step's samples."""
+    """Keep the gradient at the model's output as the features of the step's samples; return it."""
     step = _steps[int(token)]
     if step.known_groups is None:
         step.features = pooled(grad.detach(), channels_first=grad.dim() > 3)
@@ -89,16 +90,16 @@ def param_grads(
     """Collect the sums of a layer's gradients; return what its backward pass returns for them.
 
     Args:
-        token: that of the forward pass.
+        token: the token of the forward pass.
         site: the key of the layer's site.
-        tensors: what the layer's gradients are made of.
+        tensors: the tensors from which the layer's family computes its gradients.
         wanted: positions among the layer's ``(weight, bias)``.
         traced: whether a compiled graph calls.
     """
     where, step = site_of(site), _steps.get(int(token))
     if where is None or step is None:
         raise RuntimeError("the handle of this GradQueue was removed: run the forward pass anew")
-    # What this backward pass computes anew from here on belongs to this step.
+    # Layers that this backward pass recomputes from here on belong to this step.
     where.collector.token = token
     where.collector.enter_pass(step)
     step.traced = step.traced or traced

@@ -1,4 +1,4 @@
-"""The raw gradients beside ``p.grad``: kept while a backward pass adds what was made of them."""
+"""The raw mean gradients of a model, kept while ``p.grad`` holds the weighted ones."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,12 +13,12 @@ __all__ = ["RawGradients"]
 
 
 class _Fresh(NamedTuple):
-    """A raw gradient on its way to ``p.grad``, in the backward pass that runs.
+    """A raw gradient of the running backward pass whose weighted one is not in ``p.grad`` yet.
 
     Attributes:
         raw: the raw mean.
-        steps: the forward passes that it goes back to.
-        goes_on: whether ``p.grad`` still holds what earlier backward passes added to it.
+        steps: the forward passes that the gradient comes from.
+        goes_on: whether ``p.grad`` still holds the gradients of earlier backward passes.
     """
 
     raw: Tensor
@@ -27,29 +27,29 @@ class _Fresh(NamedTuple):
 
 
 class RawGradients:
-    """The raw mean gradient of every parameter whose ``p.grad`` was made of one.
+    """The raw mean gradient of every parameter whose ``p.grad`` came from a sink.
 
     Args:
         params: parameters by name.
-        first_step: returns the first forward pass that the running backward pass goes through, or
-            the latest forward pass, or None.
+        first_step: returns the first forward pass that the running backward pass goes through;
+            outside a backward pass the latest forward pass, or None.
 
     Attributes:
-        kept: raw gradients by name, of all backward passes since they were taken.
-        passes: numbers of the backward passes that the taken gradients go back to; whoever takes
-            them empties it.
+        kept: raw gradients by name, summed over all backward passes since they were last taken.
+        passes: numbers of the backward passes that the taken gradients come from. The caller of
+            ``take`` empties the set.
     """
 
     def __init__(self, params: Mapping[str, Tensor], first_step: Callable[[], Step | None]) -> None:
         self._params, self._first_step = params, first_step
         self.kept: dict[str, Tensor] = {}
         self.passes: set[int] = set()
-        # What p.grad looked like when the last backward pass had added to it: object and version.
+        # Object and version of p.grad after the last backward pass had added to it.
         self._left: dict[str, tuple[int, int]] = {}
-        # What the samples counted in each forward pass that a raw gradient goes back to, and the
-        # number of its backward pass.
+        # For each forward pass that a raw gradient comes from: the number of its backward pass, and
+        # the mass of its samples (Groups.mass).
         self._masses: dict[str, list[tuple[int, Tensor]]] = {}
-        # Of the backward pass that runs.
+        # Gradients and number of the running backward pass.
         self._fresh: dict[str, _Fresh] = {}
         self._number = 0
 
@@ -62,7 +62,7 @@ class RawGradients:
         self._fresh = {}
 
     def add(self, step: Step, name: str, raw: Tensor) -> None:
-        """Keep a raw gradient until ``p.grad`` has taken what was made of it."""
+        """Keep a raw gradient until ``note`` is told that ``p.grad`` has the weighted one."""
         raw = raw if step.groups.unit == 1 else raw / step.groups.unit
         fresh = self._fresh.get(name)
         if fresh is None:
@@ -72,15 +72,15 @@ class RawGradients:
         self._fresh[name] = fresh._replace(raw=fresh.raw + raw, steps=steps)
 
     def _goes_on(self, name: str) -> bool | Tensor:
-        """Return whether ``p.grad`` still holds what earlier passes added to it, on its device."""
+        """Return whether ``p.grad`` still holds earlier passes' gradients, on its device."""
         grad, left = self._params[name].grad, self._left.get(name)
         if grad is None or left is None or left[0] != id(grad):
             return False
-        # Changed in place: zeroed for a new step, or clipped.
+        # It was changed in place: zeroed for a new step, or clipped.
         return True if left[1] == grad._version else (grad != 0).any()
 
     def note(self, name: str) -> None:
-        """Put a raw gradient beside ``p.grad``, which has just taken what was made of it."""
+        """Add a parameter's raw gradient to ``kept``: ``p.grad`` has just got the weighted one."""
         grad = self._params[name].grad
         if grad is None:
             return
@@ -98,29 +98,29 @@ class RawGradients:
         self._left[name] = id(grad), grad._version
 
     def take_all(self) -> dict[str, Tensor]:
-        """Return the raw gradients by name of the parameters that have one, and forget all."""
+        """Return by name the raw gradients of parameters with a ``p.grad``, and forget all."""
         kept, self.kept, self._left, self._masses = self.kept, {}, {}, {}
         return {name: raw for name, raw in kept.items() if self._params[name].grad is not None}
 
     def take(self, name: str) -> Tensor | None:
-        """Return the raw gradient of a parameter and forget it; None where it has none."""
+        """Return the raw gradient of a parameter and forget it; None if it has none."""
         raw, masses = self.kept.pop(name, None), self._masses.pop(name, [])
         if self._params[name].grad is None:
-            return None  # a gradient that the user has dropped
+            return None  # the user has dropped the gradient
         self.passes.update(number for number, _ in masses)
         return raw
 
     def masses(self, names: Sequence[str], device: torch.device) -> Tensor:
-        """Return what this process's samples count in the gradients of parameters, ``(N, 2)``.
+        """Return the mass of this process's samples in the gradient of each parameter, ``(N, 2)``.
 
-        It is the mean of ``Groups.mass`` over the forward passes that the gradient goes back to: a
-        gradient of several micro-batches counts no more than one of a single micro-batch. Where no
-        sample reached a parameter, as many count as in the first forward pass that the running
-        backward pass goes through; outside of a backward pass none.
+        A gradient's mass is the mean of ``Groups.mass`` over the forward passes that it comes from:
+        a gradient of several micro-batches counts no more than one of a single micro-batch. A
+        parameter that no sample reached has the mass of the first forward pass that the running
+        backward pass goes through. Outside a backward pass its mass is 0.
 
         Args:
             names: the parameters' names.
-            device: where the result is wanted.
+            device: the device of the result.
         """
         unreached: list[Tensor] = []
         means: dict[tuple[int, ...], Tensor] = {}
@@ -131,7 +131,7 @@ class RawGradients:
                 unreached = masses = unreached or [self._unreached(device)]
             else:
                 masses = [mass for _, mass in reached]
-            # Most parameters go back to the same passes: few launches.
+            # Most parameters share their forward passes, so few means are launched.
             key = tuple(map(id, masses))
             if key not in means:
                 means[key] = torch.stack(masses).mean(dim=0).to(device)
@@ -139,11 +139,11 @@ class RawGradients:
         return torch.stack(rows)
 
     def _unreached(self, device: torch.device) -> Tensor:
-        """Return what this process's samples count for a parameter that none of them reached."""
+        """Return the mass of this process's samples for a parameter that none of them reached."""
         if not in_backward():
             return torch.zeros(2, dtype=torch.float64, device=device)
         step = self._first_step()
         if step is None or (step.known_groups is None and step.features is None):
-            # Nobody knows how many samples there are.
+            # The number of samples is unknown.
             return torch.ones(2, dtype=torch.float64, device=device)
         return step.groups.mass

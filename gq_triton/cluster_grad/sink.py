@@ -1,4 +1,4 @@
-"""What becomes of gradients that are summed by cluster: the protocol between layers and a law."""
+"""The protocol of a sink, which makes a gradient of a parameter's sums by cluster."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -13,10 +13,10 @@ __all__ = ["Sink", "Taken"]
 
 
 class Taken(NamedTuple):
-    """What a sink makes of one parameter's gradient.
+    """The gradient that a sink makes for one parameter, and the gradient of the loss.
 
     Attributes:
-        gradient: what ``p.grad`` gets, in the parameter's shape and type.
+        gradient: the gradient for ``p.grad``, in the parameter's shape and type.
         raw: the gradient of the loss, in the parameter's shape and the type of its sums.
     """
 
@@ -25,9 +25,9 @@ class Taken(NamedTuple):
 
 
 class Sink(Protocol):
-    """Takes the gradient of one parameter after the other, summed by cluster.
+    """A receiver of gradients that are summed by cluster, one parameter after the other.
 
-    ``groups.inverse_shares`` makes a sum over a cluster its mean gradient.
+    A sum over a cluster times ``groups.inverse_shares`` is the cluster's mean gradient.
 
     Attributes:
         backend: the engine that forms the layers' sums.
@@ -36,28 +36,34 @@ class Sink(Protocol):
     backend: str
 
     def take(self, name: str, groups: Groups, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
-        """Take a parameter's sums.
+        """Take a parameter's sums; return its gradients.
 
         Args:
             name: the parameter's name.
             groups: the clusters.
-            blocks: parts of the parameter, in its memory order, which together cover it; the
-                memory of one is used again for the next.
+            blocks: parts of the parameter, in its memory order, which together cover it. The memory
+                of a block is reused for the next one.
             dtype: type of the sums.
         """
         ...
 
     def take_rows(self, name: str, groups: Groups, rows: Tensor, sums: Tensor) -> Taken:
-        """Take the sums of a table of which only some rows were touched.
+        """Take the sums of a table of which only some rows were touched; return its gradients.
 
         Args:
             name: the name of the table ``(V, d)``, which is contiguous.
             groups: the clusters.
             rows: the touched rows ``(U,)`` int64, without repetition.
-            sums: ``(K, U * d)``.
+            sums: sums of the touched rows, ``(K, U * d)``.
         """
         ...
 
     def take_whole(self, name: str, groups: Groups, grad: Tensor) -> Taken:
-        """Take a gradient of which some part is not known by cluster, in the parameter's shape."""
+        """Take a gradient of which some part is not known by cluster; return its gradients.
+
+        Args:
+            name: the parameter's name.
+            groups: the clusters.
+            grad: the gradient of the loss, in the parameter's shape.
+        """
         ...

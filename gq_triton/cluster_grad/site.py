@@ -33,12 +33,12 @@ _sites: "weakref.WeakValueDictionary[int, Site]" = weakref.WeakValueDictionary()
 
 
 class Collector(Protocol):
-    """What layers hand their sums to, and what follows a model's forward and backward passes.
+    """A receiver of layers' sums, which also follows the model's forward and backward passes.
 
     Attributes:
         backend: the engine that forms the layers' sums.
-        clock: what compiled graphs write to.
-        token: that of the present forward pass, or None.
+        clock: the tensor to which operations without a result write in a compiled graph.
+        token: the token of the current forward pass, or None.
     """
 
     backend: str
@@ -50,11 +50,11 @@ class Collector(Protocol):
         ...
 
     def enter_pass(self, step: Step) -> None:
-        """Note that a step's gradients are computed in the backward pass that runs."""
+        """Note that the running backward pass computes a step's gradients."""
         ...
 
     def trainable(self, module: nn.Module) -> list[str]:
-        """Return the names of a layer's own parameters that have a gradient."""
+        """Return the names of a layer's own parameters that need a gradient."""
         ...
 
     def uses(self, step: Step, param: Tensor) -> int:
@@ -62,29 +62,29 @@ class Collector(Protocol):
         ...
 
     def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return room for a parameter's sums by cluster ``(K, elements)``, until the next call."""
+        """Return memory for a parameter's sums ``(K, elements)``, valid until the next call."""
         ...
 
     def give(
         self, step: Step, param: Tensor, blocks: Iterator[Block], dtype: torch.dtype
     ) -> Tensor | None:
-        """Take one use's sums of a parameter; return what the layer returns as its gradient."""
+        """Take the sums of one use of a parameter; return what the layer returns as gradient."""
         ...
 
     def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor | None:
-        """Take the sums of some rows of a table that is used once; return as ``give`` does."""
+        """Take the sums of some rows of a table that is used once; return what ``give`` returns."""
         ...
 
 
 class Family(NamedTuple):
-    """How the layers of one kind run, and how their gradients are summed by cluster.
+    """The functions that run the layers of one kind and sum their gradients by cluster.
 
     Attributes:
-        forward: ``(module, call, input)``: the layer's forward pass.
-        gradients: ``(site, step, tensors, wanted)``: give the sums of the wanted ones among
-            ``(weight, bias)`` to the site's collector and return what it returns; the tensors are
-            what the layer's backward pass knows.
-        accepts: whether a layer of the kind, with its options, can be summed by cluster.
+        forward: called with ``(module, call, input)``; runs the layer's forward pass.
+        gradients: called with ``(site, step, tensors, wanted)``; gives the sums of the wanted ones
+            among ``(weight, bias)`` to the site's collector and returns what the collector returns.
+            ``tensors`` are those that the layer's backward pass gave to ``param_grads``.
+        accepts: called with a layer; returns whether its options allow sums by cluster.
     """
 
     forward: Callable[..., Tensor]
@@ -96,17 +96,17 @@ class Site:
     """A layer whose gradients are summed by cluster.
 
     Args:
-        collector: what its sums go to.
+        collector: the receiver of the layer's sums.
         name: the layer's name in the model.
         module: the layer.
-        family: how it runs.
+        family: the family of the layer.
     """
 
     def __init__(self, collector: Collector, name: str, module: nn.Module, family: Family) -> None:
         self.collector, self.name, self.module, self.family = collector, name, module, family
-        # What the layer's own forward() calls its input.
+        # The name of the input in the layer's own forward().
         self.input_name = list(inspect.signature(type(module).forward).parameters)[1]
-        # A tensor, and so an input of a compiled graph: layers of one kind share their graph.
+        # A tensor is an input of a compiled graph, so layers of one kind share their graph.
         self.key = torch.tensor(next(_numbers))
         _sites[int(self.key)] = self
 
@@ -120,7 +120,7 @@ class Site:
 
 
 def new_number(collector: Collector | None = None) -> int:
-    """Return a number of its own; ``collector_of`` finds the collector by it."""
+    """Return a new number; ``collector_of`` finds the collector by it."""
     number = next(_numbers)
     if collector is not None:
         _collectors[number] = collector
@@ -133,5 +133,5 @@ def collector_of(number: int) -> Collector:
 
 
 def site_of(key: Tensor) -> Site | None:
-    """Return the site that has a key; None where its plug-in was removed."""
+    """Return the site that has a key; None if its plug-in was removed."""
     return _sites.get(int(key))

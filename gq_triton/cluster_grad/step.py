@@ -1,4 +1,4 @@
-"""What one forward pass leaves for its backward pass: features, then the samples' clusters."""
+"""The step: the record of one forward pass, from which its backward pass finds the clusters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ class Partial:
 
     Attributes:
         sums: gradients summed by cluster so far, ``(K, elements)``.
-        taken: what ``p.grad`` has got for them so far, or None.
+        taken: the gradients that the sink made of the sums when the parameter's hook was last
+            called; None before the first call.
     """
 
     sums: Tensor
@@ -32,17 +33,19 @@ class Step:
     """One forward pass of the model and the clusters of its batch.
 
     Attributes:
-        assign: finds the clusters.
+        assign: returns the clusters of a step.
         features: ``(B, F)``, known after the forward pass or at the start of the backward pass.
-        shape: that of the features before the mean over positions.
-        outputs: first dimensions of the tensors that a model returned which is not compiled.
-        second: by name, the input shapes of layers whose batch is the second dimension.
-        uses: how often each parameter, by name, was used in the forward pass.
-        partial: by name, the sums of parameters that are used several times.
+        shape: the shape of the features before the mean over positions.
+        outputs: the first dimensions of the tensors that the model returned; empty for a compiled
+            model.
+        second: by layer name, the input shapes of layers whose batch is the second dimension.
+        uses: by parameter name, how often the forward pass used the parameter.
+        partial: by parameter name, the sums of parameters that are used several times.
         open: whether the forward pass still runs.
-        hidden: whether its forward pass is seen in the backward pass only.
-        finishing: whether its backward pass runs.
-        traced: whether a compiled graph runs that.
+        hidden: whether the forward pass was first seen inside a backward pass, as with a reentrant
+            checkpoint around the whole model.
+        finishing: whether the step's backward pass runs.
+        traced: whether a compiled graph runs the step's backward pass.
     """
 
     assign: Callable[["Step"], Groups]
@@ -67,19 +70,19 @@ class Step:
 
     @property
     def known_groups(self) -> Groups | None:
-        """The clusters if they were asked for already."""
+        """The clusters if they have been found already, else None."""
         return self._groups
 
     def check_batch(self, name: str) -> None:
         """Raise a RuntimeError where the forward pass shows that samples lie along dimension 1.
 
         Args:
-            name: the layer that the features are of.
+            name: the submodule whose output the features are; empty for the model itself.
         """
         if len(self.shape) < 3 or self.shape[0] == self.shape[1]:
             return
         samples, second = self.shape[:2]
-        seen = f"the features, of {name or 'the model'}, have shape {self.shape}"
+        seen = f"the features, output of {name or 'the model'}, have shape {self.shape}"
         advice = (
             "a time-major batch cannot be clustered: give the model (B, T, ...), or use "
             'GradQueue(mode="microbatch") with features of one vector per sample'

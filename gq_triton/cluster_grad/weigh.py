@@ -20,18 +20,18 @@ def _no_scale() -> None:
 
 
 class Weigh:
-    """Weights each cluster's mean gradient and adds them up: ``sum_k p_k w(c_k) c_k``.
+    """The sink that weights cluster means and adds them up: ``sum_k p_k w(c_k) c_k``.
 
     Args:
-        queues: the rings, which are read here and fed elsewhere.
-        match_norm: whether each weighted gradient gets the norm of the raw one here; None is what
-            the queues say.
+        queues: the rings. The sink reads them and queues nothing.
+        match_norm: whether the sink gives each weighted gradient the norm of the raw one; None
+            takes the option of the queues.
         grad_scale: returns the loss scale that the gradients carry, or None.
 
     Attributes:
-        backend: the engine.
-        statistics: by name, what the weighting of a parameter's last gradient did, ``(C, 5)`` to be
-            added up.
+        backend: the engine that forms the layers' sums.
+        statistics: by parameter name, the statistics of its last weighting, rows ``(N, 5)`` to be
+            added up (see ``queues/measures.py``).
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def _gradients(
         param = site.param(position)
         if position == 0:
             total = site.collector.scratch(len(groups.sizes), param.numel(), grad, dtype)
-            # Where launches cost, sorting once is worth a copy of all samples.
+            # Where launches cost time, sorting once is worth a copy of all samples.
             parts = groups.sorted if launches_cost(grad) else groups.each
             pairs = zip(parts(grad), parts(x), strict=True)
             weight, geometry = param.detach().to(dtype), _geometry(site.module)
@@ -86,7 +86,7 @@ def _gradients(
         else:
             ops = engine(grad.device, site.collector.backend)
             images = grad.flatten(2)
-            # With channels last in memory the positions come first.
+            # In the memory format channels_last, positions come before channels.
             last = not images.is_contiguous() and images.mT.is_contiguous()
             sums = ops.position_sums if last else ops.channel_sums
             total = sums(images.mT if last else images, groups.order, groups.offsets)[0]
@@ -96,7 +96,7 @@ def _gradients(
 
 
 def _geometry(module: Any) -> Geometry:
-    """Return how a layer walks over its input, once that is padded where torch pads it apart."""
+    """Return stride, padding, dilation and groups; padding is 0 for an input padded before."""
     apart = _pads_apart(module)
     padding = (0,) * len(module.kernel_size) if apart else module.padding
     return module.stride, padding, module.dilation, module.groups
@@ -112,12 +112,13 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, ca
 
 
 def _forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """``nn.ConvNd.forward`` with clustered gradients."""
+    """Run the ``forward`` of ``nn.Conv1d``, 2d or 3d with clustered gradients."""
     m: Any = module
     spatial = len(m.kernel_size)
     if x.dim() != spatial + 2:
         raise RuntimeError(
-            f"a {type(m).__name__} needs a batch dimension to be clustered, got {tuple(x.shape)}"
+            f"{type(m).__name__} needs an input with a batch dimension to cluster its samples, got "
+            f"shape {tuple(x.shape)}"
         )
     if _pads_apart(m):
         mode = "constant" if m.padding_mode == "zeros" else m.padding_mode

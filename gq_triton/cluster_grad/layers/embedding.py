@@ -37,7 +37,7 @@ class _Embedding(torch.autograd.Function):
 def _gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
 ) -> list[Tensor | None]:
-    """Give the sums of a table."""
+    """Give the sums of a table to the collector; return what it returns."""
     grad, indices = tensors
     collector, groups, param = site.collector, step.groups, site.param(0)
     padding_idx: Any = site.module.padding_idx
@@ -56,7 +56,8 @@ def _gradients(
         if padding_idx is not None:
             sums.masked_fill_((touched == padding_idx)[:, None], 0)
         return [collector.give_rows(step, param, touched, sums.flatten(1))]
-    # As many lookups as rows, or a tied table, whose other use has a dense gradient: all of it.
+    # Sum for all rows: there are at least as many lookups, the table is tied, so that its other use
+    # has a dense gradient, or it is not contiguous.
     sums = _row_sums(groups, rows, where, param.shape[0])
     if padding_idx is not None:
         sums[:, padding_idx] = 0
@@ -66,7 +67,7 @@ def _gradients(
 
 
 def _row_sums(groups: Groups, rows: Tensor, where: Tensor, count: int) -> Tensor:
-    """Add up ``rows`` (B, T, d) by cluster and by row of the table: ``(K, count, d)``."""
+    """Return the sums ``(K, count, d)`` of ``rows`` (B, T, d) by cluster and row of the table."""
     shape = len(groups.sizes), count, rows.shape[2]
     sums = rows.new_zeros(shape, dtype=accumulation_type(rows.dtype))
     target = where + groups.labels[:, None] * count
@@ -80,13 +81,13 @@ def _embedding(indices: Tensor, weight: Tensor, padding_idx: int | None, call: C
 
 
 def _forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """``nn.Embedding.forward`` with clustered gradients."""
+    """Run ``nn.Embedding.forward`` with clustered gradients."""
     m: Any = module
     return _embedding(x, m.weight, m.padding_idx, call)
 
 
 def _accepts(module: nn.Module) -> bool:
-    """Return whether a table's gradient is dense and its own alone."""
+    """Return whether a layer has no option that changes its table or the form of its gradient."""
     m: Any = module
     return not m.sparse and not m.scale_grad_by_freq and m.max_norm is None
 

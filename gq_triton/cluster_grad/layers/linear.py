@@ -20,16 +20,19 @@ from gq_triton.ring import flat
 
 __all__ = ["CONV1D", "LINEAR"]
 
-# Bytes of sums worked on at a time on the CPU; more would leave the cache before they are weighted.
+# Bytes of sums formed at a time on the CPU; more would leave the cache before they are weighted.
 ROOM = 1 << 24
-# What a GPU does in a second, on the safe side, and the seconds that a launch costs the host.
+# Operations and bytes of a GPU per second, estimated low; seconds that a launch costs the host.
 OPERATIONS, BYTES, LAUNCH = 2e13, 1e12, 2e-5
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Write ``left.T @ right``, summed in float32 at least.
+    """Write ``left.T @ right``, summed in float32 at least, to ``out``.
 
-    ``(R, M), (R, N) -> (M, N)``, or one more dimension in front for as many products.
+    Args:
+        out: ``(M, N)``, or ``(K, M, N)`` for K products.
+        left: ``(R, M)``, or ``(K, R, M)``.
+        right: ``(R, N)``, or ``(K, R, N)``.
     """
     multiply = torch.mm if out.dim() == 2 else torch.bmm
     if left.dtype == out.dtype:
@@ -41,9 +44,10 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def pays_padding(groups: Groups, left: Tensor, right: Tensor) -> bool:
-    """Return whether one product of clusters that all get the room of the largest is cheaper.
+    """Return whether one batched product, all clusters padded to the largest, is the cheaper way.
 
-    It is four launches, and some work in vain; else there are two, and one per cluster.
+    It takes four launches and wastes the work on the padding. The other way, one product per
+    cluster, takes two launches and one for each cluster.
     """
     clusters, (batch, positions, height), width = len(groups.sizes), left.shape, right.shape[2]
     added = (clusters * max(groups.sizes) - batch) * positions
@@ -55,7 +59,8 @@ def pays_padding(groups: Groups, left: Tensor, right: Tensor) -> bool:
 def products_of_all(groups: Groups, left: Tensor, right: Tensor, products: Tensor) -> None:
     """Write ``left.T @ right`` of each cluster, ``(K, M, N)``, with few launches."""
     if pays_padding(groups, left, right):
-        # What is not finite in a sample that is repeated is not finite in the sum either.
+        # Zeros in one factor suffice. Zero times a repeated sample that is not finite is NaN, but
+        # then the sum over all samples is not finite either.
         a, b = groups.blank_(groups.padded(left)), groups.padded(right)
         product_into(products, a.flatten(1, 2), b.flatten(1, 2))
         return
@@ -70,14 +75,14 @@ def weight_blocks(
     param: Tensor,
     scratch: Callable[[int, int, Tensor, torch.dtype], Tensor],
 ) -> Iterator[Block]:
-    """Yield the sums of ``left.T @ right`` by cluster, some rows of the products at a time.
+    """Yield the sums of ``left.T @ right`` by cluster, some rows of the product at a time.
 
     Args:
         groups: the clusters.
         left: ``(B, T, M)``.
         right: ``(B, T, N)``.
-        param: ``(M, N)``, whose memory order counts.
-        scratch: gives room for K sums: ``Collector.scratch``.
+        param: the parameter ``(M, N)``; the blocks are in its memory order.
+        scratch: returns memory for K sums, as ``Collector.scratch`` does.
     """
     height, width, clusters = left.shape[2], right.shape[2], len(groups.sizes)
     dtype = accumulation_type(left.dtype)
@@ -115,10 +120,10 @@ class _Linear(torch.autograd.Function):
         kernel = weight.t() if transposed else weight
         out = torch.nn.functional.linear(x, kernel, bias)
         if out._is_view():
-            # Of (B, T, N) with a bias; the output of an autograd function that is one could not be
-            # changed in place.
+            # F.linear returns a view for (B, T, N) with a bias. A view that an autograd function
+            # returns cannot be changed in place.
             out = torch.ops.aten._unsafe_view(out, out.shape)
-        # Under autocast the product was formed in a narrower type; keep what it saw.
+        # Under autocast the product is formed in a narrower type: keep the input in that type.
         ctx.save_for_backward(x.to(out.dtype), weight)
         return out
 
@@ -160,13 +165,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, ca
 
 
 def _linear_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """``nn.Linear.forward`` with clustered gradients."""
+    """Run ``nn.Linear.forward`` with clustered gradients."""
     m: Any = module
     return _linear(x, m.weight, m.bias, False, call)
 
 
 def _conv1d_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """``transformers.pytorch_utils.Conv1D.forward``: a linear layer with a transposed weight."""
+    """Run the forward pass of Transformers' ``Conv1D``, a linear layer with a transposed weight."""
     m: Any = module
     return _linear(x, m.weight, m.bias, True, call)
 

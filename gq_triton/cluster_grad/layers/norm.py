@@ -1,10 +1,10 @@
 """Clustered gradients of the scales and shifts of normalisation layers.
 
-The gradient with respect to the input is torch's own. That with respect to the scale is the
-output's gradient times the normalised input, summed per sample and then per cluster. Under
-BatchNorm, whose samples depend on each other through the batch's statistics, a cluster's gradient
-is that of its rows alone (the row-masked reading): the clusters still add up to the batch's
-gradient.
+The gradient with respect to the input is torch's own. The gradient with respect to the scale is the
+output's gradient times the normalised input, summed per sample and then per cluster. The samples of
+a BatchNorm depend on each other through the batch's statistics. There a cluster's gradient is the
+sum over its own rows only (the row-masked reading), so the clusters' sums still add up to the
+batch's gradient.
 
 Shapes: B samples, N scales, K clusters.
 """
@@ -24,14 +24,14 @@ from gq_triton.engines import engine
 __all__ = ["BATCH_NORM", "GROUP_NORM", "LAYER_NORM", "RMS_NORM"]
 
 
-# Running mean and variance, whether the batch's own are used, momentum, epsilon.
+# Running mean and variance, whether the batch's own statistics are used, momentum, epsilon.
 Running = tuple[Tensor | None, Tensor | None, bool, float, float]
 
 
 def _weighted(
     site: Site, step: Step, wanted: list[int], sums: tuple[Tensor, Tensor | None]
 ) -> list[Tensor | None]:
-    """Give the sums of scale (0) and shift (1) from those of shift and scale."""
+    """Give the sums of scale (0) and shift (1), which ``sums`` holds as (shift, scale)."""
     result = []
     for position in wanted:
         param, values = site.param(position), sums[1 - position]
@@ -49,10 +49,10 @@ def _by_position(
     Args:
         site: the layer.
         step: the forward pass.
-        wanted: which of them.
-        grad: ``(B, ..., *normalised)``, or rows ``(B T, *normalised)`` sample after sample.
+        wanted: which of the two.
+        grad: ``(B, ..., *normalised)``, or rows ``(B T, *normalised)`` in order of samples.
         x: the layer's input, in the same shape.
-        statistics: ``rstd`` and, unless it is 0, ``mean`` of each row of x.
+        statistics: ``rstd`` of each row of x and, except for RMSNorm, its ``mean``.
     """
     groups = step.groups
     check_rows(grad, groups, site.name)
@@ -67,10 +67,10 @@ def _by_position(
 def _by_channel(
     site: Site, step: Step, wanted: list[int], grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 ) -> list[Tensor | None]:
-    """Give the sums of scale (0) and shift (1); mean and rstd ``(B or 1, G)``."""
+    """Give the sums of scale (0) and shift (1); ``mean`` and ``rstd`` are ``(B or 1, G)``."""
     groups = step.groups
     check_rows(grad, groups, site.name)
-    # Two dimensions: each sample may have several rows, each with statistics of its own.
+    # In two dimensions a sample may have several rows, each with its own statistics.
     order = groups.rows(len(grad) // groups.labels.numel())
     dy, x = (t.reshape(*t.shape[:2], -1) for t in (grad, x))
     ops = engine(grad.device, site.collector.backend)
@@ -83,10 +83,10 @@ def _wide(statistic: Tensor) -> Tensor:
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:
-    """Return a tensor as autocast hands it to ``group_norm``: in float32 but on the CPU.
+    """Return a tensor in the type that autocast gives ``group_norm``: float32, except on the CPU.
 
-    It does so itself for ``layer_norm`` and ``rms_norm``. Its list lacks the function that gives
-    the mean and the deviation of a ``group_norm``.
+    Autocast converts the inputs of ``layer_norm`` and ``rms_norm`` itself. It does not know
+    ``native_group_norm``, the function that also returns mean and deviation.
     """
     device = tensor.device.type
     on = device != "cpu" and torch.is_autocast_enabled(device)
@@ -94,9 +94,9 @@ def _as_autocast(tensor: Tensor) -> Tensor:
 
 
 def _widened(tensor: Tensor, grad: Tensor) -> Tensor:
-    """Return a saved tensor in the type that autocast gave it, which the output's gradient shows.
+    """Return a saved tensor in the type that autocast gave it, which is that of ``grad``.
 
-    It is saved as it came, which takes less memory.
+    Tensors are saved in the type they came in, which takes less memory.
     """
     return tensor.to(torch.promote_types(tensor.dtype, grad.dtype))
 
@@ -221,7 +221,7 @@ class _BatchNorm(torch.autograd.Function):
         if not training:
             assert mean is not None
             assert var is not None
-            # Buffers may move on before the backward pass.
+            # The running statistics may change before the backward pass.
             mean, var = mean.clone(), var.clone()
         ctx.save_for_backward(x, weight, mean, var, saved_mean, saved_rstd)
         return out
@@ -273,25 +273,25 @@ def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, running: Running, call:
 
 
 def _layer_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """``nn.LayerNorm.forward`` with clustered gradients."""
+    """Run ``nn.LayerNorm.forward`` with clustered gradients."""
     m: Any = module
     return _layer_norm(x, m.weight, m.bias, m.eps, call)
 
 
 def _rms_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """``nn.RMSNorm.forward`` with clustered gradients."""
+    """Run ``nn.RMSNorm.forward`` with clustered gradients."""
     m: Any = module
     return _rms_norm(x, m.weight, m.eps, call)
 
 
 def _group_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """``nn.GroupNorm.forward`` with clustered gradients."""
+    """Run ``nn.GroupNorm.forward`` with clustered gradients."""
     m: Any = module
     return _group_norm(x, m.weight, m.bias, m.num_groups, m.eps, call)
 
 
 def _batch_norm_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
-    """``nn.BatchNorm.forward`` with clustered gradients."""
+    """Run the ``forward`` of ``nn.BatchNorm1d``, 2d or 3d with clustered gradients."""
     m: Any = module
     m._check_input_dim(x)
     momentum = 0.0 if m.momentum is None else m.momentum

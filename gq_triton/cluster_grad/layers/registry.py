@@ -1,6 +1,6 @@
-"""Which layers can sum their gradients by cluster: the table of families.
+"""The registry: the table of layers that can sum their gradients by cluster, by family.
 
-A new family is a file of its own, and one line here.
+A new family needs one new file, and here its import and a line of the table.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from gq_triton.cluster_grad.site import Family
 
 __all__ = ["SITE", "Layer", "survey", "trains"]
 
-# By the class whose forward() a layer runs: a subclass that overrides forward() is another layer.
+# By the class whose forward() a layer runs: a subclass that overrides forward() has no family.
 _FAMILIES: dict[Any, Family] = {
     nn.Linear: LINEAR,
     nn.Conv1d: CONV,
@@ -29,27 +29,33 @@ _FAMILIES: dict[Any, Family] = {
     nn.BatchNorm2d: BATCH_NORM,
     nn.BatchNorm3d: BATCH_NORM,
 }
-# The layer's entry that holds its site while the plug-in is attached.
+# The attribute of a layer that holds its site while the plug-in is attached.
 SITE = "_gq_triton_site"
-# Layers that read their children's weights behind the children's backs.
+# Recurrent layers, and layers that use their children's weights without calling the children.
 _OPAQUE = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase, nn.RNNCellBase
 
 
 class Layer(NamedTuple):
-    """One layer with parameters of its own and how it computes clustered gradients."""
+    """One layer that holds parameters directly, with its family.
+
+    Attributes:
+        name: the layer's name in the model.
+        module: the layer.
+        family: the family that sums its gradients by cluster; None if there is none.
+    """
 
     name: str
     module: nn.Module
-    family: Family | None  # None: it does not
+    family: Family | None
 
     @property
     def trainable(self) -> bool:
-        """Whether it has a parameter of its own that needs a gradient."""
+        """Whether a parameter of the layer itself needs a gradient."""
         return trains(self.module)
 
 
 def trains(module: nn.Module) -> bool:
-    """Return whether a layer has a parameter of its own that needs a gradient."""
+    """Return whether a parameter of the layer itself, not of its children, needs a gradient."""
     return any(param.requires_grad for param in module.parameters(recurse=False))
 
 
@@ -57,12 +63,12 @@ def _family_of(module: nn.Module) -> Family | None:
     kind = type(module)
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
         return CONV1D
-    # A weight that is computed from other parameters (weight_norm) is not the layer's own.
+    # A weight that is computed from other parameters (weight_norm) is no parameter of the layer.
     own = [getattr(module, name, None) for name in ("weight", "bias")]
     if any(value is not None and not isinstance(value, nn.Parameter) for value in own):
         return None
     if "forward" in vars(module) and SITE not in vars(module):
-        return None  # a forward of its own
+        return None  # this instance has another forward than its class
     for known, family in _FAMILIES.items():
         if isinstance(module, known) and kind.forward is known.forward:
             return family if family.accepts(module) else None
@@ -70,7 +76,7 @@ def _family_of(module: nn.Module) -> Family | None:
 
 
 def survey(model: nn.Module) -> list[Layer]:
-    """Return the layers of a model that hold parameters of their own."""
+    """Return the layers of a model that hold parameters directly."""
     layers, hidden = [], set()
     for name, module in model.named_modules():
         if isinstance(module, _OPAQUE):

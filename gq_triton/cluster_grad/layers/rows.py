@@ -1,4 +1,4 @@
-"""What the families of layers share: rows of samples, and the type in which sums are formed.
+"""Helpers of the families of layers: the rows of samples, and the type in which sums are formed.
 
 Shapes: B samples, T rows per sample, N numbers per row.
 """
@@ -12,10 +12,10 @@ __all__ = ["accumulation_type", "check_rows", "launches_cost", "samples"]
 
 
 def samples(tensor: Tensor, groups: Groups, layer: str) -> Tensor:
-    """Return ``(B, T, N)`` from ``(B, ..., N)``, or from rows ``(B T, N)`` sample after sample."""
+    """Return ``(B, T, N)`` from ``(B, ..., N)``, or from rows ``(B T, N)`` in order of samples."""
     check_rows(tensor, groups, layer)
     batch = groups.labels.numel()
-    # Counted, not -1: a layer without inputs has rows of no elements.
+    # T is computed: reshape cannot infer it for a layer without inputs, whose rows are empty.
     return tensor.reshape(batch, tensor.shape[:-1].numel() // batch, tensor.shape[-1])
 
 
@@ -31,10 +31,10 @@ def check_rows(tensor: Tensor, groups: Groups, layer: str) -> None:
 
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which sums of this type are formed."""
+    """Return the type in which sums of numbers of a type are formed: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def launches_cost(tensor: Tensor) -> bool:
-    """Return whether an operation costs the host time while the device could go on."""
+    """Return whether operations on a tensor are launches, each of which costs the host time."""
     return tensor.device.type != "cpu"
