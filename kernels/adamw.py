@@ -46,7 +46,7 @@ def _adamw_block(
     high, unscale, keep, beta1, gain1, beta2, gain2, correction2, eps, step_size,
     MAXIMIZE: tl.constexpr, L: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Update one block; the scalars are in the compute type."""
+    """Update one block; scalars are in the compute type."""
     g = load(g_ptr + offsets, mask, keep.dtype) * unscale
     p = load(p_ptr + offsets, mask, keep.dtype)
     m = load(m_ptr + offsets, mask, keep.dtype)
@@ -56,7 +56,7 @@ def _adamw_block(
     )
     if MAXIMIZE:
         g = -g
-    # Like torch.lerp: from the end that is nearer.
+    # Interpolate from the nearer end, like torch.lerp.
     m = tl.where(gain1 < 0.5, m + gain1 * (g - m), g - (g - m) * beta1)
     v = v * beta2 + gain2 * g * g
     denominator = divide(square_root(v), correction2) + eps
@@ -79,8 +79,8 @@ def _gqadamw_kernel(
     """Update one chunk with step number ``t``, one more than the tensor's counter holds.
 
     ``m = beta1 m + (1 - beta1) g*``, ``v = beta2 v + (1 - beta2) g*^2`` and
-    ``p = (1 - lr wd) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``. What
-    depends on the step alone is formed in float64 and rounded once to ``C_DTYPE``.
+    ``p = (1 - lr wd) p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)``. Factors
+    that do not depend on the element are formed in float64 and rounded once to ``C_DTYPE``.
 
     Example: t = 1, m = v = 0, p = 1, wd = 0, g* = 4: m and v are corrected to 4 and 16, so
     p = 1 - lr * 4 / 4.
@@ -151,8 +151,8 @@ def gqadamw_(
     """Take one step of AdamW on weighted gradients; see ``engines.protocol``.
 
     Computed in float32 (float64 if a tensor is float64) with one rounding at each store; types may
-    differ from list to list. The bias corrections come from the steps on the device, and the host
-    waits neither for them nor for a learning rate there.
+    differ from list to list. The bias corrections come from the steps on the device. The host waits
+    neither for the steps nor for a learning rate on the device.
 
     Raises:
         ValueError: the lists disagree in length, shape, dtype or layout.
@@ -160,7 +160,7 @@ def gqadamw_(
     if not grads:
         return
     vectors = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    # A number on the host, also in a tensor there, travels as an argument.
+    # A learning rate on the host, a number or a tensor, is passed by value.
     device = queued[0].device
     on_device = isinstance(lr, Tensor) and lr.device == device
     lr_tensor = lr if on_device else None

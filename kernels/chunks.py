@@ -1,5 +1,5 @@
 # pyright: basic, reportArgumentType=false
-"""Device side of every launch: how a program finds its chunk, and what counts the steps.
+"""Device side of every launch: the search for a program's chunk, and the counters of steps.
 
 Shape legend: N = tensors, L = queue slots, P = elements of one tensor, W = columns of a table.
 """
@@ -22,9 +22,9 @@ STRIDE = tl.constexpr(5)
 
 @triton.jit
 def find_tensor(starts, n_tensors, chunk):
-    """Return the last row whose first chunk is at most ``chunk``; empty tensors are never it.
+    """Return the last row whose first chunk is at most ``chunk``: never that of an empty tensor.
 
-    Example: ``starts = [0, 2, 2, 5]`` (the second tensor is empty), chunk 2 gives row 2.
+    Example: ``starts = [0, 2, 2, 5]`` (tensor 1 is empty), chunk 2 gives row 2.
     """
     low = tl.full((), 0, tl.int32)
     high = tl.full((), n_tensors, tl.int32)
@@ -46,7 +46,7 @@ def chunk_bounds(starts, row, tensor, chunk, CHUNK: tl.constexpr):
 
 @triton.jit
 def typed(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return an int64 address as a pointer; without the hint no load would be a vector load."""
+    """Return an int64 address as a pointer; vector loads need the hint that ALIGNED gives."""
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -65,7 +65,7 @@ def ring_turn(row, finite_ptr, L: tl.constexpr):
 
 @triton.jit
 def unless_found_inf(count, found_inf_ptr):
-    """Return ``count``, or 0 where the whole step must not happen."""
+    """Return ``count``, or 0 where a loss scaler skips the step."""
     if found_inf_ptr is not None:
         count = tl.where(tl.load(found_inf_ptr) != 0, 0, count)
     return count
@@ -101,8 +101,9 @@ def count_(table: Table, finite: Tensor | None, found_inf: Tensor | None, *, ste
 
     Args:
         table: the tensors.
-        finite: ``(N,)`` uint8 over all tensors of the call, or None: every gradient was queued.
-        found_inf: non-zero where nothing counts, 0-d, or None.
+        finite: ``(N,)`` uint8 over all tensors of the call, 1 where the gradient was queued; None
+            where all were.
+        found_inf: non-zero where no counter may advance, 0-d, or None.
         step: the column that holds the address of a float32 step, or 0.
     """
     _count_kernel[(1,)](

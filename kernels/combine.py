@@ -1,5 +1,5 @@
 # pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
-"""The law for clusters: weight each cluster's mean gradient, add them up, one pass over memory.
+"""The law for clusters: the weighted sum of the clusters' mean gradients, in one pass over memory.
 
 Shape legend: K = clusters, L = queue slots, P = elements of one parameter, C = chunks of a launch.
 """
@@ -45,13 +45,14 @@ def _combine_kernel(
     C_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
-    """Write ``sum_k P_k w(c_k) c_k`` and ``sum_k sums_k`` of one chunk, and its five statistics.
+    """Write ``sum_k p_k w(c_k) c_k`` and ``sum_k sums_k`` of one chunk, and its five statistics.
 
     Without ``queued_ptr`` the two rows of ``queue`` are the mean and 1 / sigma of a ring of
     Q_DTYPE; where 1 / sigma is NaN every weight is 1.
 
-    The first launch writes into the chunk's byte of ``flags`` whether the gradient is not finite
-    there. The second one, with REPAIR, returns at once if no byte is set; else every weight is 1.
+    The first launch sets the chunk's byte of ``flags`` where the raw gradient of the chunk is not
+    finite. The second launch, with REPAIR, returns at once if no byte is set. Otherwise it repeats
+    the work with every weight 1.
 
     Example: L = 4, rows 1, 1, 1, 5 (mu = 2, sigma = sqrt(3)), rho = 3, two clusters with a share of
     1/2 each and sums 2.5 and 1, so means 5 and 2: weights 1.732 and 1/3, weighted
@@ -132,13 +133,13 @@ def _combine_kernel(
     for k in range(0, n_clusters):
         inverse_share = tl.load(inverse_shares + k).to(C_DTYPE)
         if inverse_share > 0:
-            # Rounded as above, so that weights of 1 have the mean 1.
+            # The shares are rounded as above, so that the mean of weights of 1 is 1.
             whole += reciprocal(inverse_share).to(tl.float64)
     out = partials + chunk * 5
     tl.store(out, tl.sum(raw_squares).to(tl.float64))
     tl.store(out + 1, tl.sum(squares).to(tl.float64))
     tl.store(out + 2, tl.sum(weights).to(tl.float64) / whole)
-    # With rho = 1 every weight is at both bounds, which says nothing.
+    # With rho = 1 every weight is at both bounds: the counts would mean nothing, so they are 0.
     whole = tl.where(low_c < high_c, whole, float("inf"))
     tl.store(out + 3, tl.sum(at_high).to(tl.float64) / whole)
     tl.store(out + 4, tl.sum(at_low).to(tl.float64) / whole)
@@ -158,7 +159,7 @@ def check_clusters(clusters: int, device: torch.device, **vectors: Tensor) -> No
 
 
 def check_outputs(sums: Tensor, *outputs: Tensor) -> None:
-    """Raise ValueError unless each is ``(P,)``, contiguous, of the sums' type and device."""
+    """Raise ValueError unless each output is ``(P,)``, contiguous, of the sums' type and device."""
     for out in outputs:
         right = out.shape == sums.shape[1:] and out.is_contiguous()
         if not right or out.dtype != sums.dtype or out.device != sums.device:

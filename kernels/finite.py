@@ -1,5 +1,5 @@
 # pyright: basic, reportArgumentType=false, reportCallIssue=false
-"""The look for a NaN or an infinity in many gradients, one launch per alignment class.
+"""The search for a NaN or an infinity in many gradients, one launch per alignment class.
 
 Shape legend: N = tensors, P = elements of one tensor.
 """

@@ -1,10 +1,10 @@
 # pyright: basic
 """Host side of every launch: chunk tables and their cache, checks, device guard.
 
-A launch covers many tensors. Each is cut into chunks of `CHUNK` elements and one program works on
-one chunk. The table holds one row of addresses per tensor and the cumulative chunk counts, in which
-a program finds its tensor by binary search (`chunks.py`): the host's work grows with the number of
-tensors, not with their size.
+A launch covers many tensors. Each is cut into chunks of `CHUNK` elements, and one program works on
+one chunk. A table holds one row of addresses per tensor and the cumulative chunk counts. A program
+finds its tensor by binary search in those counts (`chunks.py`). The host's work therefore grows
+with the number of tensors, not with their size.
 
 Shape legend: N = tensors, L = queue slots, P = elements of one tensor, W = columns of a table.
 """
@@ -20,11 +20,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-# Elements one program works on: enough to amortise the search, few enough to fill a large GPU.
+# Elements of one program: enough to amortise the search, few enough that a large GPU is filled.
 CHUNK = 16384
 # Threads of a program, whatever the width of a warp.
 THREADS = 256
-# Widest load of a thread in bytes, hence the alignment that the fast specialisation asks for.
+# Widest load of a thread in bytes, hence the alignment that the fast specialisation needs.
 VECTOR = 16
 TRITON_DTYPE = {
     torch.float16: tl.float16,
@@ -57,22 +57,22 @@ class Table:
     host: Tensor
 
 
-# Gradients often come back at a few recurring sets of addresses, so a few tables are kept.
+# Gradients often recur at a few sets of addresses, so a few tables are kept.
 _CACHE_SIZE = 64
 Cache = OrderedDict[Hashable, list[Table]]
 shared: Cache = OrderedDict()
-# A captured CUDA graph copies from these again at every replay.
+# Tables of captured CUDA graphs, kept because every replay copies from them again.
 _captured: list[list[Table]] = []
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` current, since Triton launches on the current device."""
+    """Return a context that makes ``device`` current: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
 def num_warps(device: torch.device) -> int:
-    """Return the warps that make up `THREADS` threads; they have 32 or 64 threads on AMD GPUs."""
+    """Return the warps that make up `THREADS` threads; a warp of an AMD GPU may have 64."""
     on_gpu = device.type == "cuda"
     return THREADS // (torch.cuda.get_device_properties(device).warp_size if on_gpu else 32)
 
@@ -85,15 +85,15 @@ def block_size(*dtypes: torch.dtype, most: int = 4) -> int:
     ring slot could be overwritten before another thread has read it.
 
     Args:
-        dtypes: of all tensors of the kernel.
-        most: upper bound per thread; eight elements of a ring do not fit a thread's registers.
+        dtypes: the types of all tensors of the kernel.
+        most: upper bound of a thread's elements; eight per ring row do not fit its registers.
     """
     widest = max(dtype.itemsize for dtype in dtypes)
     return min(VECTOR // widest, most) * THREADS
 
 
 def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return where the tensors start; a sequence may know it already."""
+    """Return the addresses of the tensors; a sequence may hold them in ``addresses``."""
     known = getattr(tensors, "addresses", None)
     return tuple(map(Tensor.data_ptr, tensors)) if known is None else known
 
@@ -105,18 +105,18 @@ def tables(
     rows: Callable[[], list[Row]],
     is_aligned: Callable[[Row], bool],
 ) -> list[Table]:
-    """Return one table per alignment class that occurs, from the cache where they are there.
+    """Return one table per alignment class that occurs, from the cache where it holds them.
 
     Args:
         device: where the tensors are.
-        key: all that the rows depend on, in this cache.
-        cache: of tables.
+        key: everything that the rows depend on and that varies within this cache.
+        cache: the tables of earlier launches.
         rows: returns the columns of each tensor; called for new tables only.
-        is_aligned: whether the fast specialisation may run on a row's tensor.
+        is_aligned: returns whether the fast specialisation may run on a row's tensor.
     """
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
-    # The copy is ordered with one stream only, so another stream gets a copy of its own.
+    # The copy to the device is ordered with one stream only: each stream gets its own copy.
     stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
     key = (stream, key)
     found = None if capturing else cache.get(key)
@@ -154,11 +154,11 @@ def _build(device: torch.device, rows: list[Row], aligned: bool, pin: bool) -> T
 
 
 class RingLaunch:
-    """The common half of the launchers with a ring: whatever gradients' addresses do not change.
+    """The common part of all launches with a ring: all that is independent of gradients' addresses.
 
     Attributes:
-        constants: the keyword arguments that all their kernels take.
-        dtypes: Triton's names of the types, by list.
+        constants: the keyword arguments that all kernels with a ring take.
+        dtypes: Triton's type of each list of tensors, by the list's name.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class RingLaunch:
             addresses(queued), addresses(queues), tuple(q.stride(0) for q in queues),
             *map(addresses, (*vectors.values(), *scalars.values())),
         )  # fmt: skip
-        # A cache that launches with other tensors share must tell those apart.
+        # Launches of other tensors use the shared cache too: the key tells them apart.
         own = (self.device, *dtypes.values(), self._numels, self._columns)
         self._key = own if cache is shared else None
 
@@ -222,11 +222,11 @@ def ring_launch(
     vectors: dict[str, Sequence[Tensor]],
     scalars: dict[str, Sequence[Tensor]] | None = None,
 ) -> tuple[RingLaunch, list[Table]]:
-    """Return what a launch takes and its tables, one per alignment class; at least one tensor.
+    """Return the common part of a launch of at least one tensor, and a table per alignment class.
 
-    Lists ``queues`` and ``grads`` may have an attribute ``memo``, the same dict. Its owner
-    guarantees that in all calls with this dict every list but ``grads`` holds the same memory, and
-    that the gradients have the same lengths, types and device.
+    The lists ``queues`` and ``grads`` may share a dict as their attribute ``memo``. The owner of
+    the dict guarantees two things for all calls with it: every list but ``grads`` holds the same
+    memory, and the gradients have the same lengths, types and device.
 
     Args:
         grads: N gradients ``(P,)``.
@@ -236,7 +236,7 @@ def ring_launch(
         scalars: lists of N 0-d tensors by name, one per further column.
 
     Raises:
-        ValueError: tensors are not as they should be.
+        ValueError: the tensors disagree in length, shape, dtype, layout or device.
     """
     scalars = scalars or {}
 
@@ -261,13 +261,13 @@ def ring_launch(
 
 
 def memo_of(*lists: Sequence[Tensor]) -> dict[Any, Any] | None:
-    """Return the memo that all lists have in common; see `ring_launch`."""
+    """Return the memo that all lists share, or None; see `ring_launch`."""
     memo = getattr(lists[0], "memo", None)
     return memo if all(getattr(other, "memo", None) is memo for other in lists) else None
 
 
 def as_bytes(finite: Tensor | None) -> Tensor | None:
-    """Return flags as a kernel takes them."""
+    """Return bool flags as the uint8 that kernels read."""
     return None if finite is None else finite.view(torch.uint8)
 
 

@@ -18,9 +18,9 @@ import triton.language as tl
 # Smallest normal numbers: 1 / m stays finite for a constant queue.
 _TINY32 = tl.constexpr(1.1754943508222875e-38)
 _TINY64 = tl.constexpr(2.2250738585072014e-308)
-# Below any ss / E of a queue that is not constant, above zero; float32 must hold it.
+# Above zero and below ss / E of any queue that is not constant; a normal number in float32.
 _VARIANCE_FLOOR = tl.constexpr(1e-36)
-# Rings up to this long stay in registers; longer ones are read a second time, mostly from L1.
+# Rings of up to this many rows stay in registers; longer ones are read twice, then mostly from L1.
 _UNROLL = tl.constexpr(16)
 
 
@@ -41,10 +41,10 @@ def reciprocal(x):
 
 @triton.jit
 def product(x, factor):
-    """Return ``x`` times a scalar with a rounding of its own.
+    """Return ``x`` times a scalar, rounded before anything else is done with it.
 
-    The compiler may fuse ``x * factor - base`` into one rounding: a mean that equals its constant
-    queue would then differ from it by the rounding that was skipped.
+    The compiler may fuse ``x * factor - base`` into one rounding. A mean that equals its constant
+    queue would then differ from that queue by the rounding that was skipped.
     """
     return tl.fma(x, tl.full(x.shape, factor, x.dtype), tl.zeros_like(x))
 
@@ -60,7 +60,7 @@ def square_root(x):
 
 @triton.jit
 def widen(x, DTYPE: tl.constexpr):
-    """Return ``x`` in the compute type; the interpreter knows bfloat16 to float32 only."""
+    """Return ``x`` in the compute type; the interpreter converts bfloat16 to float32 only."""
     if x.dtype == tl.bfloat16:
         x = x.to(tl.float32)
     return x.to(DTYPE)
@@ -68,7 +68,7 @@ def widen(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """Return ``x`` rounded to a storage type; the interpreter knows float32 to bfloat16 only."""
+    """Return ``x`` rounded to a storage type; the interpreter gets bfloat16 from float32 only."""
     if DTYPE == tl.bfloat16:
         x = x.to(tl.float32)
     return x.to(DTYPE)
@@ -76,7 +76,7 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def load(pointer, mask, DTYPE: tl.constexpr):
-    """Load a block in the compute type, 0 where masked."""
+    """Load a block and return it in the compute type, 0 where masked."""
     return widen(tl.load(pointer, mask=mask, other=0.0), DTYPE)
 
 
@@ -88,13 +88,13 @@ def store(pointer, x, mask):
 
 @triton.jit
 def fold(x, size: tl.constexpr):
-    """Add up neighbours, ``(BLOCK,)`` to ``(size,)``: within a thread, to hold fewer registers."""
+    """Return neighbours added up, ``(BLOCK,)`` to ``(size,)``: in one thread, to save registers."""
     return tl.sum(tl.reshape(x, (size, x.shape[0] // size)), axis=1)
 
 
 @triton.jit
 def to_queue(x, DTYPE: tl.constexpr):
-    """Round ``x`` to the queue's type; what is beyond its largest number becomes that number.
+    """Return ``x`` rounded to the queue's type, clamped to that type's finite range.
 
     An infinity in the ring would make every weight NaN for L steps.
 
@@ -139,7 +139,7 @@ def spread(
         stride: elements from one row to the next, int64.
         slot: the row that is overwritten next, int64.
         offsets: ``(BLOCK,)`` int32 within the chunk, or of any other shape.
-        mask: of that shape, or True.
+        mask: in the shape of ``offsets``, or True.
         length: effective length, a scalar int32, or None for L.
         DTYPE: the compute type.
         L: queue slots.
@@ -213,8 +213,8 @@ def scarcity_weight(
     """Return ``clip(z, low, high)`` for one block.
 
     Args:
-        x: ``(BLOCK,)`` in the compute type, rounded to the queue's type before.
-        ring: as in `spread`, like the four that follow.
+        x: ``(BLOCK,)`` in the compute type, already rounded to the queue's type.
+        ring: pointer to row 0 of the ring buffer at the block's chunk.
         stride: elements from one row to the next, int64.
         slot: the row that is overwritten next, int64.
         offsets: ``(BLOCK,)`` int32 within the chunk.
@@ -252,16 +252,16 @@ def weigh_and_queue(
 ):
     """Return the weights of one block of unscaled gradients ``g`` and queue the block.
 
-    Where the scalar ``active`` is False every weight is exactly 1; ``queue_it`` says whether ``g``
-    is written to row ``slot``. The rest is as in `scarcity_weight`.
+    Where the scalar ``active`` is False every weight is exactly 1. The scalar ``queue_it`` says
+    whether ``g`` is written to row ``slot``. All other arguments are those of `scarcity_weight`.
 
-    Example: L = 1, row 2, g = 2: w = 1 / rho, and the row is 2 again.
+    Example: L = 1, row 2, g = 2: w = 1 / rho, and 2 is written over row 2.
     """
     stored = to_queue(g, ring.dtype.element_ty)
     x = widen(stored, g.dtype)
     w = scarcity_weight(x, ring, stride, slot, offsets, mask, length, low, high, L, ALIGNED)
     oldest = ring_row(ring, stride, slot, L - 1, L, ALIGNED)
-    # After the loads: with E = L the overwritten row is part of the statistics.
+    # The store follows the loads: with E = L the statistics include the row it overwrites.
     tl.store(oldest + offsets, stored, mask=mask & queue_it)
     return tl.where(active, w, 1.0)
 

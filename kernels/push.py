@@ -1,5 +1,5 @@
 # pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false
-"""Gradients queued that were weighted elsewhere, many tensors in one launch per alignment class.
+"""The queueing of gradients that were weighted elsewhere, one launch per alignment class.
 
 Shape legend: N = tensors, L = queue slots, P = elements of one tensor.
 """

@@ -38,7 +38,7 @@ def _sgd_block(
     DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, FIRST: tl.constexpr,
     L: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Update one block; the scalars are in the compute type."""
+    """Update one block; scalars are in the compute type."""
     g = load(g_ptr + offsets, mask, lr.dtype) * unscale
     p = load(p_ptr + offsets, mask, lr.dtype)
     g = g * weigh_and_queue(
@@ -143,7 +143,7 @@ def gqsgd_(
         return
     buffers = None if momentum == 0 else momentum_buffers
     vectors = {"params": params} | ({} if buffers is None else {"momentum_buffers": buffers})
-    # A number on the host, also in a tensor there, travels as an argument.
+    # A learning rate on the host, a number or a tensor, is passed by value.
     device = queued[0].device
     on_device = isinstance(lr, Tensor) and lr.device == device
     lr_tensor = lr if on_device else None

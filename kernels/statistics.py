@@ -1,6 +1,6 @@
 # pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
-"""The statistics of a ring, written down for whoever does not read the ring.
+"""The statistics of a ring, stored for operations that do not read the ring.
 
 Shape legend: L = queue slots, P = elements of one parameter.
 """
@@ -22,7 +22,7 @@ __all__ = ["queue_statistics"]
 
 # Elements of one program.
 BLOCK = 512
-# What 1 / sigma is for a constant queue, so that 0 times it is 0.
+# The value of 1 / sigma for a constant queue. It is finite, so that its product with 0 is 0.
 _HUGE32 = tl.constexpr(3.4028234663852886e38)
 _HUGE64 = tl.constexpr(1.7976931348623157e308)
 
@@ -32,10 +32,10 @@ def _statistics_kernel(
     queue, stride_queue, queued_ptr, length_ptr, center, rate, n, L: tl.constexpr,
     BLOCK: tl.constexpr, C_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Write mu and ``1 / sigma`` of one block; at most the largest number for a constant queue.
+    """Write mu and ``1 / sigma`` of one block, the latter clamped to the largest finite number.
 
-    For a constant queue mu is its value exactly, so that the score is 0 where x equals it, and huge
-    where x differs by 1e-36 or more. Otherwise mu has one rounding, no more than x has.
+    For a constant queue mu is exactly its value, so that z is 0 where a gradient equals it, and
+    huge where a gradient differs by 1e-36 or more. For any other queue mu is rounded once.
 
     Example: rows 1, 1, 1, 5 give 2 and 1 / sqrt(3).
     """

@@ -2,8 +2,9 @@
 # pyright: reportGeneralTypeIssues=false
 """Gradients of shifts and scales by cluster: sums of ``dy`` and of ``dy * (x - mean) * rstd``.
 
-One read of ``dy`` and ``x``: no sums per sample, no product and no normalised input are stored. A
-program adds up some rows of one cluster, a second kernel adds its parts in a fixed order.
+``dy`` and ``x`` are read once. No sum per sample, no product and no normalised input is stored. A
+program adds up some rows of one cluster, which are a part; a second kernel adds the parts of each
+cluster in a fixed order.
 
 Shape legend: B = samples, K = clusters, T or S = positions of a sample, N or C = columns (shifts),
 G = groups of a GroupNorm, M = parts.
@@ -21,9 +22,9 @@ __all__ = ["channel_sums", "position_sums"]
 
 # Elements a program works on at a time: 8 per thread and tensor.
 TILE = 2048
-# Columns of such a tile at most.
+# Most columns of such a tile.
 MOST_COLUMNS = 128
-# Rows that a program adds up: many enough that its sums are few beside them.
+# Rows that a program adds up: enough that the sums it writes are few against the rows it reads.
 ROWS = 128
 NUM_WARPS = 8
 # Parts and columns of a tile of the second kernel.
@@ -32,10 +33,10 @@ TILE_M, TILE_N = 32, 64
 
 @triton.jit
 def _find_part(offsets, n_clusters, unit, PART: tl.constexpr, K: tl.constexpr):
-    """Return what this program adds up: its cluster, the rows it begins and ends at.
+    """Return this program's part: its cluster, its first row, and the row after its last.
 
-    Each cluster is cut into parts of PART rows; there are ``unit`` rows per sample. Programs beyond
-    the last part get cluster ``n_clusters``.
+    Each cluster is cut into parts of PART rows; a sample has ``unit`` rows. Programs beyond the
+    last part get cluster ``n_clusters``.
 
     Example: sizes 3, 0, 2 (offsets 0, 3, 3, 5), 2 rows per sample, PART = 4: parts of cluster 0
     begin at rows 0 and 4 of 6, the one of cluster 2 at row 6; the fourth program has none.
@@ -107,7 +108,7 @@ def _channel_kernel(
     channels = first_channel + tl.arange(0, TILE_C)
     exists = channels < n
     s = tl.arange(0, TILE_S)
-    # Relative to the image and its first channel here: 32 bits are enough.
+    # Offsets from the tile's first channel in one sample: 32 bits are enough.
     within = tl.arange(0, TILE_C)[:, None] * positions + s[None, :]
     shift = tl.zeros((TILE_C, TILE_S), C_DTYPE)
     scale = tl.zeros((TILE_C, TILE_S), C_DTYPE)
@@ -161,7 +162,7 @@ def _total_parts_kernel(
 
 
 def _check(dy: Tensor, x: Tensor | None, order: Tensor, offsets: Tensor) -> None:
-    """Raise ValueError unless gradients, inputs and the order of the samples belong together."""
+    """Raise ValueError unless gradients, inputs, order and offsets fit each other."""
     known = [t.dtype in TRITON_DTYPE for t in (dy, x) if t is not None]
     if dy.dim() != 3 or not all(known) or (x is not None and x.shape != dy.shape):
         raise ValueError(
@@ -184,7 +185,7 @@ def _check(dy: Tensor, x: Tensor | None, order: Tensor, offsets: Tensor) -> None
 def _check_statistics(
     x: Tensor | None, shapes: tuple[tuple[int, ...], ...], **statistics: Tensor | None
 ) -> None:
-    """Raise ValueError unless x comes with statistics of one of the shapes."""
+    """Raise ValueError unless x comes with statistics, each in one of the shapes."""
     for name, tensor in statistics.items():
         if tensor is None:
             continue
@@ -200,7 +201,7 @@ def _check_statistics(
 
 
 class _Parts:
-    """The common half of both launchers: the parts, their number, and the second kernel.
+    """The common part of both launchers: the parts, their number, and the second kernel.
 
     Attributes:
         shifts: ``(M, N)`` sums of ``dy`` by part.

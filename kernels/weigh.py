@@ -1,5 +1,5 @@
 # pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false
-"""The law alone for many tensors in one launch per alignment class: weight in place, queue, sum.
+"""The law alone, for many tensors in one launch per alignment class: weights, queue and sums.
 
 Shape legend: N = tensors, L = queue slots, P = elements of one tensor, C = chunks of a launch.
 """
@@ -36,7 +36,8 @@ __all__ = ["weigh_"]
 
 # Sums of each tensor: g^2, (w g)^2, w, elements at rho, elements at 1/rho.
 _SUMS = tl.constexpr(5)
-# Both counts of a chunk share one int32 accumulator: more than CHUNK, so that they cannot meet.
+# Both counts of a chunk share one int32 accumulator. One weight at 1/rho adds this number, which is
+# larger than CHUNK, so that the counts cannot mix.
 _AT_LOW = tl.constexpr(1 << 16)
 
 
@@ -45,13 +46,13 @@ def _weigh_block(
     g_ptr, ring, stride, slot, offsets, mask, active, queue_it, length, low, high, unscale,
     raw, weighted, weights, saturated, L: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Weight one block and return the sums ``(BLOCK,)`` with its contributions."""
+    """Weight one block and return the four sums ``(THREADS,)``, to which it has added its own."""
     scaled = load(g_ptr + offsets, mask, low.dtype)
     g = scaled * unscale
     w = weigh_and_queue(
         g, ring, stride, slot, offsets, mask, active, queue_it, length, low, high, L, ALIGNED
     )
-    # Untouched where the law does not act: a NaN keeps its bits.
+    # Where the law does not act nothing is stored: a NaN keeps its bits.
     store(g_ptr + offsets, w * scaled, mask & active)
     raw += fold(g * g, raw.shape[0])
     weighted += fold((w * g) * (w * g), raw.shape[0])
@@ -106,7 +107,7 @@ def _weigh_kernel(
     tl.store(out, tl.sum(raw).to(tl.float32))
     tl.store(out + 1, tl.sum(weighted).to(tl.float32))
     tl.store(out + 2, tl.sum(weights).to(tl.float32))
-    # With rho = 1 every weight is at both bounds, which says nothing.
+    # With rho = 1 every weight is at both bounds: the counts would mean nothing, so they are 0.
     both = tl.where(low_c < high_c, tl.sum(saturated), 0)
     tl.store(out + 3, (both % _AT_LOW).to(tl.float32))
     tl.store(out + 4, (both // _AT_LOW).to(tl.float32))

@@ -178,5 +178,5 @@ class Clusters:
         return reference.cluster_gradient(centroids, self.sizes, rows, rho=rho, **options)
 
     def mix(self, parts: Tensor) -> Tensor:
-        """Return ``sum_k P_k parts_k`` of ``(K, *)`` in float64."""
+        """Return ``sum_k p_k parts_k`` of ``(K, *)`` in float64."""
         return torch.tensordot(self.vectors()["mixture"].cpu(), parts.double(), dims=1)
