@@ -1,4 +1,4 @@
-"""From a batch's features to the clusters of its samples."""
+"""The grouping of a batch: features of its samples, k-means on them, and the groups."""
 
 from gq_triton.grouping.groups import Groups
 from gq_triton.grouping.kmeans import KMeans

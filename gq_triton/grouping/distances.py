@@ -1,4 +1,4 @@
-"""Squared distances by one product, in plain torch: what k-means compares.
+"""The squared distances that k-means compares, by one matrix product in plain torch.
 
 Shapes: B points, F features, K clusters.
 """
@@ -10,22 +10,22 @@ __all__ = ["cost", "nearest_centers", "row_norms"]
 
 
 def row_norms(x: Tensor) -> Tensor:
-    """``(N, F)`` -> ``(N,)`` squared norms."""
+    """Return the squared norms ``(N,)`` of the rows ``(N, F)``."""
     return torch.linalg.vector_norm(x, dim=1).square()  # pyright: ignore  (torch has no stub)
 
 
 def cost(x: Tensor, points: Tensor) -> Tensor:
-    """``(B, F), (K, F)`` -> ``(B, K)`` squared distances less the squared norms of x."""
+    """Return the squared distances ``(B, K)`` of x (B, F) to points (K, F), less x's norms."""
     return torch.addmm(row_norms(points), x, points.T, alpha=-2)
 
 
 def nearest_centers(x: Tensor, centers: Tensor, distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each point's nearest cluster, the lowest of equally near ones, and how far it is.
+    """Return each point's nearest centre, the lowest of equally near ones, and its distance.
 
     Args:
-        x: ``(B, F)`` points, finite.
-        centers: ``(K, F)`` in the type of x; finite.
-        distinct: ``(K,)`` bool, at least one True: a centre that is False gets no point.
+        x: points ``(B, F)``, finite.
+        centers: centres ``(K, F)`` in the type of x, finite.
+        distinct: ``(K,)`` bool, at least one True. A centre whose entry is False gets no point.
 
     Returns:
         Labels ``(B,)`` int64 and squared distances ``(B,)``, at least 0.

@@ -1,4 +1,4 @@
-"""The features of a batch's samples: found in what a layer or a model returns, and pooled."""
+"""The features of a batch's samples: a tensor in the output of a layer or model, pooled."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
@@ -11,14 +11,22 @@ __all__ = ["first_dimensions", "first_tensor", "is_spatial", "pooled", "with_fir
 
 
 def pooled(features: Tensor, channels_first: bool) -> Tensor:
-    """Return one vector per sample, ``(B, F)``, the mean over positions: a tensor of its own."""
+    """Return one vector per sample, ``(B, F)``: the mean over positions, in new memory.
+
+    Args:
+        features: ``(B,)``, ``(B, F)``, or ``(B, ..., F)`` with positions in between.
+        channels_first: whether more than two dimensions mean ``(B, F, ...)``.
+
+    Raises:
+        ValueError: there is no sample.
+    """
     if features.dim() == 0 or len(features) == 0:
         raise ValueError(
             f"the features must have a first dimension of at least one sample, got shape "
             f"{tuple(features.shape)}"
         )
     if features.dim() <= 2:
-        # A copy: an activation in place, or a compiled graph, may write over the layer's output.
+        # Copied: an in-place activation, or a compiled graph, may overwrite the layer's output.
         return features.reshape(len(features), -1).clone()
     return reduce(features, "b f ... -> b f" if channels_first else "b ... f -> b f", "mean")
 
@@ -32,19 +40,19 @@ def is_spatial(module: nn.Module) -> bool:
 
 
 def _values(output: Any) -> list[Any]:
-    """Return what a model's or layer's output consists of."""
+    """Return the values in the output of a model or layer."""
     if isinstance(output, Tensor):
         return [output]
     if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
         return [getattr(output, entry.name) for entry in dataclasses.fields(output)]
     values = output.values() if isinstance(output, Mapping) else output
-    # An iterator, which has no length, is the caller's to use up.
+    # An iterator, which has no length, must be left for the caller to consume.
     listed = hasattr(values, "__iter__") and hasattr(values, "__len__")
     return list(values) if listed and not isinstance(values, str) else []
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return the first tensor of an output that has samples; a loss has none."""
+    """Return the first tensor of an output that has a dimension, as no loss has; None if none."""
     # No next(..., None), here and below: the compiler of torch 2.8 does not know its default.
     for value in _values(output):
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -53,13 +61,13 @@ def first_tensor(output: Any) -> Tensor | None:
 
 
 def first_dimensions(output: Any) -> list[int]:
-    """Return the first dimension of every tensor of an output that has one."""
+    """Return the first dimensions of the tensors in an output, without 0-d ones."""
     values = _values(output)
     return [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0]
 
 
 def with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a model's output with the first tensor changed that has samples and a gradient."""
+    """Return a model's output after ``change`` of the first tensor with samples and a gradient."""
 
     def meant(value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() > 0 and value.requires_grad
@@ -76,4 +84,4 @@ def with_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return type(output)([*output[:place], changed, *output[place + 1 :]])
     if isinstance(output, MutableMapping):
         output[list(output)[place]] = changed
-    return output  # anything else: changed in place, outside a compiled graph
+    return output  # any other output: outside a compiled graph change() hooks the tensor itself

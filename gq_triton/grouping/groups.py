@@ -1,4 +1,4 @@
-"""The samples of one batch by cluster, and how their gradients are mixed."""
+"""The groups: the samples of one batch by cluster, and the numbers that mix their gradients."""
 
 import dataclasses
 import itertools
@@ -16,21 +16,22 @@ __all__ = ["Groups"]
 
 @dataclass(frozen=True)
 class Groups:
-    """The samples of one batch by cluster. K = clusters, B = samples.
+    """The samples of one batch by cluster: B samples, K clusters, S samples in the largest.
 
     Attributes:
-        labels: cluster of every sample, ``(B,)`` int64.
-        order: samples sorted by cluster, ``(B,)`` int64.
-        sizes: samples in each cluster, K integers on the host.
-        members: ``(K, B)`` bool: who belongs to which cluster.
-        unit: what a gradient of the loss is divided by to be the mean over samples.
-        inverse_shares: ``(K,)``: a sum over a cluster times this is the cluster's mean gradient,
-            in the unit the queue holds; 0 for an empty cluster.
-        mixture: ``(K,)``: the weight of each mean in the result, in the unit of the loss.
-        sigma_scales: ``(K,)``: what sigma is multiplied by.
-        mass: ``(2,)``: the sum of ``n_k**a``, and what the samples count in all: the batch's share
-            among other processes' batches.
-        one_cluster: ``(3, 1)``: inverse share, mixture and scale of all samples as one cluster.
+        labels: the cluster of every sample, ``(B,)`` int64.
+        order: the samples sorted by cluster, ``(B,)`` int64.
+        sizes: the number of samples in each cluster, K integers on the host.
+        members: ``(K, B)`` bool: whether a sample belongs to a cluster.
+        unit: a gradient of the loss divided by this number is a mean over samples.
+        inverse_shares: ``(K,)`` float64; 0 for an empty cluster. A sum over a cluster times its
+            inverse share is the cluster's mean gradient, in the unit that the queue holds.
+        mixture: ``(K,)`` float64, the factor of each mean in the result, in the unit of the loss.
+        sigma_scales: ``(K,)`` float64, the factors of sigma.
+        mass: ``(2,)`` float64, from which a process's share among several follows: the sum of
+            ``n_k**a`` with ``a = population_power``, and the sum of the samples' weights.
+        one_cluster: ``(3, 1)`` float64: inverse share, mixture and scale of sigma of all samples
+            as one cluster.
     """
 
     labels: Tensor
@@ -52,14 +53,17 @@ class Groups:
         sample_weights: Tensor | None = None,
         whole_batch: int | Tensor | None = None,
     ) -> "Groups":
-        """Group samples by their labels ``(B,)`` in ``[0, clusters)``.
+        """Return the groups of samples with the given labels.
 
         Args:
-            labels: cluster of every sample.
+            labels: the cluster of every sample, ``(B,)`` integers in ``[0, clusters)``.
             clusters: K.
-            options: how the clusters are weighted.
-            sample_weights: what each sample counts ``(B,)``, or None.
-            whole_batch: samples of the whole batch where these are one process's part.
+            options: how the clusters are mixed.
+            sample_weights: how much each sample counts, ``(B,)``; None for equal weights.
+            whole_batch: the number of samples of the whole batch, if these are one process's part.
+
+        Raises:
+            ValueError: there is not one weight per sample.
         """
         labels = labels.to(torch.int64)
         batch = labels.numel()
@@ -70,8 +74,8 @@ class Groups:
             )
         device, wide = labels.device, torch.float64
         members = labels == torch.arange(clusters, device=device)[:, None]
-        # All that the host needs to know comes in one transfer, and all that follows from it goes
-        # back in one: numbers per cluster are not worth a launch each.
+        # The host reads all that it needs in one transfer and sends back all that follows in
+        # another: a few numbers per cluster are not worth a launch each.
         facts = [members.sum(dim=1).to(wide)]
         if sample_weights is not None:
             facts.append(members.to(wide) @ sample_weights.to(facts[0]))
@@ -94,7 +98,7 @@ class Groups:
         steps = options.accumulation_steps
         spread = (whole * steps / batch) ** 0.5 if options.centroid_scale != "paper" else 1.0
         one = torch.tensor([steps / unit, unit / steps, spread], dtype=wide, device="cpu")
-        # Rows of an even length start at multiples of 16 bytes: kernels are compiled for that once.
+        # Rows of even length start at multiples of 16 bytes, so kernels are compiled only once.
         table = torch.zeros(7, max(2, clusters + clusters % 2), dtype=wide, device="cpu")
         for row, vector in zip(table, (inverse, mixture, scales), strict=False):
             row[:clusters] = vector
@@ -139,10 +143,10 @@ class Groups:
 
     @cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
-        """Give every cluster the room of the largest: K rooms, one after the other.
+        """The samples by cluster, with every cluster padded to S samples.
 
-        Returns:
-            ``(K * room,)`` samples, the first one where a room is not full; whether that is so.
+        Two tensors ``(K * S,)``: a sample for each place, and True at the surplus places, which
+        repeat the first sample of ``order``.
         """
         room, begin, places = max(self.sizes), 0, []
         for size in self.sizes:
@@ -152,19 +156,19 @@ class Groups:
         return self.order.index_select(0, where.clamp(min=0)), where < 0
 
     def padded(self, rows: Tensor) -> Tensor:
-        """Return ``(K, largest size, ...)`` from ``(B, ...)``; what is too much repeats a sample.
+        """Return rows ``(B, ...)`` by cluster, ``(K, S, ...)``; surplus places repeat a sample.
 
-        Gathered, not scattered: that is fast where torch computes deterministically too.
+        The rows are gathered, not scattered: gathering is fast with deterministic algorithms too.
         """
         return rows.index_select(0, self.padding[0]).unflatten(0, (len(self.sizes), -1))
 
     def blank_(self, padded: Tensor) -> Tensor:
-        """Put zeros where ``padded`` has too much."""
+        """Write zeros to the surplus places of ``padded`` and return it."""
         absent = self.padding[1].view(*padded.shape[:2], *[1] * (padded.dim() - 2))
         return padded.masked_fill_(absent, 0)
 
     def rows(self, per_sample: int) -> tuple[Tensor, Tensor]:
-        """Return order and offsets of rows of which each sample has some, side by side."""
+        """Return order and offsets of rows, of which each sample has ``per_sample`` in a row."""
         if per_sample == 1:
             return self.order, self.offsets
         within = torch.arange(per_sample, device=self.order.device)
@@ -178,7 +182,7 @@ class Groups:
         return list(rows.index_select(0, self.order).split(self.sizes))
 
     def each(self, rows: Tensor) -> Iterator[Tensor]:
-        """Yield the rows of each cluster, a copy that is gone before the next one is made."""
+        """Yield a copy of the rows of each cluster; one copy exists at a time if none is kept."""
         if len(self.sizes) == 1:
             yield rows
             return
@@ -186,5 +190,5 @@ class Groups:
             yield rows.index_select(0, samples)
 
     def sums(self, per_sample: Tensor) -> Tensor:
-        """Sum ``(B, N)`` rows by cluster, ``(K, N)``, in a fixed order."""
+        """Return the sums ``(K, N)`` of rows ``(B, N)`` by cluster, in a fixed order."""
         return self.members.to(per_sample.dtype) @ per_sample

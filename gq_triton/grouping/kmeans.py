@@ -1,11 +1,12 @@
-"""K-means on the features of one batch: the labels that Grad Queue's clusters come from.
+"""K-means on the features of one batch, whose labels are Grad Queue's clusters.
 
-Made for the training loop: the host never waits for the device, centres start where the last
-step's ended, and the bits are the same every time. Results are those of
+It is made for training loops: the host never waits for the device, centres start where those of the
+last step ended, and results are the same bit for bit every time. They are those of
 ``sklearn.cluster.KMeans(algorithm="lloyd", n_init=1)`` from the same start.
 
-Ties: a sample equally near to several centres gets the lowest label; of centres that coincide (to
-rounding) the lowest has all samples; of samples equally far the lowest index is relocated first.
+Ties are broken by the lowest index. A sample equally near to several centres gets the lowest label.
+Of centres that coincide (to rounding) the lowest gets all samples. Of samples equally far from
+their centres the lowest is relocated first.
 
 Shapes: B samples, F features, K clusters, T candidates per k-means++ draw, M = min(B, K), any N.
 """
@@ -29,43 +30,44 @@ _NOT_FINITE = "features must be finite; KMeans(nonfinite='zero') counts NaN and 
 
 
 class _Frame(NamedTuple):
-    """Coordinates of the arithmetic: scaled, so that squares are finite, then centred.
+    """The coordinates of the arithmetic: scaled, so that squares are finite, then centred.
 
-    The scale is a power of two: it rounds nothing. Centred, the squared distances cancel less.
+    The scale is a power of two, so scaling rounds nothing. Centring reduces the cancellation in
+    squared distances.
     """
 
     unit: Tensor  # () a power of two, at most the largest |feature|
     mean: Tensor  # (F,) of the scaled features
 
     def enter(self, centers: Tensor) -> Tensor:
-        """(K, F) in the caller's coordinates -> here, where samples lie within 4 of the origin."""
+        """Return centres (K, F) in these coordinates, where samples are within 4 of the origin."""
         centers = centers.to(self.mean) / self.unit - self.mean
-        return centers.clamp_(-(2.0**40), 2.0**40)  # one left far behind is still far, and finite
+        return centers.clamp_(-(2.0**40), 2.0**40)  # a distant one stays distant, and finite
 
     def leave(self, centers: Tensor) -> Tensor:
-        """(K, F) here -> in the caller's coordinates."""
+        """Return centres (K, F) in the caller's coordinates."""
         return (centers + self.mean) * self.unit
 
 
 def _host_may_read(tensor: Tensor) -> bool:
-    """Whether reading a value costs no wait: on the CPU, outside a traced graph."""
+    """Return whether a value can be read without a wait: on the CPU, outside traced graphs."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _host_may_ask(tensor: Tensor) -> bool:
-    """Whether events may be looked at: on a GPU, outside of traced and of captured graphs."""
+    """Return whether events can be queried: on a GPU, outside traced and captured graphs."""
     on_gpu = tensor.is_cuda and not torch.compiler.is_compiling()
     return on_gpu and not torch.cuda.is_current_stream_capturing()
 
 
 class _Notices:
-    """What a GPU has set by now, looked at without waiting for it."""
+    """Flags that a GPU sets, read on the host without waiting for the GPU."""
 
     def __init__(self) -> None:
         self.pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def any_set(self, flag: Tensor) -> bool:
-        """Send for ``flag``, () bool; return whether one that has arrived so far was True."""
+        """Request the flag, () bool; return whether a flag that has arrived by now is True."""
         host = torch.empty((), dtype=torch.bool, pin_memory=True)
         host.copy_(flag, non_blocking=True)
         event = torch.cuda.Event()
@@ -78,7 +80,7 @@ class _Notices:
 
 
 def _check_features(features: Tensor, centers: Tensor | None) -> None:
-    """Raise for what the metadata tells."""
+    """Raise an error for features of a wrong type or shape."""
     if not features.dtype.is_floating_point:
         raise TypeError(f"features must be floating point, got {features.dtype}; call .float()")
     if features.ndim != 2 or 0 in features.shape:
@@ -94,7 +96,7 @@ def _check_features(features: Tensor, centers: Tensor | None) -> None:
 
 
 def _standardise(features: Tensor, nonfinite: str) -> tuple[Tensor, _Frame]:
-    """(B, F) features -> (B, F) samples in their frame: float64 for float64, else float32."""
+    """Return features (B, F) in their frame, and the frame: float64 for float64, else float32."""
     x = features.to(torch.float64 if features.dtype == torch.float64 else torch.float32)
     if nonfinite == "zero":
         x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
@@ -112,9 +114,9 @@ def _standardise(features: Tensor, nonfinite: str) -> tuple[Tensor, _Frame]:
 
 
 def _assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, F), (K, F) -> labels (B,) int64 of the nearest centres, (B,) squared distances."""
-    # Of centres equal up to the rounding of a mean only the first gets samples: rounding cannot
-    # spread equal ones over several labels.
+    """Return the labels (B,) int64 of x's nearest centres, and the squared distances (B,)."""
+    # Of centres that are equal up to the rounding of a mean only the first gets samples. So
+    # rounding cannot spread equal samples over several labels.
     reach = 64 * torch.finfo(x.dtype).eps * centers.abs().amax(1, keepdim=True)
     same = torch.cdist(centers, centers, p=math.inf) <= reach
     distinct = same.int().argmax(1) == torch.arange(len(centers), device=x.device)
@@ -124,15 +126,17 @@ def _assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 def _relocate(
     x: Tensor, norms: Tensor, centers: Tensor, labels: Tensor, nearest: Tensor, members: Tensor
 ) -> Tensor:
-    """Memberships (K, B) after each empty cluster took the sample farthest from its centre.
+    """Return memberships (K, B) after each empty cluster took a sample far from its centre.
 
-    scikit-learn's rule. A sample nearer to its centre than the distances resolve
-    (``eps * ||x||^2``) stays: with fewer distinct samples than clusters some remain empty.
+    This is scikit-learn's rule: the samples farthest from their centres move. A sample whose
+    squared distance is below the resolution ``eps * ||x||^2`` stays, so with fewer distinct samples
+    than clusters some clusters remain empty.
     """
     empty = ~members.any(1)
     if _host_may_read(empty) and not bool(empty.any()):
         return members
-    # Candidates by the product's distances, exact ones for these M; stable: lowest index first.
+    # M candidates by the distances of the product, then exact distances for these. The sorts are
+    # stable, so the lowest index comes first.
     far = nearest.sort(descending=True, stable=True).indices[: len(empty)]
     gap = x.index_select(0, far) - centers.index_select(0, labels.index_select(0, far))
     gap, order = row_norms(gap).sort(descending=True, stable=True)
@@ -147,7 +151,7 @@ def _relocate(
 
 
 def _update(x: Tensor, norms: Tensor, centers: Tensor, labels: Tensor, nearest: Tensor) -> Tensor:
-    """(K, F) means, by a product: no atomics. What stays empty goes to the largest cluster's."""
+    """Return the means (K, F), without atomics; an empty cluster gets the largest one's mean."""
     members = labels == torch.arange(len(centers), device=x.device)[:, None]  # (K, B)
     members = _relocate(x, norms, centers, labels, nearest, members)
     sizes = members.sum(1)
@@ -157,7 +161,7 @@ def _update(x: Tensor, norms: Tensor, centers: Tensor, labels: Tensor, nearest: 
 
 
 def _lloyd(x: Tensor, centers: Tensor, max_iter: int, tol: float) -> tuple[Tensor, Tensor]:
-    """(B, F), (K, F) -> centres (K, F), and iterations until convergence () int64; one graph."""
+    """Return the final centres (K, F), and the iterations until convergence () int64."""
     norms = row_norms(x)
     limit = tol * norms.sum() / x.numel()
     done = torch.zeros((), dtype=torch.bool, device=x.device)
@@ -172,17 +176,18 @@ def _lloyd(x: Tensor, centers: Tensor, max_iter: int, tol: float) -> tuple[Tenso
         centers = torch.where(done, centers, moved)
         done = done | (labels == previous).all() | (shift <= limit)
         previous = labels
-        # Iterations after the last leave the centres as they are: stopping early saves launches.
+        # Iterations after convergence do not change the centres: stopping early saves launches.
         if bool(done) if _host_may_read(done) else may_ask and notices.any_set(done):
             break
     return centers, n_iter
 
 
 def _plus_plus(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """(B, F) -> (K, F) seeds, all samples, by greedy k-means++ (Arthur and Vassilvitskii 2007).
+    """Return K of the samples (B, F) by greedy k-means++ (Arthur and Vassilvitskii 2007).
 
-    Each seed is the best of T candidates, drawn in proportion to the squared distance to the seeds
-    so far from cumulated integers: exact in any order of summation, so reproducible on a GPU.
+    Each seed is the best of T candidates, which are drawn in proportion to the squared distances to
+    the seeds so far. The distances are cumulated as integers, which are exact in any order of
+    summation, so the seeds are reproducible on a GPU.
     """
     shape = n_clusters, 2 + int(math.log(n_clusters))
     draws = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -206,34 +211,35 @@ def _plus_plus(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor
 class KMeans:
     """K-means with scikit-learn's names; ``kmeans(features)`` returns labels.
 
-    On a GPU nothing in `fit` waits for the device: iterations are launched until the host sees that
-    one has converged, and those after it leave the centres as they are. On the CPU the loop ends
-    there, with the same result.
-    Autocast has no effect here; TF32, where it is switched on for float32 products, has.
+    On a GPU nothing in ``fit`` waits for the device: iterations are launched until the host sees
+    that one has converged, and those after convergence do not change the centres. On the CPU the
+    loop ends at convergence, with the same result. Autocast has no effect here. TF32 has, where it
+    is switched on for float32 products.
 
-    k-means++ draws from this object's own generator (on the CPU for every device) and goes on
-    where it stopped: a second start differs from the first. Global generators are left alone.
+    k-means++ draws from this object's own generator, which is on the CPU for every device and is
+    not reset: a second start differs from the first. Global generators are left alone.
 
     Args:
-        n_clusters: K >= 1. If it exceeds the number of distinct samples, the surplus clusters are
-            empty: size 0, and a centre that repeats another.
-        init: "k-means++", or centres (K, F) to start from.
+        n_clusters: K >= 1. If K exceeds the number of distinct samples, the surplus clusters are
+            empty: their size is 0, and their centres repeat another one.
+        init: "k-means++", or the centres (K, F) to start from.
         max_iter: Lloyd iterations, >= 1; few are enough with a warm start.
         tol: converged once the squared shift of all centres is at most tol times the mean variance
             of a feature (scikit-learn's definition), or no label changes.
         random_state: seed of the generator.
-        warm_start: start from the last fit's (or the loaded) centres where there are some, which
-            saves the K - 1 sequential draws of k-means++ and most iterations, as features drift
-            slowly. False starts from ``init`` every time.
-        nonfinite: "raise" an error for NaN or infinite features, or count such values as "zero":
-            for features that a loss scaler makes overflow now and then.
+        warm_start: start from the centres of the last fit, or the loaded ones, if there are any.
+            Features drift slowly, so this saves most iterations, and the K - 1 sequential draws of
+            k-means++. False starts from ``init`` every time.
+        nonfinite: "raise" an error for NaN or infinite features, or replace such values by "zero",
+            for features that overflow now and then under a loss scaler.
 
     Attributes:
-        labels_: (B,) int64, the nearest centre of each sample.
+        labels_: (B,) int64, the label of each sample's nearest centre.
         cluster_centers_: (K, F) float32, float64 for float64 features; never written in place.
         cluster_sizes_: (K,) int64, sums to B.
-        inertia_: () sum of squared distances to the nearest centres, dtype of the centres.
-        n_iter_: () int64, iterations until convergence. All on the features' device, set by `fit`.
+        inertia_: (), the sum of squared distances to the nearest centres, in the centres' dtype.
+        n_iter_: () int64, iterations until convergence. ``fit`` sets all these attributes, on the
+            device of the features.
 
     Raises:
         TypeError: ``n_clusters``, ``max_iter`` or ``random_state`` is no integer.
@@ -285,7 +291,7 @@ class KMeans:
         self._generator = torch.Generator().manual_seed(self.random_state)
 
     def fit_predict(self, features: Tensor) -> Tensor:
-        """`fit`, then return ``labels_``: (B,) int64 on the features' device."""
+        """Call ``fit``; return ``labels_``, (B,) int64 on the features' device."""
         return self.fit(features).labels_
 
     __call__ = fit_predict
@@ -295,7 +301,7 @@ class KMeans:
         """Cluster one batch.
 
         Args:
-            features: (B, F), a row per sample, any floating dtype and device; used detached.
+            features: (B, F), a row per sample, of any floating dtype and device; detached here.
                 float16 and bfloat16 are computed in float32.
 
         Returns:
@@ -304,9 +310,10 @@ class KMeans:
         Raises:
             TypeError: features are not floating point.
             ValueError: features are not (B, F) with B, F >= 1, have another F than the centres to
-                start from, or hold a NaN or an infinity. On a CUDA device the last comes from
-                ``torch._assert_async``: a RuntimeError at the next synchronisation, after which,
-                as after every device-side assertion, the process cannot use the device.
+                start from, or hold a NaN or an infinity.
+            RuntimeError: features on a CUDA device hold a NaN or an infinity. The error comes from
+                ``torch._assert_async`` at the next synchronisation. After it, as after every
+                device-side assertion, the process cannot use the device.
         """
         start = None if isinstance(self.init, str) else self.init
         if self.warm_start:
@@ -318,7 +325,7 @@ class KMeans:
             seeds = _plus_plus(x, self.n_clusters, self._generator) if new else frame.enter(start)
             centers, self.n_iter_ = _lloyd(x, seeds, self.max_iter, self.tol)
             self.cluster_centers_ = frame.leave(centers)
-            centers = frame.enter(self.cluster_centers_)  # as published: predict gives labels_
+            centers = frame.enter(self.cluster_centers_)  # as in predict, for the same labels
             self.labels_ = _assign(x, centers)[0]
             clusters = torch.arange(self.n_clusters, device=x.device)
             self.cluster_sizes_ = (self.labels_ == clusters[:, None]).sum(1)
@@ -328,7 +335,13 @@ class KMeans:
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
-        """Labels (B,) int64 by the centres there are (RuntimeError if none); otherwise as `fit`."""
+        """Return the labels (B,) int64 of features (B, F) by the present centres.
+
+        Raises:
+            TypeError: as ``fit``.
+            ValueError: as ``fit``.
+            RuntimeError: there are no centres yet; or as ``fit``.
+        """
         centers: Tensor | None = getattr(self, "cluster_centers_", None)
         if centers is None:
             raise RuntimeError("KMeans has no centres yet; call fit or load_state_dict first")
@@ -338,12 +351,16 @@ class KMeans:
             return _assign(x, frame.enter(centers))[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run continues from: centres (None before a fit), generator's state."""
+        """Return the centres (None before a fit) and the generator's state, for a resumed run."""
         centers = getattr(self, "cluster_centers_", None)
         return {_CENTERS: centers, _GENERATOR: self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`'s, tensors on any device; ValueError if it is not one of this K."""
+        """Load what ``state_dict`` returned, with tensors on any device.
+
+        Raises:
+            ValueError: the state is not one of a KMeans with this K. Nothing is changed.
+        """
         self.check_saved(state)
         centers = state[_CENTERS]
         self._generator.set_state(state[_GENERATOR].cpu().contiguous())
@@ -359,7 +376,7 @@ class KMeans:
         check(state, Record(rules), "the saved KMeans")
 
     def _checked_centers(self, array: Tensor | Sequence[Sequence[float]], name: str) -> Tensor:
-        """A private copy of (K, F) centres that the user gave."""
+        """Return a private copy of centres (K, F) that the user gave."""
         centers = torch.as_tensor(array).detach().clone()
         if not centers.dtype.is_floating_point:
             centers = centers.double()
