@@ -127,7 +127,7 @@ def check_report(out):
     # of which one needs more than one cluster.
     assert len(rows) == 1 + 2 * 2 * (4 * 3 + 3 + 3 + 2)
     assert "seconds" not in rows[0]
-    assert "2 of the 8 tuning trials and 2 of the 10 evaluation seeds that a verdict takes" in page
+    assert "2 of the 8 tuning trials and 2 of the 10 evaluation seeds that a verdict needs" in page
     for verdict in ("helps", "hurts", "no difference"):
         assert f"): {verdict} at batch" not in page
     # When it ran, and the command that runs it again.

@@ -162,8 +162,8 @@ def test_a_planted_loss_is_found():
 @pytest.mark.parametrize(
     ("options", "lacking"),
     [
-        ({"trials": 2}, "2 of the 8 tuning trials that a verdict takes"),
-        ({"seeds": 9}, "9 of the 10 evaluation seeds that a verdict takes"),
+        ({"trials": 2}, "2 of the 8 tuning trials that a verdict needs"),
+        ({"seeds": 9}, "9 of the 10 evaluation seeds that a verdict needs"),
         ({"trials": 7, "seeds": 2}, "7 of the 8 tuning trials and 2 of the 10 evaluation seeds "),
     ],
 )

@@ -50,7 +50,7 @@ class Arm:
         return BASELINES[self.base] if self.law.kind != "none" else None
 
     def clusters_at(self, batch_size: int, optimal: int) -> int | None:
-        """Return K at a batch size, or None: one cluster is the same as no clusters."""
+        """Return K at a batch size, or None for one cluster, which is the same as no clusters."""
         wanted = round(batch_size / optimal) if self.clusters else 1
         return wanted if wanted > 1 else None
 

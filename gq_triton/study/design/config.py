@@ -24,8 +24,8 @@ def _option(default: Any, help: str, before: Any = None) -> Any:
     Args:
         default: its default.
         help: its sentence of help.
-        before: what stands for the studies that were run before the option existed, as in TOML;
-            None if the default does.
+        before: the value, as in TOML, that was fixed in studies before the option existed; None if
+            it is the default.
     """
     return field(default=default, metadata={"help": help, "before": before})
 
@@ -71,7 +71,7 @@ class StudyConfig:
     )
     beta1: tuple[float, ...] = _option(
         (0.5, 0.7, 0.8, 0.9, 0.95),
-        "values of beta1 that every arm is tuned over, with SGD of the momentum",
+        "values of beta1 that every arm is tuned over; with SGD they are values of the momentum",
         before=[0.9],
     )
     warmup: tuple[float, ...] = _option(

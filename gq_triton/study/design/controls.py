@@ -21,7 +21,7 @@ class Tuned:
         recipe: the arm's tuned settings, its law with K.
         family: ``"sgd"`` or ``"adam"``, the arm's.
         norm_ratio: ``|g*| / |g|``, the mean over the steps of the tuning runs at these settings.
-        mean_weight: likewise.
+        mean_weight: the weights' mean over the same steps.
     """
 
     recipe: Recipe
@@ -41,9 +41,10 @@ class Control:
         plain: whether it is the optimizer without a law.
         inside: whether it changes what the DDP hook computes inside, so that it needs one process.
         kinds: the control's kind of law, by the arm's kind; None if the control changes no weights.
-            With an arm of another kind it is left out: one weight per tensor cannot be permuted or
-            averaged; weights by rank have the same mean in every step, as ``mean-weight`` has; with
-            other weights a queue of weighted gradients would hold others.
+            The control is left out with an arm of another kind: one weight per tensor cannot be
+            permuted or averaged; weights by rank have the same mean in every step, so that
+            ``constant`` would ask what ``mean-weight`` asks; a queue of weighted gradients would
+            hold other gradients if the weights were changed.
     """
 
     text: str
@@ -60,7 +61,7 @@ PRIMARY = {"sgd": "norm-ratio", "adam": "same-lr"}
 Adam divides by the gradient's size, so that a longer gradient makes no longer step there."""
 
 LAG = "lower-momentum", "lead"
-"""The controls that make momentum lag less behind the gradient, as Grad Queue does too."""
+"""The controls whose momentum lags less behind the gradient, as it does with Grad Queue."""
 
 CONTROLS: dict[str, Control] = {
     "norm-ratio": Control(

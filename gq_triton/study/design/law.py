@@ -1,4 +1,4 @@
-"""What a study can do to a gradient, and the settings of one run."""
+"""The laws of a study, which say what is done to a gradient, and the settings of one run."""
 
 from dataclasses import dataclass
 

@@ -90,7 +90,7 @@ class Cell:
         clusters = self.n_clusters
         own: dict[str, Any] = {"n_clusters": clusters}
         if clusters is None:
-            # Options of clusters do nothing here; one run must not have two keys.
+            # Without clusters their options do nothing. At their defaults, equal runs have one key.
             own |= {"cluster_by": NO_LAW.cluster_by, "centroid_scale": NO_LAW.centroid_scale,
                     "population_power": NO_LAW.population_power}  # fmt: skip
         if "rho" in settings:
@@ -148,7 +148,7 @@ class Cell:
         return self._choice
 
     def known(self, records: Records) -> list[Trial]:
-        """Return the trials that are known by now: those of tuning, then those it leads to."""
+        """Return the trials known so far: tuning, and after it evaluation and controls."""
         if self._known is not None:
             return self._known
         found = [trial for trials in self.tuning for trial in trials]
@@ -200,7 +200,7 @@ def _mean(values: list[float]) -> float:
 
 
 def cells(config: StudyConfig) -> list[Cell]:
-    """Return every arm at every batch size of every task; class weights need classes."""
+    """Return every arm at every batch size of every task; class-weighted arms need classes."""
     return [
         Cell(config, task, size, ARMS[arm])
         for task in config.tasks

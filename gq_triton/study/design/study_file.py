@@ -17,8 +17,8 @@ CONFIG = "study.toml"  # in the folder of a study
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the options in a file.
 
-    A file that a study has written holds every option of its time. Options that were added later
-    get the values that stand for what studies did then, so that the study keeps its trials.
+    A file that a study has written holds every option that existed then. Options that were added
+    later get the values that were fixed before, so that the study keeps its trials.
 
     Raises:
         Refusal: the file cannot be read, or is no TOML.

@@ -36,9 +36,10 @@ class Finding:
 
     Args:
         group: the arm's runs.
-        against: a comparison with each, by name; the baseline is first if the study has it.
+        against: the comparisons with the baseline and the controls, by name; the baseline is first
+            if the study has it.
         baseline: name of the baseline, or None if the study lacks it.
-        pairs: names of those whose runs are the arm's own; their comparisons say nothing.
+        pairs: names of those in ``against`` whose runs are the arm's own, which compare nothing.
     """
 
     group: Group
@@ -50,8 +51,8 @@ class Finding:
     def verdict(self) -> str:
         """The verdict in words.
 
-        ``helps`` means better than the tuned baseline and better than those of these controls that
-        ran: a step as long, and less lag of the momentum.
+        ``helps`` means better than the tuned baseline, the primary control and the controls with
+        less lag of the momentum, as far as these controls ran.
         """
         if self.baseline is None:
             return UNKNOWN
@@ -134,7 +135,7 @@ def sentence(finding: Finding) -> str:
     )
     absent = lacking(finding.group.cell.config)
     if absent:
-        return f"{text}; it has {' and '.join(absent)} that a verdict takes"
+        return f"{text}; the study has {' and '.join(absent)} that a verdict needs"
     if verdict == UNDECIDED:
         text += "; too uncertain among so many comparisons"
     if result.sign > 0 and finding.controls:

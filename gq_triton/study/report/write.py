@@ -1,4 +1,4 @@
-"""``gq-triton study report``: writes the page, the tables and the pictures of a study."""
+"""The command ``gq-triton study report``: the page, the tables and the pictures of a study."""
 
 import base64
 import math
@@ -230,11 +230,11 @@ def _notes(
         notes.append("The study is not finished: only arms whose runs are all there are shown.")
     absent = lacking(config)
     if absent:
-        notes.append(f"No verdicts: {' and '.join(absent)} that a verdict takes.")
+        notes.append(f"No verdicts: the study has {' and '.join(absent)} that a verdict needs.")
     if len(config.beta1) == 1:
         notes.append(
-            "beta1 (with SGD the momentum) was not tuned, for baselines neither: a gain may be no "
-            "more than a smaller one gives."
+            "beta1 (with SGD the momentum) was not tuned, nor was the baselines': a gain may be no "
+            "more than a smaller beta1 gives."
         )
     if config.tuning_seeds < 3:
         notes.append("Settings were chosen by one or two seeds: a lucky run may have decided.")

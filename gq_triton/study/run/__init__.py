@@ -1,1 +1,1 @@
-"""Running the trials of a study: processes, ranks, devices, records on disk."""
+"""The execution of a study's trials: processes, ranks, devices, records on disk."""

@@ -34,7 +34,7 @@ class Board:
             TimeRemainingColumn(compact=True),
             TextColumn("left, {task.fields[now]}"),
             console=self.console,
-            speed_estimate_period=600,  # trials of one arm take ten times those of another
+            speed_estimate_period=600,  # trials of one arm take ten times as long as of another
         )
         self.task = self.bar.add_task("", total=total, completed=finished, now="starting")
         # Best validation score and number of trials so far, by (task, batch size) and by arm.

@@ -22,7 +22,7 @@ class Store:
         self._records: dict[str, Record] = {}
 
     def load(self) -> int:
-        """Read the records that are not known yet; return how many files are no whole records."""
+        """Read the records not known yet; return the number of files that hold no whole record."""
         damaged = 0
         for path in sorted(self.folder.glob("*.json")):
             if path.stem in self._records:

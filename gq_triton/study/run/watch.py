@@ -42,7 +42,7 @@ def watch(
         if finished:
             board.note(f"{finished} of {total} trials were finished before")
         if damaged:
-            board.note(f"{damaged} files in {store.folder} are no whole records: run again")
+            board.note(f"{damaged} files in {store.folder} hold no whole record: their trials run")
 
         def done(record: Record) -> None:
             board.done(record, *progress(cells, store))

@@ -1,4 +1,4 @@
-"""A lead of the gradient in the momentum, without any weights: a control of Grad Queue."""
+"""The control ``lead``: a lead of the gradient in the momentum, without any weights."""
 
 from collections import deque
 
@@ -10,11 +10,11 @@ __all__ = ["Lead"]
 
 
 class Lead:
-    """The backward pass that makes momentum that of ``g + (g - mu)``, mu the last gradients' mean.
+    """The backward pass of a momentum of ``g + (g - mu)``; mu is the mean of the last gradients.
 
-    Adam's second moment stays that of ``g``. With the lead in it too the difference ``g - mu``,
-    most of which is noise, would shorten every step. Until the queue is full there is no lead, as
-    Grad Queue has no weights then.
+    Adam's second moment stays that of ``g``. If it had the lead too, the difference ``g - mu``, most
+    of which is noise, would shorten every step. Until the queue is full there is no lead, as Grad
+    Queue has no weights then.
 
     Args:
         model: the model.
