@@ -3,11 +3,13 @@
     python benchmarks/clusters.py
     python benchmarks/clusters.py --models mlp --clusters 16
 
-Over the same batch and model: the plain step and the one with K clusters in one backward pass, in
-turns, and then the one with K backward passes (``mode="microbatch"``). Each is forward, clustering,
-backward and optimizer; the queue is full. Then the memory: the peak above the plain step's, the
-queue left out, next to what the method may take: a mean and 1/sigma for every parameter, and K
-times the largest layer. Every number of it comes from a process of its own.
+Three steps have the same batch and model: the plain step, the step with K clusters in one backward
+pass, and the step with K backward passes (``mode="microbatch"``). The first two are timed in turns,
+the third after them. A step is forward, clustering, backward and optimizer; the queue is full.
+
+A second table has the peak memory of a step above the plain step's, without the queue. Beside it
+stands what the method may take: a mean and 1/sigma for every parameter, and K times the largest
+layer. Each peak is measured in a fresh process.
 """
 
 import argparse
@@ -49,7 +51,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable[
 def make_step(
     case: str, model: nn.Module, mode: str | None, args: argparse.Namespace
 ) -> Callable[[], None]:
-    """Return one training step; ``mode`` None is the plain one."""
+    """Return a function that takes one training step; ``mode=None`` is the plain step."""
     _, losses_of, batch_of = CASES[case]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     queue = None
@@ -93,7 +95,8 @@ def compare(case: str, args: argparse.Namespace) -> list[str]:
     for _ in range(args.repeats):
         for step, taken in zip(steps[:2], times, strict=False):
             taken.append(seconds(step))
-    # The slow rival comes last: its K copies of the gradients would push the others' out of cache.
+    # K backward passes come last: their K copies of the gradients would push the others' out of
+    # the cache.
     steps[2]()
     times[2] = [seconds(steps[2]) for _ in range(3)]
     plain, ours, passes = (1000 * statistics.median(taken) for taken in times)
@@ -104,9 +107,9 @@ def compare(case: str, args: argparse.Namespace) -> list[str]:
 
 
 def peak(case: str, mode: str | None, args: argparse.Namespace) -> int:
-    """Return the most bytes that a few steps held at once, in this process."""
+    """Return the peak memory of one step in this process, in bytes."""
     torch.manual_seed(0)
-    # The compiled engine's libraries are no part of the comparison: both have them.
+    # The plain step too loads the engine's libraries, so that their memory makes no difference.
     tiny = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(args.device)
     queue = GradQueue(tiny, n_clusters=2, features="0", backend=args.backend)
     optimizer = torch.optim.SGD(tiny.parameters())
@@ -131,12 +134,12 @@ def peak(case: str, mode: str | None, args: argparse.Namespace) -> int:
 
 
 def measure(case: str, args: argparse.Namespace) -> list[str]:
-    """Compare the peaks of the plain and the clustered step, each in a fresh process."""
+    """Return the row of the peaks of the plain and the clustered step, from fresh processes."""
     peaks = []
     for mode in ("plain", "one_backward"):
         command = [sys.executable, __file__, "--models", case, "--clusters", str(args.clusters)]
         command += ["--device", args.device, "--backend", args.backend, "--peak", mode]
-        # Large tensors come and go with their pages: what is resident is what is held.
+        # A freed tensor then returns its pages at once, so that resident memory is held memory.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
         peaks.append(int(output.stdout))

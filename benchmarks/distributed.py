@@ -1,16 +1,17 @@
-"""Time a whole training step under DDP with the GQ hook against plain DDP's, in one run.
+"""Time a whole training step under DDP with the Grad Queue hook against plain DDP's, in one run.
 
     python benchmarks/distributed.py
     python benchmarks/distributed.py --models small --steps 1
     python benchmarks/distributed.py --cases hook shard_queue
     python benchmarks/distributed.py --device cuda --world-size 1 --side 224
 
-Starts gloo ranks on this machine's CPU, one thread each, or NCCL ranks with a GPU each. Plain
-DDP and the cases take their steps in turns on the same batch: forward, backward and SGD with
-momentum; the queue is full. The ranks start each step together, and the slowest of them counts.
-Beside the times: the queue's memory on rank 0, and what a rank sends in one step, counted from the
-collectives that c10d is given, DDP's own among them, and from how much of its payload each sends on
-a ring.
+The ranks are gloo ranks on this machine's CPU, with one thread each, or NCCL ranks with a GPU each.
+Plain DDP and the cases take their steps in turns on the same batch: forward, backward and SGD with
+momentum; the queue is full. The ranks start each step together, and the slowest rank's time counts.
+
+The table also has the memory of the queue on rank 0, and the bytes that a rank sends in one step.
+The bytes are counted from the payloads of all collectives that c10d gets, DDP's own among them, as
+each would be sent on a ring.
 """
 
 import argparse
@@ -49,13 +50,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 FILL = 7  # steps that fill the queue: from the sixth on every weight is computed
 
-# What a rank sends of n bytes on a ring of W, in units of (W - 1) / W * n. In a broadcast the last
-# rank of the chain sends nothing: the mean over the ranks.
+# The bytes that a rank sends for a payload of n bytes on a ring of W, in units of (W - 1) / W * n.
+# The last rank of a broadcast's chain sends nothing; its figure is the mean over the ranks.
 TRIPS = {"allreduce_": 2, "alltoall_base_": 1, "_allgather_base_": 1, "broadcast_": 1}
 
 
 class Wire(TorchDispatchMode):
-    """Adds up the bytes that a rank sends in the collectives it starts."""
+    """A dispatch mode that adds up the bytes that a rank sends in the collectives it starts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +79,10 @@ def make_step(
     batch: tuple[Tensor, Tensor],
     group: dist.ProcessGroup | None,
 ) -> tuple[Callable[[], None], GradQueueState | None]:
-    """Return one training step, and the state of its hook; ``options`` None is plain DDP."""
+    """Return a function that takes one training step, and the state of its hook.
+
+    With ``options=None`` the step is that of plain DDP and the state is None.
+    """
     ddp = DistributedDataParallel(model, process_group=group)
     state = None if options is None else register(ddp, **options)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, momentum=0.9)
@@ -100,7 +104,7 @@ def sent(step: Callable[[], None]) -> float:
 
 
 def queue_bytes(state: GradQueueState | None) -> int:
-    """Return what the rings on this rank hold, and the statistics of those on others."""
+    """Return the bytes of the rings on this rank, and of the statistics of rings on other ranks."""
     held = [] if state is None else [*state.queues._queue.values()]
     if state is not None and isinstance(state.queues, ClusteredSlices):
         held += state.queues._rooms.held.values()
@@ -108,7 +112,7 @@ def queue_bytes(state: GradQueueState | None) -> int:
 
 
 def in_turns(steps: list[Callable[[], None]], turns: int) -> Tensor:
-    """Return the slowest rank's seconds ``(turns, steps)``; every rank must call."""
+    """Return the slowest rank's seconds ``(turns, steps)``; every rank must call this."""
     taken = torch.zeros(turns, len(steps), dtype=torch.float64)
     for turn in range(turns):
         for case, step in enumerate(steps):
@@ -128,7 +132,7 @@ def row(case: str, taken: list[float], plain: list[float], queue: int, wire: flo
 
 
 def compare(rank: int, name: str, args: argparse.Namespace) -> None:
-    """Be one rank; the first prints the table."""
+    """Run the comparison on one rank; rank 0 prints the table."""
     device, group = torch.device(args.device), None
     if args.device == "cuda":
         device = torch.device("cuda", rank)
@@ -175,9 +179,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet50"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--steps", type=int, default=15, help="timed, of each case")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of each case")
     parser.add_argument("--batch", type=int, default=32, help="images per rank")
-    parser.add_argument("--side", type=int, default=64, help="of an image, in pixels")
+    parser.add_argument("--side", type=int, default=64, help="side of an image, in pixels")
     parser.add_argument("--world-size", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--backend", choices=["auto", "triton", "numba", "torch"], default="auto")

@@ -1,10 +1,11 @@
-"""Time the kernels of the clustered backward pass against what they would replace, in one run.
+"""Time the kernels of the clustered backward pass against the torch operations that they replace.
 
     python benchmarks/kernels.py
     python benchmarks/kernels.py --cases LayerNorm --repeats 50
 
-Needs a CUDA device. Each line is a pair over the same tensors, timed in turns, medians of
-``--repeats`` measurements of ``--calls`` calls each. A ratio below 1 means that ours is faster.
+This needs a CUDA device. Each line compares two functions over the same tensors, which are timed in
+turns in one run. Times are medians of ``--repeats`` measurements of ``--calls`` calls each. A ratio
+below 1 means that the kernel is faster.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from gq_triton.options import ClusterOptions
 
 @dataclass
 class Case:
-    """What computes the same, by name, and which are compared.
+    """Functions that compute the same, and the pairs of them that are compared.
 
     Attributes:
         shape: the tensors, in words.
-        steps: what is timed; each returns what it computed.
-        pairs: ours and its rival, by name.
+        steps: the functions by name; each returns what it computed.
+        pairs: names of a kernel and of its rival.
     """
 
     shape: str
@@ -40,7 +41,7 @@ class Case:
 
 
 def grouped(device: torch.device, batch: int, clusters: int) -> tuple[Groups, Tensor]:
-    """Return samples in clusters of about the same size, and the clusters' ends on the device."""
+    """Return groups of about the same size, and the ends of the clusters on the device."""
     groups = Groups.of(
         torch.randint(clusters, (batch,), device=device), clusters, ClusterOptions(), None
     )
@@ -51,7 +52,7 @@ def layer_norm(
     device: torch.device, batch: int = 64, positions: int = 1024, width: int = 1024,
     clusters: int = 8,
 ) -> Case:  # fmt: skip
-    """Scale and shift of a LayerNorm, as the path in torch computes them: bfloat16 rows."""
+    """Return the case of a LayerNorm's scale and shift: bfloat16 rows."""
     from gq_triton.kernels import position_sums
 
     groups, ends = grouped(device, batch, clusters)
@@ -72,7 +73,7 @@ def layer_norm(
 
 
 def bias(device: torch.device, rows: int = 16384, width: int = 4096, clusters: int = 8) -> Case:
-    """Bias of a linear layer: bfloat16 rows, one per sample."""
+    """Return the case of a linear layer's bias: bfloat16 rows, one per sample."""
     from gq_triton.kernels import position_sums
 
     groups, ends = grouped(device, rows, clusters)
@@ -88,7 +89,7 @@ def bias(device: torch.device, rows: int = 16384, width: int = 4096, clusters: i
 def group_norm(
     device: torch.device, batch: int = 256, channels: int = 256, side: int = 28, clusters: int = 8
 ) -> Case:
-    """Scale and shift of a GroupNorm with 32 groups: float32 images."""
+    """Return the case of the scale and shift of a GroupNorm with 32 groups: float32 images."""
     from gq_triton.kernels import channel_sums
 
     groups, ends = grouped(device, batch, clusters)
@@ -117,7 +118,7 @@ CASES: dict[str, Callable[[torch.device], Case]] = {
 
 
 def milliseconds(step: Callable[[], Any], calls: int) -> float:
-    """Return the time of one call, averaged on the device."""
+    """Return the mean time of a call on the device, in milliseconds."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):

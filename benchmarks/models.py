@@ -1,11 +1,11 @@
-"""Models for the benchmarks of whole steps: plain layers, no packages beyond torch."""
+"""Models for the benchmarks of whole steps, built of plain layers with torch alone."""
 
 import torch
 from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Four layers 1024 wide, ten classes."""
+    """A net of four layers 1024 wide, for ten classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ResNet18(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions; the stride is the middle one's."""
+    """A block of 1 x 1, 3 x 3 and 1 x 1 convolutions; the 3 x 3 one has the stride."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Four layers 256 wide, 128 positions, 256 bytes, a head tied to the token table."""
+    """A GPT of four layers 256 wide over 128 bytes, whose head is tied to the token table."""
 
     def __init__(self) -> None:
         super().__init__()

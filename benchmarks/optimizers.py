@@ -3,11 +3,13 @@
     python benchmarks/optimizers.py
     python benchmarks/optimizers.py --models resnet50 --threads 2 --backend torch
 
-Each line is a pair: our step and torch's fused step over the same shapes, timed in turns, medians
-of ``--repeats``. The queue is full and every weight is computed. On a GPU the script adds the
-time of a step among many without waiting in between, as in training, its throughput in GB/s from
-the bytes that the update must move, the share of a copy measured in the same run, and for how long
-the host is busy: the step returns then, and the device goes on.
+Each line compares our step with torch's fused step over the same shapes. The two are timed in
+turns; times are medians of ``--repeats``. The queue is full and every weight is computed.
+
+On a GPU there are more columns: the time of a step among many that are launched without waiting, as
+in training; its throughput in GB/s, from the bytes that the update must move; the share of the
+throughput of a copy in the same run; and the time of the host, after which a step returns while the
+device goes on.
 """
 
 import argparse
@@ -55,7 +57,7 @@ def seconds(step: Callable[[], Any], device: torch.device) -> float:
 
 
 def host_seconds(step: Callable[[], Any], repeats: int) -> float:
-    """Return the median time until ``step`` returns, the device being idle before."""
+    """Return the median seconds until ``step`` returns, from an idle device on."""
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -66,7 +68,7 @@ def host_seconds(step: Callable[[], Any], repeats: int) -> float:
 
 
 def device_seconds(step: Callable[[], Any], steps: int) -> float:
-    """Return the time of one of many steps, launched without waiting."""
+    """Return the seconds of one of many steps that are launched without waiting."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(steps):
@@ -78,7 +80,7 @@ def device_seconds(step: Callable[[], Any], steps: int) -> float:
 def in_turns(
     steps: list[Callable[[], Any]], repeats: int, device: torch.device
 ) -> list[list[float]]:
-    """Time the steps one after the other, again and again, so that drift meets all of them."""
+    """Return the seconds of each step, timed in turns so that drift affects all steps alike."""
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(repeats):
         for step, taken in zip(steps, times, strict=True):
@@ -107,7 +109,8 @@ def compare(name: str, model: str, args: argparse.Namespace, device: torch.devic
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.queue_dtype]
     options = {"queue_length": args.queue_length, "queue_dtype": dtype, "backend": args.backend}
     optimizer, rival = ours(params, **options), theirs(rivals)
-    # Different gradients, or the queue would be constant; afterwards every weight is computed.
+    # Every step gets new gradients, so that the queue is not constant. From the next step on it is
+    # full and every weight is computed.
     for _ in range(args.queue_length + 1):
         new_gradients(params)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Parameter shapes of real models: a benchmark needs neither the models nor their packages."""
+"""Parameter shapes of real models, for benchmarks that need no model and no model's package."""
 
 
 def resnet50() -> list[tuple[int, ...]]:

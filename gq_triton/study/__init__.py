@@ -1,7 +1,7 @@
 """Large-batch scaling studies: equal tuning budgets, controls, paired intervals, one report.
 
-The commands are ``gq-triton study run``, ``report`` and ``fetch`` (``command``). A study is a folder:
-``study.toml`` and one file per finished trial. Each package imports only those before it:
+The commands are ``gq-triton study run``, ``report`` and ``fetch`` (``command``). A study is a
+folder: ``study.toml`` and one file per finished trial. Each package imports only those before it:
 
 ``design``
     What is compared: options, arms, controls, the settings that are tried, and the order in which

@@ -12,9 +12,9 @@ __all__ = ["Lead"]
 class Lead:
     """The backward pass of a momentum of ``g + (g - mu)``; mu is the mean of the last gradients.
 
-    Adam's second moment stays that of ``g``. If it had the lead too, the difference ``g - mu``, most
-    of which is noise, would shorten every step. Until the queue is full there is no lead, as Grad
-    Queue has no weights then.
+    Adam's second moment stays that of ``g``. If it had the lead too, the difference ``g - mu``,
+    most of which is noise, would shorten every step. Until the queue is full there is no lead, as
+    Grad Queue has no weights then.
 
     Args:
         model: the model.
