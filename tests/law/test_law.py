@@ -28,7 +28,7 @@ def law(request):
 
 
 def weight(law, grad, queue, rho=3.0):
-    """The weight of one number against a list of numbers, in float64."""
+    """Return the weight of one number against a list of numbers, in float64."""
     column = torch.tensor(queue, dtype=torch.float64).reshape(-1, 1)
     return law(torch.tensor([grad], dtype=torch.float64), column, rho=rho).item()
 
@@ -46,7 +46,7 @@ def test_tgq01_clip_form_equals_the_piecewise_form_of_equation_1(law, rho):
 
 
 def test_tgq03_lemma_3_2_gives_phi_for_every_length(law):
-    """One C among L-1 copies of u: z(u) = 1/sqrt(L-1) with the POPULATION deviation."""
+    """For one C among L-1 copies of u, z(u) = 1/sqrt(L-1) with the POPULATION deviation."""
     for length in range(2, 41):
         queue = [1.0] * (length - 1) + [-6.0]
         phi = max(1 / math.sqrt(length - 1), 1 / 3)
@@ -119,7 +119,7 @@ def test_assumption_3_2_as_printed_admits_a_gradient_that_is_not_unusual(law):
 
 
 def test_algorithm_1_as_printed_has_a_sigma_of_zero(law):
-    """Its sum of (g_i - mu) over L vanishes, so every weight would be 0/0, rho or 1/rho."""
+    """The printed sum of (g_i - mu) over L vanishes: every weight would be 0/0, rho or 1/rho."""
     queue = randn(5, 1000)
     printed = (queue - queue.mean(0)).sum(0) / len(queue)
     assert printed.abs().max() < 1e-15
@@ -141,7 +141,7 @@ def test_tgq10_a_linear_drift_has_the_same_weight_for_every_slope(law):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 7, 12])
 def test_tgq11_a_constant_queue_is_constant(law, dtype, length):
-    """In float32, L=7 and u=0.1, the plain formula has sigma = |u - mu| > 0 and a weight of 1."""
+    """The plain formula fails: for L=7 and u=0.1 in float32, sigma = |u - mu| > 0 and w = 1."""
     values = torch.tensor([0.1, -0.3, 1e-20, 7e5, 0.0], dtype=torch.float64)
     u = values.to(dtype)
     queue = u.expand(length, -1).clone()
@@ -217,9 +217,9 @@ def test_cluster_options_at_their_limits():
 
 
 def gaussian_moments(length, rho=3.0):
-    """E[w] and E[(w g)^2] / E[g^2] for i.i.d. standard normal gradients, by quadrature over mu, s.
+    """Return E[w] and E[(w g)^2] / E[g^2] for i.i.d. standard normal gradients, by quadrature.
 
-    Independent of the law: mu, sigma and g are independent, and L sigma^2 is chi-squared.
+    No code of the law is used: mu, sigma and g are independent, and L sigma^2 is chi-squared.
     """
     half = (length - 1) / 2
     sigma = 6 * (torch.arange(600, dtype=torch.float64) + 0.5) / 600
@@ -271,7 +271,7 @@ def test_symmetric_noise_leaves_the_direction_of_the_mean(law):
     [(0.02, 0.78, -0.2366), (0.05, 0.45, -1.0181), (0.08, 0.12, -1.7154)],
 )
 def test_skewed_sparse_noise_turns_the_mean_around(law, share, plain, weighted):
-    """u = 1, C = -10, L = 5: a biased estimator, by exact enumeration of all queues."""
+    """The estimator is biased for u = 1, C = -10, L = 5: all queues are enumerated exactly."""
     values = [1.0, -10.0]
     chance = {1.0: 1 - share, -10.0: share}
     total = 0.0

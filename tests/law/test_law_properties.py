@@ -26,7 +26,7 @@ SIZES = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1)
 SMALL = (1, 7, TILE - 1, TILE, TILE + 1)
 
 lengths = st.integers(1, 12)
-# Numba compiles once for each length and type: in float64 a few of them do.
+# Numba compiles once for each length and type, so some tests draw a few lengths only.
 few_lengths = st.sampled_from([1, 2, 5, 12])
 seeds = st.integers(0, 2**32 - 1)
 rhos = st.sampled_from([1.0, 1.25, 3.0, 10.0])
@@ -35,7 +35,7 @@ examples = settings(deadline=None, max_examples=30, derandomize=True)
 
 
 def gradients(count, n, seed, dtype):
-    """A trajectory (count, n) whose columns are of every kind that a gradient can be."""
+    """Return a trajectory (count, n) whose columns are of every kind that a gradient can be."""
     generator = torch.Generator().manual_seed(seed)
     width = min(n, 2000)
     noise = torch.randn(count, width, generator=generator, dtype=torch.float64)
@@ -56,7 +56,7 @@ def gradients(count, n, seed, dtype):
 
 
 class Case:
-    """The newest ``length`` of a trajectory in a ring that has wrapped around ``extra`` times."""
+    """A ring with the newest ``length`` gradients, ``extra`` gradients after it was first full."""
 
     def __init__(self, length, n, seed, dtype, queue_dtype=None, extra=0):
         history = gradients(length + extra + 1, n, seed, dtype)
@@ -112,7 +112,7 @@ def test_every_pair_of_types(ops, length, n, seed, extra, rho, queue_dtype, grad
     if grad_dtype == torch.bfloat16:
         assert_ulps(weighted, expected, 1.0)
     elif torch.promote_types(queue_dtype, grad_dtype) == torch.float64:
-        # The oracle rounds to float64 as well: that comparison is the exact one below.
+        # The oracle rounds to float64 too; the test with exact arithmetic below covers float64.
         assert_ulps(weighted.float(), expected, 1.0)
     else:
         assert_ulps(weighted, expected, weight_ulps(rho, length))
@@ -192,7 +192,7 @@ def test_a_queue_that_is_not_finite_gives_weight_1_there_and_nowhere_else(length
 @examples
 def test_powers_of_two_and_the_sign_change_no_bit_of_a_weight(ops, length, seed, exponent, sign):
     case = Case(length, 512, seed, torch.float32)
-    # On a grid, so that no deviation becomes subnormal.
+    # Values lie on a grid, so that no deviation becomes subnormal.
     case.grad, case.queue = ((t * 2**12).round() for t in (case.grad, case.queue))
     case.grad, case.queue = (t.clamp(-(2**20), 2**20) for t in (case.grad, case.queue))
     before, _, _ = case.weigh(ops)
@@ -229,7 +229,7 @@ def test_a_loss_scale_is_undone_in_the_queue_and_kept_in_the_gradient(ops, lengt
 
 
 def exact_weight(grad, queue, rho):
-    """The weight of one number by rational arithmetic, rounded once to 50 digits."""
+    """Return the weight of one number by rational arithmetic, rounded once to 50 digits."""
     q = [Fraction(value) for value in queue]
     mean = sum(q, Fraction(0)) / len(q)
     variance = sum(((value - mean) * (value - mean) for value in q), Fraction(0)) / len(q)
@@ -244,7 +244,7 @@ def exact_weight(grad, queue, rho):
 
 
 def exact_ulps(actual, exact):
-    """Distance to an exact weight in ulps of float64, without rounding it first."""
+    """Return the distance to an exact weight in ulps of float64; the exact one is not rounded."""
     return float(abs(decimal.Decimal(actual) - decimal.Decimal(exact))) / math.ulp(float(exact))
 
 
@@ -254,7 +254,7 @@ def exact_ulps(actual, exact):
 def test_float64_against_exact_rational_arithmetic(which, length, seed, rho):
     case = Case(length, 16, seed, torch.float64)
     if which in ENGINES:
-        # Weights of gradients that are powers of two leave the product exact.
+        # With gradients that are powers of two the product w * g is exact.
         case.grad = torch.exp2(torch.frexp(case.grad).exponent.double())
         weights = case.weigh(ENGINES[which], rho)[0] / case.grad
     else:
@@ -304,7 +304,7 @@ def test_type_of_the_weights(grad, queue, result):
 @pytest.mark.parametrize("ops", ENGINES.values(), ids=ENGINES)
 def test_statistics_of_a_weighing(ops):
     case = Case(5, 4001, 3, torch.float32)
-    # Nothing discrete, where z may be rho itself up to rounding.
+    # Noise removes discrete values, for which z may be rho itself up to rounding.
     case.grad.add_(torch.randn(4001, generator=torch.Generator().manual_seed(0)))
     grads, scale = [case.grad * 8], torch.tensor(8.0)
     counters, finite = [torch.tensor(case.count)], torch.tensor([True])

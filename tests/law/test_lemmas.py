@@ -17,12 +17,12 @@ BETA, RHO = 0.9, 3.0
 
 
 def geometric(beta, count):
-    """The paper's beta_x: the sum of beta**j over j < count."""
+    """Return the paper's beta_x: the sum of beta**j over j < count."""
     return sum(beta**j for j in range(count))
 
 
 def momenta(u, c, *, period, steps, length=3, beta=BETA, rho=RHO, backend="torch"):
-    """m_1 ... m_steps of GQSGD: (steps, signals) for tensors u and c of one element per signal."""
+    """Return m_1 ... m_steps of GQSGD, (steps, signals); u and c hold one element per signal."""
     param = torch.nn.Parameter(torch.zeros_like(u))
     optimizer = GQSGD([param], lr=0.5, momentum=beta, queue_length=length, rho=rho, backend=backend)
     history = []
@@ -42,7 +42,7 @@ def lemma_3_1(u, c, k, period, beta=BETA):
 
 
 def gammas(period, length, beta=BETA, rho=RHO):
-    """gamma_0 and gamma of Lemma 3.3."""
+    """Return gamma_0 and gamma of Lemma 3.3."""
     phi = max(1 / math.sqrt(length - 1), 1 / rho) if length > 1 else rho
     filled, rest = beta ** (period - 1 - length), geometric(beta, period - 1 - length) / rho
     warm = filled * geometric(beta, length)
@@ -70,7 +70,7 @@ C = torch.tensor([c for _, c in SIGNALS], dtype=torch.float64)
 
 
 def relative_error(measured, expected, rho=RHO):
-    """Error against the size of the terms, which may cancel."""
+    """Return the error relative to the size of the terms, which may cancel."""
     size = torch.maximum(expected.abs(), U.abs() + rho * C.abs())
     return ((measured - expected).abs() / size).max().item()
 
@@ -101,7 +101,7 @@ def test_tgq04_lemma_3_3_goldens(backend):
 @pytest.mark.parametrize("rho", [1.5, 3.0, 7.0])
 @pytest.mark.parametrize("beta", [0.5, 0.9, 0.99])
 def test_tgq04_lemma_3_3_is_the_momentum_of_gqsgd(beta, rho):
-    """The whole grid of periods and of queues with L <= N - 1."""
+    """The lemma holds on the whole grid of periods N and of queues with L <= N - 1."""
     for period in (3, 4, 5, 6, 9, 12):
         for length in range(1, period):
             options = {"length": length, "beta": beta, "rho": rho}
@@ -211,7 +211,7 @@ DEVIATIONS = {
 
 
 def deviating_momentum(reading, u, c, period, length, steps):
-    """m_steps of heavy-ball SGD under one other reading of the law, in plain Python."""
+    """Return m_steps of heavy-ball SGD under another reading of the law, in plain Python."""
     queue = [0.0] * length if reading == "queue of zeros used before it is full" else []
     needed = 1 if reading == "partly filled queue used" else length
     momentum = 0.0
@@ -238,7 +238,7 @@ def deviating_momentum(reading, u, c, period, length, steps):
 
 
 def deviation_error(reading):
-    """The largest relative error of the closed form over periods, lengths, signals and k."""
+    """Return the closed form's largest relative error over periods, lengths, signals and k."""
     worst = 0.0
     for period, length in ((5, 3), (5, 4), (9, 3), (9, 4), (9, 5), (12, 3), (12, 5)):
         for u, c in ((1.0, -6.0), (1.0, -2.0), (-0.5, 0.6), (1.0, 4.0)):
