@@ -1,9 +1,9 @@
 # pyright: basic
 """Compile every kernel ahead of time and print one JSON line per kernel, case and architecture.
 
-Run in a process of its own, without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
-No GPU is needed. ``python tests/engines/compile_kernels.py`` prints what
-``test_kernel_compile.py`` judges.
+The script runs in a separate process without TRITON_INTERPRET: an interpreted kernel cannot be
+compiled. No GPU is needed. ``test_kernel_compile.py`` checks the lines that
+``python tests/engines/compile_kernels.py`` prints.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The three engines can stand in for each other: the same names, the same arguments."""
+"""The three engines can replace each other: they have the same operations and arguments."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, ahead of time: no spills, vector loads, one layout."""
+"""The kernels as compiled ahead of time: no spills, vector loads, one layout."""
 
 import json
 import os
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.slow
 
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-# Triton keeps what it compiles under a key of the kernel's source and of all that it calls, the
-# types, the target, the options and its own version: the next run compiles what has changed.
+# Triton caches compiled kernels. The key covers the source of the kernel and of all that it calls,
+# the types, the target, the options and Triton's version: the next run compiles changed ones only.
 CACHE = Path(__file__).resolve().parents[2] / ".pytest_cache" / "triton"
 
 
 def lines_of(script, cache):
-    """Return the standard output of a script in a process that does not interpret."""
+    """Return the lines that a script prints in a process without the Triton interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     command = [sys.executable, str(script)]
@@ -63,7 +63,7 @@ def test_nothing_spills():
 
 
 def test_float32_loads_and_stores_are_16_bytes_wide():
-    """One access of 16 bytes per tensor and row, in the loop over full blocks."""
+    """The loop over full blocks has one access of 16 bytes per tensor and row."""
     tensors = {"weigh": (6, 2), "push": (1, 1), "gqsgd": (8, 3), "gqadamw": (9, 4)}
     for entry in select(kernels=RINGS, case="float32"):
         loads, stores = tensors[entry["kernel"]]
@@ -74,14 +74,14 @@ def test_float32_loads_and_stores_are_16_bytes_wide():
 
 
 def test_combine_loads_and_stores_are_16_bytes_wide():
-    """One access per queue row, one of the sums in the loop over clusters, two results."""
+    """There is one load per queue row, one of the sums in the loop over clusters, two stores."""
     for entry in select(kernels=("combine",), case="float32"):
         assert entry["accesses"]["ld.global.v4.b32"] == 5 + 1
         assert entry["accesses"]["st.global.v4.b32"] == 2
 
 
 def test_sums_by_cluster_load_16_bytes():
-    """Eight elements per thread of each tensor, and nothing wide where rows are not aligned."""
+    """A thread loads eight elements of each tensor; accesses are narrow without alignment."""
     for entry in select(kernels=SUMS, case="float32"):
         assert entry["accesses"]["ld.global.v4.b32"] == 2 * 2
     for entry in select(kernels=SUMS, case="bfloat16"):

@@ -1,4 +1,4 @@
-"""Clusters' means weighted and added up: `combine` against the float64 oracle."""
+"""The weighted sum of cluster means: `combine` against the float64 oracle."""
 
 import math
 from typing import Any
@@ -33,7 +33,7 @@ def sums_of(guarded, clusters, n, dtype=torch.float32, scale=1.0):
 
 
 def centroids_of(sums, clusters, unscale=1.0):
-    """Return the means as the kernel rounds them once, in the type of the sums."""
+    """Return the clusters' means, rounded once to the type of the sums as in the kernel."""
     inverse = clusters.vectors()["inverse_shares"].cpu().to(sums.dtype)
     return sums.cpu() * inverse[:, None] * unscale
 
@@ -42,7 +42,7 @@ def assert_combined(actual, sums, clusters, rows, *, rho, unscale=1.0, seen=None
     """Check weighted and raw gradient; return the worst error in units of the bound.
 
     A weight may be off by ``8 + 4 rho sqrt(L)`` ulps, as in `assert_weights`; products and the sum
-    over clusters add ``2 + K`` roundings. ``seen`` are the means rounded to the queue's type.
+    over clusters add ``2 + K`` roundings. ``seen`` holds the means rounded to the queue's type.
     """
     weighted, raw = (part.double().cpu() for part in actual[:2])
     centroids = centroids_of(sums, clusters)
@@ -149,7 +149,7 @@ def test_types_are_independent(device, dtype, queue_dtype):
     actual = run(sums, queue, 8, clusters)
     # The mean of float32 sums and a float64 queue is formed in float64.
     wide = torch.promote_types(dtype, torch.promote_types(queue_dtype, torch.float32))
-    # The interpreter truncates to bfloat16, so the oracle gets what the kernel compared.
+    # The interpreter truncates to bfloat16, so the oracle gets the means that the kernel compared.
     seen = truncated(centroids_of(sums.to(wide), clusters), queue_dtype)
     rows = newest_first(queue, 8).cpu()
     assert_combined(actual, sums, clusters, rows, rho=3.0, seen=seen)
@@ -239,7 +239,7 @@ def test_constant_queue(device, queue_dtype, value):
     clusters = Clusters(device, [4, 4])
     value = 0.0 if queue_dtype == torch.float16 and value < 1e-6 else value
     queue = torch.full((7, 3), value, device=device).to(queue_dtype)
-    # One step away in the queue's type, and so far away that the score overflows.
+    # One mean is one step away in the queue's type, the other so far away that z overflows.
     step = max(abs(value) * torch.finfo(queue_dtype).eps, 4 * torch.finfo(queue_dtype).tiny)
     means = torch.tensor([[value, value, 1e4], [value, value + step, 2e4]], dtype=torch.float64)
     dtype = torch.float64 if queue_dtype == torch.float64 else torch.float32
@@ -251,7 +251,7 @@ def test_constant_queue(device, queue_dtype, value):
 
 
 def test_a_mean_that_equals_its_constant_queue(device):
-    """A share that is no power of two: a mean is rounded before the queue is taken from it."""
+    """With a share that is no power of two, a mean is rounded before the queue is subtracted."""
     guarded, clusters = Guarded(device), Clusters(device, [3, 4])
     sums = sums_of(guarded, clusters, 300)
     means = centroids_of(sums, clusters)
@@ -290,7 +290,7 @@ def test_repeats_agree_bit_for_bit(device):
     seed=st.integers(0, 99),
 )
 def test_any_call_agrees_with_eager(device, n, sizes, slots, turn, rho, exponent, seed):
-    """The two faces of one operation; a power of two changes no bit."""
+    """The kernel agrees with the eager engine; scaling by a power of two changes no bit."""
     guarded, clusters = Guarded("cpu", seed=seed), Clusters("cpu", sizes)
     sums, queue = sums_of(guarded, clusters, n), guarded.normal(slots, n)
     count = max(slots + turn, 0)

@@ -1,4 +1,4 @@
-"""The multi-tensor test for NaN and infinity."""
+"""`all_finite`: the search for NaN and infinity in many tensors."""
 
 import math
 

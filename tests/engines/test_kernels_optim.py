@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def split(options):
-    """Return the law among the options of a call, and the others."""
+    """Return the options of a call in two parts: those of the law as a `Law`, and all others."""
     named = {key: value for key, value in options.items() if key in Law._fields}
     others = {key: value for key, value in options.items() if key not in Law._fields}
     return Law(**{"rho": 3.0, **named}), others
@@ -43,7 +43,7 @@ FLOAT32 = ("float32",) * 4
 
 
 class Problem:
-    """Tensors for one call of either optimizer, and what the oracle makes of them."""
+    """The tensors of one call of either optimizer, and the oracle's results for them."""
 
     def __init__(self, device, sizes, *, slots=5, count=8, shift=0, seed=0, dtypes=FLOAT32):
         param, grad, queue, state = (getattr(torch, name) for name in dtypes)
@@ -192,7 +192,7 @@ MIXED = [
 def test_types_are_independent(device, name, dtypes):
     problem = Problem(device, (6, 130), dtypes=dtypes)
     if INTERPRETED and dtypes[2] == "bfloat16":
-        # Gradients that bfloat16 holds exactly: the interpreter truncates, the oracle rounds.
+        # bfloat16 holds these gradients exactly: the interpreter would truncate, the oracle round.
         for grad in problem.grads:
             grad.copy_(grad.bfloat16())
     getattr(problem, f"check_{name}")()
@@ -215,7 +215,7 @@ def run_both(device, ours, theirs, options, *, steps, rho=1.0):
 @pytest.mark.parametrize("rho", [1.0, 3.0])
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.5, False), (0.5, True)])
 def test_sgd_without_weights_is_torch_sgd_bit_for_bit(device, rho, momentum, nesterov):
-    """Rho = 1, or a queue that is never full.
+    """Every weight is 1 where rho = 1 and where the queue is never full.
 
     Factors are powers of two: their products are exact, so that it does not matter who contracts a
     product and a sum into an FMA (torch and the GPU do, the interpreter does not).
@@ -307,7 +307,7 @@ def test_a_non_finite_gradient_is_not_queued(device, name):
     getattr(good, f"{name}_")(finite=torch.ones_like(flags))
     assert torch.equal(bad.queues[0], kept)
     assert [int(count) for count in bad.queued] == [8, 9]
-    # As in torch, the update itself takes place: only the bad element becomes NaN.
+    # As in torch, the update takes place: only the element that is not finite becomes NaN.
     assert bad.params[0].isnan().tolist() == [False, False, True, False, False, False]
     assert torch.equal(bad.params[1], good.params[1])
     assert torch.equal(bad.queues[1], good.queues[1])
@@ -355,7 +355,7 @@ def test_wrong_inputs_are_named(device):
 
 
 def test_many_tensors_find_their_chunks(device):
-    """Every size class between other sizes: the search must not take a neighbour's row."""
+    """Sizes of every class lie between others: the search must not take a neighbour's row."""
     sizes = list(itertools.islice(itertools.cycle((0, 1, 17, CHUNK + 1, 2)), 21))
     problem = Problem(device, sizes)
     problem.check_sgd(momentum=0.0)

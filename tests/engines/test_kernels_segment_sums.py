@@ -45,7 +45,7 @@ def grouping(device, sizes, seed=0):
 
 @dataclass
 class Layer:
-    """One layer's gradients, and its inputs with their statistics where it is a norm.
+    """The gradients of one layer; for a norm also its inputs and their statistics.
 
     Attributes:
         layout: "positions", ``(B, T, N)``, or "channels", ``(B, N, T)``.
@@ -65,7 +65,7 @@ class Layer:
 
     @staticmethod
     def of(guarded, layout, sizes, shape, *, dtype=torch.float32, x_dtype=None, stats=None):
-        """Make a layer; ``stats`` is the shape of mean and rstd, None that of a norm's own."""
+        """Return a layer; ``stats`` is the shape of mean and rstd: by default (B, T) or (B, 1)."""
         labels, order, offsets = grouping(guarded.device, sizes)
         size = (len(labels), *(shape if layout == "positions" else reversed(shape)))
         stats = stats or (size[:2] if layout == "positions" else (size[0], 1))
@@ -79,12 +79,12 @@ class Layer:
         return Layer(layout, labels, order, offsets, tensor(size, dtype), norm)
 
     def run(self):
-        """Run the kernel."""
+        """Return the sums of the kernel."""
         function = position_sums if self.layout == "positions" else channel_sums
         return function(self.dy, self.order, self.offsets, **self.norm)
 
     def terms(self):
-        """Return what is added up ``(B, T, N)`` in float64: for the shift and for the scale."""
+        """Return the terms of the sums in float64, ``(B, T, N)`` for the shift and the scale."""
         wide = {name: t.double().cpu() for name, t in (self.norm | {"dy": self.dy}).items()}
         dy = wide["dy"]
         if "x" not in wide:
@@ -150,7 +150,7 @@ def test_shapes_of_all_kinds(device, shape, dtype, layout):
     ],
 )
 def test_many_parts_and_clusters(device, layout, sizes, shape):
-    """More parts of a cluster than the second kernel reads at a time; more clusters than 16."""
+    """A cluster has more parts than the second kernel reads at once; clusters are more than 16."""
     layer = Layer.of(Guarded(device), layout, sizes, shape)
     layer.check(layer.run())
 
@@ -185,7 +185,7 @@ def test_types_are_independent(device, dtype, x_dtype, layout):
 @pytest.mark.parametrize("groups", [1, 3, 12])
 @pytest.mark.parametrize("each", [True, False])
 def test_groups_of_channels(device, groups, each):
-    """Statistics of each sample (GroupNorm), or of all samples together (BatchNorm)."""
+    """Statistics belong to each sample (GroupNorm), or to all samples together (BatchNorm)."""
     stats = (12 if each else 1, groups)
     layer = Layer.of(Guarded(device), "channels", [3, 0, 9], (10, 12), stats=stats)
     layer.check(layer.run())
@@ -206,7 +206,7 @@ def test_any_call(device, layout, sizes, shape, seed):
 @pytest.mark.parametrize("ops", [kernels, compiled, eager], ids=lambda ops: ops.__name__)
 @pytest.mark.parametrize("norm", ["layer", "rms", "group", "batch"])
 def test_gradients_of_scale_and_shift(device, ops, norm):
-    """One backward pass of torch per cluster, in float64, over its samples' outputs alone."""
+    """The reference is torch's backward pass in float64, per cluster, over its samples alone."""
     labels, order, offsets = grouping("cpu", [4, 0, 7, 1])
     x, dy = (torch.randn(12, 8, 5, dtype=torch.float64) for _ in range(2))
     scale, shift = (torch.randn(8 if norm in ("group", "batch") else 5).double() for _ in range(2))

@@ -81,7 +81,7 @@ class TestCombine:
     """``combine`` with statistics in place of the ring."""
 
     def both(self, ops, device, queue, count, sums, *, rho=3.0, scale="paper", **options):
-        """Return what it gives with the ring and with its statistics."""
+        """Return the results of ``combine`` with the ring and with its statistics."""
         clusters = Clusters(device, [3, 0, 5], centroid_scale=scale)
         vectors, queued = clusters.vectors(), torch.tensor(count, device=device)
         dtype = torch.promote_types(queue.dtype, sums.dtype)
@@ -108,11 +108,11 @@ class TestCombine:
 
     @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
     def test_means_are_rounded_to_the_type_of_the_ring(self, ops, device, stored):
-        """A constant ring of a narrow type: a mean that rounds to it has weight 1 / rho."""
+        """A mean that rounds to a constant ring of a narrow type has weight 1 / rho."""
         guarded = Guarded(device)
         queue = guarded.view(torch.ones(4, 9), stored)
         clusters = Clusters(device, [4])
-        # Rounds to 1, and is cut off to 1 too: the interpreter does that.
+        # These means become 1 whether they are rounded or, as by the interpreter, truncated.
         sums = guarded.view(torch.full((1, 9), 1 + 2.0**-12), torch.float32)
         out = torch.empty(2, 9, device=device)
         ops.queue_statistics(queue, torch.tensor(4, device=device), out)

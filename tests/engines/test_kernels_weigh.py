@@ -110,7 +110,7 @@ def test_types_are_independent(device, dtype, queue_dtype):
     grads = guarded.lists(sizes, dtype=dtype)
     queues = guarded.rings(sizes, 5, dtype=queue_dtype)
     raw = [grad.clone() for grad in grads]
-    # The interpreter truncates to bfloat16, so the oracle gets what the kernel will have queued.
+    # The interpreter truncates to bfloat16, so the oracle gets gradients as the kernel queues them.
     rounded = [truncated(g, queue_dtype) for g in raw]
     exact = [oracle_weights(g, q, 8, 3.0) for g, q in zip(rounded, queues, strict=True)]
     weigh_(grads, queues, guarded.counters(sizes, 8), None, Law(3.0))
@@ -275,7 +275,7 @@ def test_wrong_inputs_are_named(device):
 def test_push_writes_the_oldest_row_of_what_is_accepted(device, ops, stored, scale):
     guarded = Guarded(device, shift=1)
     grads, queues = guarded.lists(SIZES), guarded.rings(SIZES, 3, stored)
-    # Short enough for bfloat16, whose rounding the interpreter leaves out.
+    # bfloat16 holds these numbers exactly: the interpreter truncates where it should round.
     for grad in grads:
         grad.copy_((grad * 16).round().clamp_(-64, 64))
     counters = [torch.tensor(turn, device=device) for turn in range(len(SIZES))]
