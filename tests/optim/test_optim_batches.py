@@ -1,4 +1,4 @@
-"""A plan that a step reuses must never outlive what it was made of.
+"""A plan that steps reuse must not outlive the tensors that it was made from.
 
 Every change is made to two optimizers: one keeps its plans, the other forgets them at each step.
 """
@@ -47,7 +47,7 @@ def plans(monkeypatch):
 
 
 def leaves(seed=0):
-    """Dense parameters: a vector, a transposed matrix, images."""
+    """Return dense parameters: a vector, a transposed matrix, images."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=generator) for shape in ((20,), (7, 5), (2, 3, 4, 4))]
     tensors[1] = tensors[1].T
@@ -74,7 +74,7 @@ def other_memory_order(optimizer):
 
 
 def same_memory_other_order(optimizer):
-    """The address is the same, the strides are not."""
+    """Change the strides of a matrix, but not its address."""
     matrix = members(optimizer)[1]
     matrix.data = matrix.data.as_strided((5, 7), (7, 1))
 
@@ -86,7 +86,7 @@ def new_state(optimizer):
 
 
 def new_storage_of_state(optimizer):
-    """The same objects, as offloading leaves them."""
+    """Give the tensors of all states new memory and keep the objects, as offloading does."""
     for state in optimizer.state.values():
         for value in state.values():
             value.data = value.data.clone()
@@ -167,7 +167,7 @@ def test_a_change_between_two_steps_is_seen(variant, backend, change):
         for step in range(4, 6):
             forget(optimizer, forgets)
             train(optimizer, members(optimizer), 1, start=step)
-        # What a parameter left behind is nobody's to write.
+        # Memory that a parameter has left must not be written.
         left = zip(held, moved, strict=True)
         assert all(torch.equal(now, then) for (now, then), away in left if away)
         assert not torch.equal(params[0], before[0])
@@ -178,7 +178,7 @@ def test_a_change_between_two_steps_is_seen(variant, backend, change):
 @both_optimizers
 @planned
 def test_gradients_come_and_go(variant, backend):
-    """Some are missing, some in another order of memory, some at new addresses, in every step."""
+    """In every step some are missing, some in another memory order, some at new addresses."""
     ends = []
     for forgets in (False, True):
         params = leaves()
@@ -196,7 +196,7 @@ def test_gradients_come_and_go(variant, backend):
 @both_optimizers
 @planned
 def test_a_gradient_is_read_where_it_is_now(variant, backend):
-    """At an address of earlier with other numbers, at a new one, and through ``.data``."""
+    """It is at an earlier address with other numbers, at a new one, or comes through ``.data``."""
     ends = []
     for forgets in (False, True):
         params = leaves()
@@ -239,7 +239,7 @@ def test_steps_share_a_plan_whatever_the_gradients_addresses(variant, backend, p
 
 @both_optimizers
 def test_parameters_of_every_memory_order_share_plans(variant, plans):
-    """Strided slices are copied home after every step, also with a plan."""
+    """Strided slices are written back after every step, also with a plan."""
     ends = []
     for forgets in (False, True):
         params = parameters()
@@ -273,7 +273,7 @@ def test_a_plan_holds_no_memory(variant, backend):
 
 @planned
 def test_a_parameter_that_became_shorter_is_refused(backend):
-    """Its address and its strides are still the same: the memory behind it is not its own."""
+    """Its address and strides are still the same, but memory after its end is not its own."""
     for variant in PAIR.values():
         params = leaves()
         optimizer = variant.build(params, backend=backend)
@@ -308,7 +308,7 @@ def test_a_parameter_may_be_swapped(backend):
 
 @planned
 def test_another_shape_at_the_same_address_is_seen(backend):
-    """Two slices of one tensor with as many elements and the same strides, not the same memory."""
+    """Two slices of one tensor have equally many elements and equal strides, but other memory."""
     ends = []
     for forgets in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""One table of optimizers, every rule that all of them keep: steps and numbers.
+"""The rules that every optimizer of one table keeps: steps and numbers.
 
 torch.optim is the reference wherever torch has a behaviour, ``gq_triton.reference`` where it has
 none. State and checkpoints are in test_optim_state.py, errors in test_optim_errors.py.
@@ -78,7 +78,7 @@ def test_agrees_with_the_oracle_in_float64(variant, backend):
 @all_variants
 @all_backends
 def test_every_step_is_within_ulps_of_the_oracle_in_float32(variant, backend):
-    """The oracle starts each step from the optimizer's own state: rounding does not add up."""
+    """The oracle starts each step from the optimizer's state, so that rounding does not add up."""
     params = parameters(torch.float32)
     optimizer = variant.build(params, queue_length=3, backend=backend)
     oracles = [Oracle(param, variant, length=3, rho=3.0) for param in params]
@@ -95,7 +95,7 @@ def test_every_step_is_within_ulps_of_the_oracle_in_float32(variant, backend):
                 oracle.exp_avg_sq = state["exp_avg_sq"].double()
             old = oracle.momentum if oracle.momentum is not None else torch.zeros_like(before)
             weighted = oracle.step(param.grad)
-            # The size of the terms of the sum: some cancel.
+            # Errors are measured in ulps of the sum's terms, because some terms cancel.
             if variant.ours is GQSGD:
                 decay = variant.options.get("weight_decay", 0.0)
                 moved = lr * 2 * (weighted.abs() + decay * before.abs() + old.abs())
@@ -124,7 +124,7 @@ def test_the_backends_agree(variant):
 @both_optimizers
 @all_backends
 def test_options_may_differ_per_group(variant, backend):
-    """Each group equals an optimizer of its own; a group may also come later."""
+    """Each group equals a separate optimizer; a group may also be added later."""
     changes = [
         {"rho": 1.5, "queue_length": 2, "min_queue_length": 1},
         {"lr": 0.02, "weight_decay": 0.3, "queue_dtype": torch.bfloat16},
@@ -167,7 +167,7 @@ def schedulers():
 @all_backends
 @pytest.mark.parametrize("scheduler", schedulers().values(), ids=schedulers())
 def test_schedulers_drive_the_learning_rate_and_the_momentum(variant, backend, scheduler):
-    """Learning rate, momentum and betas follow as with torch; with the law on, as the oracle."""
+    """Learning rate, momentum and betas act as in torch; with the law on, as in the oracle."""
     for rho in (1.0, 3.0):
         ours, theirs = small_parameters(torch.float64), small_parameters(torch.float64)
         optimizer = variant.build(ours, rho=rho, backend=backend)
@@ -250,7 +250,7 @@ def test_a_parameter_without_a_gradient_is_skipped(variant, backend):
 @all_variants
 @all_backends
 def test_zero_gradients_are_queued_like_any_other(variant, backend):
-    """A constant queue of zeros: weight 1/rho times 0; the decay and the momentum go on."""
+    """A constant queue of zeros gives weight 1/rho, times 0; decay and momentum go on."""
     params = parameters(torch.float64)
     optimizer = variant.build(params, queue_length=2, backend=backend)
     oracles = [Oracle(param, variant, length=2, rho=3.0) for param in params]
@@ -268,7 +268,7 @@ def test_zero_gradients_are_queued_like_any_other(variant, backend):
 def test_a_gradient_that_is_not_finite_reaches_its_parameter_and_nothing_else(
     variant, backend, bad
 ):
-    """As with torch.optim; the queue does not remember it, other parameters do not notice."""
+    """The parameter gets it as in torch.optim; its queue does not, and no other parameter does."""
     params, clean = small_parameters(), small_parameters()
     optimizer, other = (variant.build(p, queue_length=2, backend=backend) for p in (params, clean))
     queue = None
@@ -309,7 +309,7 @@ def test_the_queue_holds_the_last_raw_gradients(variant, backend):
 @both_optimizers
 @all_backends
 def test_the_current_gradient_is_not_among_those_it_is_compared_with(variant, backend):
-    """An outlier gets the full weight rho, which Samuelson's bound forbids from inside a set."""
+    """An outlier gets weight rho; in a set that held it, Samuelson's bound would forbid that."""
     param = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     optimizer = GQSGD([param], lr=1.0, queue_length=5, backend=backend)
     for step in range(5):
@@ -322,7 +322,7 @@ def test_the_current_gradient_is_not_among_those_it_is_compared_with(variant, ba
 
 @all_backends
 def test_a_constant_gradient_is_constant_in_a_bfloat16_queue(backend):
-    """0.1 is no bfloat16: like is compared with like, and the weight is 1/rho."""
+    """bfloat16 does not hold 0.1: the rounded gradient is compared, and the weight is 1/rho."""
     param = torch.zeros(8, requires_grad=True)
     optimizer = GQSGD([param], lr=1.0, queue_dtype=torch.bfloat16, backend=backend)
     for step in range(9):
@@ -395,7 +395,7 @@ def test_a_loss_that_nobody_records_is_reported_once(variant):
 @both_optimizers
 @all_backends
 def test_threads_change_no_bit(variant, backend):
-    """Large enough that every engine splits the work."""
+    """The parameters are large enough that every engine splits the work."""
     ends, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 2):
@@ -414,7 +414,8 @@ def test_threads_change_no_bit(variant, backend):
 @all_backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_parameters_follow_the_oracle_and_warm_up_like_torch(variant, backend, dtype):
-    # Without holes and in the memory order of their gradients: elsewhere torch rounds twice.
+    # These parameters have no holes and the memory order of their gradients: torch rounds others
+    # twice.
     ours, theirs = parameters(dtype)[:6], parameters(dtype)[:6]
     optimizer, plain = variant.build(ours, queue_length=3, backend=backend), variant.plain(theirs)
     train(optimizer, ours, 3, mixed=False)

@@ -21,7 +21,7 @@ RANKS = 2
 
 
 def models(ranks=RANKS):
-    """The same small model twice: sharded, and whole. Five rows: the ranks hold three and two."""
+    """Return one small model sharded and whole; of five rows the two ranks hold three and two."""
     torch.manual_seed(0)
     whole = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
     whole = whole.double()
@@ -33,7 +33,10 @@ def models(ranks=RANKS):
 
 
 def backward(model, step):
-    """Every rank sees the same samples: the mean over ranks is the gradient of one process."""
+    """Run a backward pass and return the loss.
+
+    Every rank sees the same samples: the mean over ranks is the gradient of one process.
+    """
     torch.manual_seed(100 + step)
     x, y = torch.randn(8, 3).double(), torch.randn(8, 1).double()
     model.zero_grad()
@@ -70,7 +73,7 @@ def check_equals_whole(variant, backend, near=1e-12, **options):
 
 
 def check_not_finite(variant, backend, match_norm):
-    """One bad element on one rank keeps the whole parameter out of the queue, on all of them."""
+    """Check that a NaN on one rank keeps the whole parameter out of the queue on all ranks."""
     sharded, whole = models()
     options = {"queue_length": 2, "match_norm": match_norm, "backend": backend}
     optimizer = variant.build(sharded.parameters(), **options)
@@ -103,7 +106,7 @@ def check_not_finite(variant, backend, match_norm):
 
 
 def check_checkpoint(variant, sharded, optimizer):
-    """Through torch.distributed.checkpoint's state, into a new sharded model."""
+    """Check that a new sharded model goes on from the state of torch.distributed.checkpoint."""
     saved = dcp_state.get_optimizer_state_dict(sharded, optimizer)
     saved = {key: copy.deepcopy(value) for key, value in saved.items()}
     fresh, _ = models()
@@ -118,7 +121,7 @@ def check_checkpoint(variant, sharded, optimizer):
 
 
 def save_run(rank, folder):
-    """Five steps, then the checkpoint that a training loop would write."""
+    """Take five steps, then write the checkpoint that a training loop would write."""
     for name, variant in PAIR.items():
         sharded, _ = models()
         optimizer = variant.build(sharded.parameters(), queue_length=3, backend="torch")
@@ -131,7 +134,7 @@ def save_run(rank, folder):
 
 
 def load_run(rank, folder, ranks):
-    """Go on with another number of ranks; a model in one piece never stopped."""
+    """Go on with another number of ranks; compare with a whole model that never stopped."""
     for name, variant in PAIR.items():
         sharded, whole = models(ranks)
         optimizer = variant.build(sharded.parameters(), queue_length=3, backend="torch")
@@ -171,7 +174,7 @@ def run(rank):
         sharded, optimizer = check_equals_whole(variant, "torch")
         check_checkpoint(variant, sharded, optimizer)
         check_equals_whole(variant, "numba")
-        # The norm is that of the whole parameter, summed over the ranks in float32.
+        # The norm is that of the whole parameter, summed over the ranks.
         check_equals_whole(variant, "torch", near=1e-6, match_norm=True)
         for match_norm in (False, True):
             check_not_finite(variant, "torch", match_norm)

@@ -1,4 +1,4 @@
-"""One table of optimizers, every rule that all of them keep: state, checkpoints, loss scaling."""
+"""The rules that every optimizer of one table keeps: state, checkpoints, loss scaling."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ from gq_triton import GQSGD, GQAdamW
 @all_backends
 @pytest.mark.parametrize("copied", [True, False], ids=["deepcopy", "shared"])
 def test_tgq18_a_state_dict_continues_bit_for_bit(variant, backend, copied):
-    """Also without a copy: both optimizers then go on without touching each other."""
+    """Also without a copy, both optimizers go on without changing each other's state."""
     params = parameters()
     optimizer = variant.build(params, queue_length=3, backend=backend)
     train(optimizer, params, 5)
@@ -84,7 +84,7 @@ def test_tgq18_also_in_another_process(tmp_path):
 @both_optimizers
 @pytest.mark.parametrize("queue_dtype", [torch.float32, None, torch.bfloat16])
 def test_loading_keeps_the_types_of_the_state(variant, queue_dtype):
-    """torch would cast the whole state to the parameter's type, and the counter with it."""
+    """torch would cast the whole state to the parameter's type, even the counter."""
     params = small_parameters(torch.bfloat16)
     optimizer = variant.build(params, queue_length=2, queue_dtype=queue_dtype)
     train(optimizer, params, 3)
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(variant):
 @both_optimizers
 @all_backends
 def test_the_memory_order_of_a_model_may_change(variant, backend):
-    """Between checkpoint and load, or under a running optimizer: numbers stay where they belong."""
+    """It may change between save and load, or during a run: numbers stay with their elements."""
     params = [torch.nn.Parameter(p.detach()) for p in parameters() if p.dim() == 4]
     optimizer = variant.build(params, queue_length=2, backend=backend)
     train(optimizer, params, 3)
@@ -188,7 +188,7 @@ def test_the_memory_order_of_a_model_may_change(variant, backend):
 
 @both_optimizers
 def test_load_hooks_may_adapt_a_state(variant):
-    """As with torch: what a pre-hook returns is what is loaded."""
+    """As in torch, the state that a pre-hook returns is the one that is loaded."""
     params = small_parameters()
     optimizer = variant.build(params)
     train(optimizer, params, 2)
@@ -209,7 +209,7 @@ def test_load_hooks_may_adapt_a_state(variant):
 @both_optimizers
 @pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
 def test_distributed_checkpoint_finds_the_whole_state_and_leaves_no_trace(variant, rate):
-    """It asks a new optimizer for its state by a step with zero gradients at a rate of 0."""
+    """The library allocates a new optimizer's state by a step with zero gradients at rate 0."""
     model = torch.nn.Linear(3, 2)
     optimizer = variant.build(model.parameters(), lr=rate)
     weights = values(model.parameters())
@@ -244,7 +244,7 @@ def test_init_state_allocates_what_the_first_step_would(variant):
 
 
 def losses_of(params, step):
-    """A loss whose gradients are those of set_gradients."""
+    """Return a loss whose gradients are those of set_gradients."""
     twins = copies(params)
     gradients = set_gradients(twins, step)
     products = [(p * g).flatten() for p, g in zip(params, gradients, strict=True)]
@@ -256,7 +256,7 @@ def losses_of(params, step):
 @pytest.mark.parametrize("match_norm", [False, True])
 @pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscale-clip-step"])
 def test_a_loss_scaler_changes_no_number(variant, backend, match_norm, unscale):
-    """Its scale changes on the way, which a queue of scaled gradients would take for a surprise."""
+    """The scale changes during the run: in a queue of scaled gradients, weights would change."""
     ours, theirs = small_parameters(), small_parameters()
     options = {"queue_length": 3, "match_norm": match_norm, "backend": backend}
     optimizer, plain = variant.build(ours, **options), variant.build(theirs, **options)
@@ -394,7 +394,7 @@ def test_both_are_optimizers_of_torch():
     ],
 )
 def test_a_first_step_with_zero_gradients_at_rate_0_is_torchs(ours, theirs, options, backend):
-    """A warm-up from learning rate 0 under a head of zeros: the state must go on as torch's."""
+    """A warm-up from rate 0 under a head of zeros starts like this; the state must be torch's."""
     results = []
     for make in (lambda p, o: theirs(p, **o), lambda p, o: ours(p, rho=1.0, backend=backend, **o)):
         param = torch.nn.Parameter(torch.ones(2))
