@@ -66,10 +66,10 @@ def test_two_ranks_print_one_table(module):
     model = module.MODELS["small"]()
     size = sum(param.nbytes for param in model.parameters()) / 2**20
     queues, wires = ([float(cells[place]) for cells in table.values()] for place in (3, 4))
-    near = 0.0006  # three decimals, and a few bytes of padding and votes
-    # With clusters in slices also the mean and 1 / sigma of all.
+    near = 0.0006  # the table has three decimals; padding and votes add a few bytes
+    # Slices with clusters also hold the mean and 1 / sigma of all elements.
     assert queues == pytest.approx([0, 5 * size, 2.5 * size, 5 * size, 4.5 * size], abs=near)
-    # Of two ranks each sends an all-reduce's payload once, and on average half a broadcast's.
+    # Each of two ranks sends the payload of an all-reduce once, and on average half a broadcast's.
     buffers = sum(buffer.nbytes for buffer in model.buffers()) / 2**20 / 2
     plain = size + buffers
     every = [plain, plain, plain, plain + size, plain + 1.5 * size]

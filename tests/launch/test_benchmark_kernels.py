@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py without a GPU: what it compares computes the same, and it asks for one."""
+"""benchmarks/kernels.py without a GPU: both sides of a pair agree; the script asks for a GPU."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ pytestmark = QUIET
 
 
 def load():
-    # Not under its own name: a top-level module "kernels" is what test_packaging.py forbids.
+    # The module gets another name, since test_packaging.py forbids a top-level module "kernels".
     spec = importlib.util.spec_from_file_location("benchmark_kernels", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""The picture of a run of launch/train.py."""
 
 import io
 from itertools import pairwise

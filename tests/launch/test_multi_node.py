@@ -11,7 +11,7 @@ from train_runs import DIES_IN_A_STEP, SCRIPT, SHORT, WRAPPED, assert_same_run, 
 LAUNCH = SCRIPT.parent
 LOOPBACK = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
-# What SLURM offers, with two nodes that are both this machine: their agents meet like any others.
+# Two commands of SLURM, for two nodes that are both this machine. Their agents meet as on others.
 SCONTROL = """#!/bin/sh
 [ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\n127.0.0.1\\n"
 """
@@ -23,7 +23,7 @@ shift
 wait $one && wait $two
 """
 
-# Rank 1 dies once in all: the agents do not number their attempts alike.
+# Rank 1 must die only once. A file marks it, since the agents count their attempts differently.
 ONCE = """
 def first_time():
     try:

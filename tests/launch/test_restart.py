@@ -1,4 +1,4 @@
-"""Runs that survive: killed ranks, torn checkpoints, and the same result bit for bit."""
+"""Runs with killed ranks and torn checkpoints, which end with the same result bit for bit."""
 
 import random
 import re
@@ -54,8 +54,8 @@ def wrapped(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "every", "step", "saved"),
-    # Three ranks after one step: DDP's buckets were not yet what they are from the second step on,
-    # which changes the order in which more than two ranks are summed.
+    # DDP changes its buckets after its first pass, and with three ranks the buckets decide the
+    # order of sums. A run of three ranks must therefore also resume exactly after one step.
     [(2, 4, 15, 12), (3, 1, 2, 1)],
 )
 def test_a_killed_run_is_resumed_bit_for_bit(
@@ -67,7 +67,7 @@ def test_a_killed_run_is_resumed_bit_for_bit(
     assert -signal.SIGKILL in codes
     assert not (killed / "summary.json").exists()
     assert newest(killed)["step"] == saved
-    # What was written after the checkpoint is done again.
+    # The metrics have rows of steps after the checkpoint, which the resumed run takes again.
     assert read_metrics(killed / "metrics.jsonl")[-1]["step"] == step - 1
 
     assert start(ranks, SCRIPT, "--resume", killed) == [0] * ranks
@@ -84,7 +84,7 @@ def test_torchrun_restarts_a_killed_rank_bit_for_bit(tmp_path, wrapped, whole_ru
     assert code == 0, shown
     assert shown.count("killed by the test") == 2, shown
     assert_same_run(out, whole_run(2))
-    assert len(list((out / "checkpoints").iterdir())) == 2  # no half-written one is left
+    assert len(list((out / "checkpoints").iterdir())) == 2  # the half-written one is gone
 
 
 PAGE = SCRIPT.parents[1] / "docs" / "distributed.md"
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_never_loaded(tmp_path):
         saved, damaged = load_newest_checkpoint(tmp_path)
         assert saved is not None
         rejected += bool(damaged)
-        # A flipped bit in the padding harms nothing.
+        # A flipped bit in the padding leaves the checkpoint whole.
         step = 2 if damaged else 3
         assert damaged in ([], [newer])
         assert {**saved, "model": None} == {**content(step), "model": None}
@@ -166,7 +166,7 @@ def fill_the_disk(path):
 def test_a_save_that_fails_leaves_the_last_one(tmp_path):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, content(step))
-    (tmp_path / "step-00000003.pt.tmp").write_bytes(b"half")  # what SIGKILL leaves
+    (tmp_path / "step-00000003.pt.tmp").write_bytes(b"half")  # as SIGKILL leaves it
     saved, damaged = load_newest_checkpoint(tmp_path)
     assert saved is not None
     assert (saved["step"], damaged) == (2, [])

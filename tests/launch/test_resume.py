@@ -1,4 +1,4 @@
-"""What --resume makes of checkpoints that were altered."""
+"""Altered checkpoints, which --resume must refuse unless a run could have written them."""
 
 import copy
 
@@ -20,7 +20,7 @@ LR = 0.07
 
 @pytest.fixture
 def digits():
-    """Return the task, loaded once, by its name; one process is a group."""
+    """Yield the tasks by name, with digits loaded once, in a process group of one process."""
     random, task = torch.get_rng_state(), TASKS["digits"]()
     Place.find().connect()
     yield {"digits": lambda: task}
@@ -47,10 +47,10 @@ def is_whole(value, low, high):
 
 
 class Possible:
-    """A checkpoint is possible that some run of the same model and optimizer could have written.
+    """The test whether a run of the same model and optimizer could have written a checkpoint.
 
-    What the file's name, the optimizer or the queue also says must agree with it: the step, decay
-    and momentum, the lengths, the number of processes.
+    Values that a checkpoint holds twice must agree: the step with the file's name, decay and
+    momentum with the optimizer, the lengths and the number of processes with the queue.
     """
 
     def __init__(self, saved):
@@ -60,7 +60,7 @@ class Possible:
     def __call__(self, path, value):
         match path:
             case ("skipped",):
-                # AdamW counts its updates, SGD has had one.
+                # AdamW's state counts its updates; SGD's state says that there was one or more.
                 return is_whole(value, 0, 0 if self.adamw else STEPS - 1)
             case ("seconds",):
                 return is_number(value, 0)
@@ -123,7 +123,7 @@ class Possible:
         if name == "lr":
             return is_number(value, group["lr"])
         if name in ("epochs", "batch_size"):
-            # Two steps of 512 of the 1437 samples were taken, and a run has as many or more.
+            # The run took two steps of 512 of the 1437 samples, and must have as many steps.
             return is_whole(value, 1, 10**15 if name == "epochs" else 1436)
         if name == "seed":
             return is_whole(value, 0, 2**31 - 1)
@@ -150,7 +150,10 @@ def test_every_altered_leaf_of_a_checkpoint_is_refused_or_possible(digits, optim
             raise ValueError(f"checkpoint: {reason}") from reason
 
     def where(path):
-        """Leave out what repeats: tensors of other parameters, which the plug-in's test alters."""
+        """Return whether a leaf is altered here; of leaves that follow one rule only the first is.
+
+        The plug-in's test alters the tensors of the other parameters.
+        """
         return not (
             (path[0] == "model" and path[1:] not in ((), (first,)))
             or (path[:2] == ("optimizer", "state") and path[2:3] not in ((), (0,)))
@@ -163,7 +166,7 @@ def test_every_altered_leaf_of_a_checkpoint_is_refused_or_possible(digits, optim
 
 
 def test_a_restart_with_clusters_of_other_ranks_checks_them_too(digits):
-    """Their number of processes may differ, but what was saved must be whole."""
+    """A run with clusters may go on with another number of processes; its state must be whole."""
     place = Place.find()
     given = {"n_clusters": 2, "epochs": 1, "batch_size": 512}
     trainer = Trainer(build(given, None, 1, CPU, digits), place, CPU, batches)

@@ -1,4 +1,4 @@
-"""launch/train.py: what it writes and what it refuses; test_restart.py kills it."""
+"""The files that launch/train.py writes, and its refusals; test_restart.py has its restarts."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ FEW = ("--epochs", "2", "--batch-size", "512")  # 3 steps per epoch
 
 @pytest.fixture
 def train():
-    """Load the script as a module; its `main` runs in this process."""
+    """Yield the script as a module, whose `main` runs in this process."""
     spec = importlib.util.spec_from_file_location("launch_train", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -65,7 +65,7 @@ def test_clusters_and_a_resumed_run_that_equals_the_whole_one(tmp_path):
         assert [len(sizes) for sizes in row["cluster_sizes"]] == [3, 3]
     assert [sum(map(sum, row["cluster_sizes"])) for row in rows[:3]] == [512, 512, 413]
     assert (whole / "curves.png").stat().st_size > 10_000
-    # Continue from the checkpoint before the last.
+    # Without the last checkpoint the run continues from the one before.
     shutil.copytree(whole, part)
     max((part / "checkpoints").iterdir()).unlink()
     assert start(2, SCRIPT, "--resume", part) == [0, 0]
@@ -87,7 +87,7 @@ def test_another_number_of_processes_continues_a_run(train, whole_run, tmp_path,
     saved = newest(out)
     assert saved["step"] == 24 > step
     assert {int(count) for count in saved["queue"]["queued"].values()} == {24}
-    # The rows of the steps before are those of the two processes.
+    # The rows up to the checkpoint are those of the run with two processes.
     ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (out, whole_run(2)))
     assert [row for row in ours if row["step"] <= step] == theirs[: step + step // 6]
     assert len(ours) == len(theirs)
@@ -98,7 +98,7 @@ def check_files(out, ranks, epochs):
     steps = [row for row in rows if row["kind"] == "step"]
     assert [row["step"] for row in steps] == list(range(1, 6 * epochs + 1))
     assert all(set(row) == STEP_KEYS for row in steps)
-    # Weight 1 until five gradients are queued.
+    # Weights are 1 until five gradients are queued.
     assert [row["mean_weight"] for row in steps[:5]] == [1.0] * 5
     assert steps[5]["mean_weight"] != 1.0
     ends = [row for row in rows if row["kind"] == "epoch"]
@@ -127,7 +127,7 @@ def build(train, ranks, **given):
 
 
 def test_unequal_shares_average_to_the_gradient_of_the_batch(train):
-    # Rank 0 of 2 has samples 0, 2 and 4 of five, rank 1 has 1 and 3. One process plays both.
+    # Of five samples rank 0 has 0, 2 and 4, rank 1 has 1 and 3. One process computes both ranks.
     train.Place.find().connect()
     cpu = torch.device("cpu")
     rows, grads = [], []
@@ -255,7 +255,7 @@ def test_only_a_restart_of_the_same_launch_continues(train, tmp_path, capsys, mo
     assert_refused(train, capsys, [*options, "--lr", "0.5"], "--lr is 0.07 in the run to resume")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
     assert_refused(train, capsys, options, "holds another run")
-    # A job without a name: torchrun's folder tells its launches apart.
+    # Launches of a job without a name differ in the folder that torchrun makes.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert_refused(train, capsys, options, "holds another run")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/one/attempt_0/0/error.json")
@@ -318,7 +318,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(train, tmp_path, cap
     assert [older.name, newer.name] == ["step-00000003.pt", "step-00000006.pt"]
     newer.write_bytes(newer.read_bytes()[:-1000])
     with (torn / "metrics.jsonl").open("a") as metrics:
-        metrics.write('{"kind": "st')  # what a kill leaves
+        metrics.write('{"kind": "st')  # as a kill leaves it
     capsys.readouterr()
     assert train.main(["--resume", str(torn)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
@@ -335,7 +335,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_not_queued(
     train, tmp_path, capsys, monkeypatch
 ):
     task = tasks.TASKS["digits"]()
-    task.train[0][7] = torch.nan  # one sample: one bad step in each epoch
+    task.train[0][7] = torch.nan  # one sample makes one bad step in each epoch
     monkeypatch.setitem(tasks.TASKS, "digits", lambda: task)
     options = ["--epochs", "3", "--batch-size", "512", "--out", str(tmp_path)]
     assert train.main(options) == 0
@@ -348,7 +348,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_not_queued(
     saved = newest(tmp_path)
     assert all(torch.isfinite(value).all() for value in saved["model"].values())
     assert all(torch.isfinite(ring).all() for ring in saved["queue"]["queue"].values())
-    # The bias of the last layer feels every sample: queued in the six good steps only.
+    # Every sample has a gradient in the bias of the last layer, so only six steps are queued.
     assert int(saved["queue"]["queued"]["head.bias"]) == 6
     assert json.loads((tmp_path / "summary.json").read_text())["skipped"] == 3
     check_picture(tmp_path / "curves.png")

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
-# Heading, and what stands between it and the next one.
+# A section: its heading, and the text up to the next heading.
 _SECTION = re.compile(r"^## `([\w.]+)`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 SECTIONS = dict(_SECTION.findall(PAGE.read_text(encoding="utf-8")))
-# Modules of which every name in `__all__` is for users. Of gq_triton.grouping it is only KMeans.
+# Modules whose `__all__` is for users as a whole. Of gq_triton.grouping only KMeans is.
 WHOLE = ("gq_triton", "gq_triton.dist", "gq_triton.reference", "gq_triton.testing")
-# Classes of which every public member of ours is for users. A GradQueueState has others: what the
-# hook's own files call is no promise.
+# Classes whose public members, as far as gq_triton defines them, are all for users. GradQueueState
+# also has members for the hook's own files, which are no promise.
 CLASSES = ("GQAdamW", "GQSGD", "GradQueue")
 
 
@@ -31,7 +31,7 @@ def resolve(module, name):
 
 
 def members(cls):
-    """Return the public members that gq_triton defines, not torch."""
+    """Return the public members of a class that gq_triton defines; torch's are left out."""
     ours = [base for base in cls.__mro__ if base.__module__.startswith("gq_triton")]
     return {name for base in ours for name in vars(base) if not name.startswith("_")}
 

@@ -1,7 +1,7 @@
-"""Imports go down the house: launch, study -> doors -> clusters -> queues -> engines -> kernels.
+"""Imports that are allowed: launch, study -> entries -> clusters -> queues -> engines -> kernels.
 
-A package that is new goes into ``MAY``. An import that breaks the table goes, not into the table,
-but away; one that a coming change mends stands in ``KNOWN`` until then.
+The entries are ``GradQueue``, the optimizers and the DDP hook. A new package needs a line in
+``MAY``. An import that the table does not allow has to be removed. Until then ``KNOWN`` lists it.
 """
 
 import ast
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Where the files of a package lie in the repository, and what their modules are called.
+# Folders of the repository, and the names of their modules.
 PLACES = {
     "gq_triton": "gq_triton",
     "kernels": "gq_triton.kernels",
@@ -20,8 +20,9 @@ PLACES = {
     "benchmarks": "benchmarks",
 }
 
-# Rooms are packages and modules below gq_triton, ROOM is its __init__; the longest name counts.
-# Everything may import itself and what stands in BASE, unless it stands in BASE itself.
+# A room is a package or module below gq_triton, without that prefix; HOUSE is gq_triton's own
+# __init__. A module belongs to the room with the longest name. Every room may import itself. Rooms
+# that are not in BASE may import those of BASE.
 HOUSE = "gq_triton"
 BASE = {"names", "extras", "options", "law", "ring", "saved", "claims"}
 ENGINES = {"engines"}
@@ -43,37 +44,37 @@ MAY = {
     "queues": ENGINES,
     "grouping": ENGINES,
     "cluster_grad": BELOW,
-    # A layer gives sums to a sink: it knows no queue.
+    # A layer gives its sums to a sink, and may not know of queues.
     "cluster_grad.layers": {"cluster_grad", "grouping"} | ENGINES,
     "optim": QUEUES,
     "grad_queue": {"optim"} | BELOW,
     "dist": {"dist.routes", "dist.state"} | BELOW,
     "dist.state": {"dist", "dist.routes"} | BELOW,
-    # A route gets what it needs of the state: it does not know the state.
+    # A route is given what it needs of the state, and may not import the state.
     "dist.routes": {"dist"} | BELOW,
     HOUSE: {"grad_queue", "optim"},
-    # Neither imports the other.
+    # Tasks and training may not import each other.
     "tasks": {"commands"},
     "training": {"commands"} | DOORS,
-    # A study: what is asked, one trial, many trials, what they say, the command.
+    # The packages of a study, each of which builds on those before it; the last is the command.
     "study.design": {"tasks", "commands"},
     "study.trials": {"study.design", "tasks", "commands"} | DOORS | BELOW,
     "study.run": {"study.design", "study.trials", "tasks", "commands"} | DOORS | BELOW,
     "study.report": {"study.design", "study.run", "tasks", "commands"},
     "study": {"study.design", "study.run", "study.report", "tasks", "commands"},
-    # gq-triton imports a command when it is called.
+    # The program gq-triton imports a command only when it is called, by a name in a string.
     "commands": set(),
     "launch": {"commands", "tasks", "training"} | DOORS,
-    # They time engines alone, too.
+    # Benchmarks also time engines alone.
     "benchmarks": {"testing", "kernels"} | DOORS | BELOW,
 }
 
-# November 2026: (module, room) of imports that must go. A line that is no longer true fails.
+# November 2026: imports that must go, as (module, room). A line fails when its import is gone.
 KNOWN: set[tuple[str, str]] = set()
 
 
 def sources():
-    """Yield the name of every module and its file, without following links."""
+    """Yield the name and the file of every module; links are not followed."""
     for place, name in PLACES.items():
         for folder, _, files in os.walk(ROOT / place):
             for file in (Path(folder, f) for f in files if f.endswith(".py")):
@@ -85,7 +86,7 @@ MODULES = dict(sources())
 
 
 def imported(text):
-    """Return the modules of ours that a source names anywhere, TYPE_CHECKING and functions too."""
+    """Return our modules that a source imports, in functions and under TYPE_CHECKING too."""
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -97,16 +98,16 @@ def imported(text):
 
 
 def room_of(module):
-    """Return the longest name in the table that the module lies in."""
+    """Return the room of a module: the longest name in the table to which it belongs."""
     name = module.removeprefix(f"{HOUSE}.")
     while name not in MAY:
         name, dot, _ = name.rpartition(".")
-        assert dot, f"{module} is in no room: put it into MAY"
+        assert dot, f"{module} belongs to no line of MAY: add one for its package"
     return name
 
 
 def wrong(module, text):
-    """Return the rooms that a module imports and must not."""
+    """Return the rooms that a module imports but may not."""
     room = room_of(module)
     base = set() if room in BASE else BASE
     return {to for name in imported(text) if (to := room_of(name)) not in {room} | MAY[room] | base}
@@ -121,7 +122,7 @@ def test_imports_follow_the_arrows(room):
         for to in wrong(module, file.read_text(encoding="utf-8"))
     }
     known = {(module, to) for module, to in KNOWN if room_of(module) == room}
-    assert not found - known, "these modules import rooms that MAY does not grant theirs"
+    assert not found - known, "these modules import packages that MAY does not allow them"
     assert not known - found, "these imports are gone: delete their lines in KNOWN"
 
 

@@ -1,4 +1,4 @@
-"""The examples in docstrings run, and print what they say."""
+"""The examples in docstrings, which must run and print what stands below them."""
 
 import doctest
 import importlib
@@ -11,12 +11,12 @@ from gq_triton.testing import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Where the files of a package lie in the repository, and what it is called once installed.
+# Folders of the repository, and the names of the packages that are installed from them.
 PLACES = {"gq_triton": "gq_triton", "kernels": "gq_triton.kernels", "dist": "gq_triton.dist"}
 
 
 def modules_with_examples():
-    """Return the installed names of the modules that show an example, links not followed."""
+    """Return the installed names of the modules that have an example; links are not followed."""
     found = []
     for place, name in PLACES.items():
         for folder, _, files in os.walk(ROOT / place):
@@ -32,7 +32,7 @@ MODULES = modules_with_examples()
 
 
 def run_examples(*modules):
-    """Run every example of some modules; raise with what differs from the text."""
+    """Run every example of some modules; fail with the differences from the printed text."""
     said = []
     runner = doctest.DocTestRunner()
     for name in modules:

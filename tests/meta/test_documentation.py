@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell a user to run or to write does run, as it stands there."""
+"""The code blocks, commands and file names of README.md and docs/: they run, and they exist."""
 
 import ast
 import inspect
@@ -20,14 +20,14 @@ from gq_triton.commands.cli import main
 PYTHON = blocks("python")
 SHELL = blocks("bash")
 
-# Blocks that continue what their page has said before, and so cannot run alone. What tests them.
+# Blocks that continue earlier code of their page and so cannot run alone, and what tests them.
 FRAGMENTS = {
     "distributed.md:On many ranks:1": "the line of README.md's example for DDP",
     "frameworks.md:PyTorch Lightning:2": "test_frameworks.py trains so, with the other block",
     "frameworks.md:Hugging Face Accelerate:1": "test_frameworks.py runs it",
     "frameworks.md:Transformers Trainer:2": "test_frameworks.py trains so, with the other block",
 }
-# Complete, but they only define what test_frameworks.py trains with on two ranks.
+# Complete blocks that only define what test_frameworks.py trains with on two ranks.
 DEFINITIONS = {"frameworks.md:PyTorch Lightning:1", "frameworks.md:Transformers Trainer:1"}
 
 COMPLETE = [b for b in PYTHON if b.name not in FRAGMENTS and b.name not in DEFINITIONS]
@@ -57,7 +57,7 @@ def test_block_runs_on_two_ranks(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = Path("script.py")
     script.write_text(block.text)
-    # What torchrun tells its processes; starting them without it saves seconds.
+    # The variables that torchrun sets for its processes; to start them without it saves seconds.
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     envs = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     done = finish([[sys.executable, str(script)]] * 2, envs, timeout=120)
@@ -69,7 +69,7 @@ def test_block_runs_on_two_ranks(block, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("block", PYTHON, ids=by_name)
 def test_block_uses_keywords_that_exist(block):
-    # Also in the blocks that cannot run alone.
+    # The blocks that cannot run alone are checked too.
     public = {name: getattr(gq_triton, name) for name in gq_triton.__all__}
     public |= {name: getattr(gq_triton.dist, name) for name in gq_triton.dist.__all__}
     for call in ast.walk(block.tree()):
@@ -84,7 +84,7 @@ def test_block_uses_keywords_that_exist(block):
 
 
 def keywords(function):
-    """Return the names that a function takes; those of the state for `register(**options)`."""
+    """Return the names of a function's arguments; for `register(**options)` also the state's."""
     taken = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         return {*taken, *inspect.signature(gq_triton.dist.GradQueueState).parameters}
@@ -95,16 +95,16 @@ def keywords(function):
 
 
 def commands(block):
-    """Return the block's commands as lists of words, continued lines joined, comments dropped."""
+    """Return a block's commands as lists of words; lines that continue are joined."""
     joined = block.text.replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
-    # Settings of the environment, as in `A=1 command`.
+    # Without settings of the environment, as in `A=1 command`.
     return [re.sub(r"^(\w+=\S* )+", "", " ".join(words)).split() for words in lines if words]
 
 
 @cache
 def help_of(script):
-    """Return what a script of this repository says of its options."""
+    """Return the text in which a script of this repository explains its options."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), "--help"],
         capture_output=True,
@@ -138,7 +138,7 @@ def test_commands_exist(block, capsys):
                 assert extra, f"not gq_triton: {what}"
                 assert extra[1] is None or re.search(rf"^{extra[1]} = \[", pyproject, re.MULTILINE)
             case "git", ["tag" | "push", *_]:
-                pass  # not ours
+                pass  # git's own, which nothing here can check
             case "gq-triton", _:
                 with pytest.raises(SystemExit, match=r"^0$"):
                     main([*words[1:3], "--help"])

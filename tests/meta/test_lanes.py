@@ -1,4 +1,4 @@
-"""What hosted machines and commit hooks run exists here, and agrees with pyproject.toml."""
+"""The commands of hosted machines and commit hooks, which must exist and fit pyproject.toml."""
 
 import importlib
 import re
@@ -81,7 +81,7 @@ def test_workflow_has_every_lane_and_every_python():
 def test_oldest_versions_are_the_lower_bounds():
     asked = [*project()["dependencies"]]
     for extra, requirements in project()["optional-dependencies"].items():
-        if extra not in ("test", "dev"):  # tools: what they need is no promise to users
+        if extra not in ("test", "dev"):  # the versions of our tools are no promise to users
             asked += requirements
     bounds = dict(re.findall(r"^([\w-]+)>=([\w.]+)", "\n".join(asked), re.MULTILINE))
     assert {"torch", "triton", "numba"} <= set(bounds)

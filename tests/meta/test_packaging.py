@@ -1,4 +1,4 @@
-"""The package on disk, in pyproject.toml and in the wheel are the same thing."""
+"""The package, which must be the same on disk, in pyproject.toml and in the wheel."""
 
 import importlib.metadata
 import importlib.util
@@ -14,10 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Where the files of a package lie in the repository, and what it is called once installed.
+# Folders of the repository, and the names of the packages that are installed from them.
 PLACES = {"gq_triton": "gq_triton", "kernels": "gq_triton.kernels", "dist": "gq_triton.dist"}
 
-# What somebody who only wants an optimizer must not pay for on import.
+# Packages that must not be imported for somebody who only wants an optimizer.
 HEAVY = {"matplotlib", "numba", "pandas", "rich", "scipy", "sklearn", "triton", "tyro"}
 
 
@@ -27,7 +27,7 @@ def pyproject():
 
 
 def python(code, cwd, **env):
-    """Standard output of `code` in a fresh interpreter."""
+    """Return the standard output of `code` in a fresh interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
@@ -41,7 +41,7 @@ def python(code, cwd, **env):
 
 
 def source_packages():
-    """Installed name of every folder that holds an `__init__.py`, without following links."""
+    """Return the installed name of every folder with an `__init__.py`; links are not followed."""
     found = set()
     for place, name in PLACES.items():
         for folder, children, files in os.walk(ROOT / place):
@@ -53,7 +53,7 @@ def source_packages():
 
 
 def source_files():
-    """Installed path of every file that belongs into the wheel."""
+    """Return the installed path of every file that belongs in the wheel."""
     found = set()
     for place, name in PLACES.items():
         for folder, children, files in os.walk(ROOT / place):
@@ -106,7 +106,7 @@ def test_import_is_light(tmp_path):
 
 @pytest.mark.slow
 def test_wheel_from_sdist_works_elsewhere(tmp_path):
-    # A copy, because a build writes beside the sources and an old egg-info can add files to it.
+    # A copy is built, because a build writes into the sources and an old egg-info can add files.
     source = tmp_path / "source"
     unwanted = (".*", "__pycache__", "*.egg-info", "build", "out", "runs")
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*unwanted))
@@ -131,7 +131,7 @@ def test_wheel_from_sdist_works_elsewhere(tmp_path):
     assert packed == source_files()
     assert "gq_triton/py.typed" in packed
 
-    # Not by find_spec: setuptools' hook warns there once anything has imported distutils.
+    # find_spec("pip") would not do: setuptools' hook warns there once distutils was imported.
     if "pip" not in importlib.metadata.packages_distributions():
         pytest.skip("the wheel is right; installing it needs pip, which this environment lacks")
     site = tmp_path / "site"

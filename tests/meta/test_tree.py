@@ -1,4 +1,4 @@
-"""The tree of tests: what pytest and its workers take for granted."""
+"""The tree of tests, as pytest and its workers need it."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,7 +9,7 @@ FILES = [file.name for file in Path(__file__).resolve().parents[1].rglob("*.py")
 
 
 def test_names_of_modules_are_unique():
-    """Every folder is on the path: of two modules with one name, one would hide the other."""
+    """Every folder is on the path, so that of two modules with one name one would be hidden."""
     assert [name for name, count in Counter(FILES).items() if count > 1] == []
 
 

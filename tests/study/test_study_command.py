@@ -1,4 +1,4 @@
-"""``gq-triton study`` as a user meets it: refusals, kills, resumption, the report."""
+"""The commands ``gq-triton study``, as a user calls them: refusals, kills, resumption, report."""
 
 import html
 import os
@@ -38,7 +38,7 @@ def start(out, *options):
         str(out),
         *options,
     ]
-    # Where the tests run in a shell's background SIGINT is ignored, and children inherit that.
+    # In the background of a shell the tests ignore SIGINT, which their children would inherit.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
@@ -72,13 +72,13 @@ def group_is_gone(pid):
 
 
 def interrupt(out, sign, wanted):
-    """Exit status and output of a study that gets a signal once it has so many records."""
+    """Return exit status and output of a study that gets a signal at ``wanted`` records."""
     process = start(out, *STUDY)
     wait_until(lambda: records(out) >= wanted or process.poll() is not None)
     finished = records(out)
     os.kill(process.pid, sign)
     output, _ = process.communicate(timeout=60)
-    wait_until(lambda: group_is_gone(process.pid), seconds=30)  # its workers went with it
+    wait_until(lambda: group_is_gone(process.pid), seconds=30)  # its workers end too
     return process.returncode, f"{output}\nrecords at the signal: {finished}"
 
 
@@ -123,14 +123,14 @@ def check_report(out):
     for name in ("scores", "steps", "weights", "gq-sgdm-controls", "gq-sgdm-clusters-controls"):
         assert f"lines-disc-{name}.png" in pictures
     rows = (out / "results.csv").read_text().splitlines()
-    # Two tasks, two seeds; four arms at three sizes, and the controls of both arms with a queue,
-    # of which one needs more than one cluster.
+    # Two tasks and two seeds; four arms at three sizes; two controls of both Grad Queue arms, of
+    # which one needs more than one cluster.
     assert len(rows) == 1 + 2 * 2 * (4 * 3 + 3 + 3 + 2)
     assert "seconds" not in rows[0]
     assert "2 of the 8 tuning trials and 2 of the 10 evaluation seeds that a verdict needs" in page
     for verdict in ("helps", "hurts", "no difference"):
         assert f"): {verdict} at batch" not in page
-    # When it ran, and the command that runs it again.
+    # The page says when the study ran, and which command runs it again.
     assert f"written {datetime.now(timezone.utc):%Y-%m-%d}" in page
     assert re.search(rf"trials finished {datetime.now(timezone.utc):%Y-%m-%d} \d\d:\d\d to ", page)
     (shown,) = re.findall(r"<pre class=\"command\">(.*)</pre>", page)
@@ -138,7 +138,7 @@ def check_report(out):
 
 
 def repeated(shown):
-    """The study that a shown command asks for."""
+    """Return the options of the study that a shown command runs."""
     words = shlex.split(shown)
     assert words[:3] == ["gq-triton", "study", "run"]
     return command._config(command._parser().parse_args(words[2:]))
@@ -205,7 +205,7 @@ def test_a_folder_that_a_study_was_about_to_begin_in_is_taken(tmp_path, capsys):
 
 
 def test_a_report_of_nothing_replaces_nothing(tmp_path, capsys):
-    # As the folders of docs/study: an earlier report, and no records.
+    # Like the folders of docs/study, this one has an earlier report and no records.
     (tmp_path / "study.toml").write_text('tasks = ["lines-disc"]\narms = ["sgdm"]\n'
                                          "batch_sizes = [4]\n")  # fmt: skip
     (tmp_path / "results.csv").write_text("kept")

@@ -1,4 +1,4 @@
-"""Planted truths: where less lag of the momentum must win, and where it must lose."""
+"""The controls with less lag of the momentum, on problems where they must win or must lose."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from gq_triton.study.design.law import Recipe, StudyLaw
 from gq_triton.study.trials.backward import build_backward
 from gq_triton.study.trials.optimizers import OPTIMIZERS
 
-# Momentum that does not overshoot at these learning rates: where it does, a lead damps it and wins
+# At these learning rates momentum does not overshoot. If it did, a lead would damp it and would win
 # under noise as well.
 TUNED = {
     "sgdm": Recipe(0.15, beta1=0.5, law=StudyLaw("queue", queue_length=4)),
@@ -21,7 +21,7 @@ STEPS, PERIOD = 160, 40
 
 
 class Point(nn.Module):
-    """Where the optimizer is; it starts at the optimum."""
+    """A model that is one point; it starts at the optimum."""
 
     def __init__(self, size):
         super().__init__()
@@ -32,7 +32,10 @@ class Point(nn.Module):
 
 
 def error(base, recipe, optima, noise):
-    """Mean squared distance to the optimum over the last three quarters of a quadratic's steps."""
+    """Return the mean squared distance to the optimum over the last three quarters of the steps.
+
+    The loss is a quadratic around the step's optimum, plus noise on its gradient.
+    """
     model = Point(optima.shape[1])
     optimizer = OPTIMIZERS[base](model.parameters(), recipe.lr, recipe.beta1)
     law = build_backward(recipe.law, model, optimizer, "", 0)
@@ -49,7 +52,7 @@ def error(base, recipe, optima, noise):
 
 
 def errors(base, optima, noise):
-    """The error of the plain optimizer at the arm's settings, and of each control."""
+    """Return the error of the plain optimizer at the arm's settings, and that of each control."""
     tuned = Tuned(TUNED[base], "adam" if base == "adamw" else "sgd", 1.0, 1.0)
     plain = error(base, replace(tuned.recipe, law=StudyLaw()), optima, noise)
     return plain, {name: error(base, altered(name, tuned), optima, noise) for name in LAG}
@@ -76,7 +79,7 @@ def test_under_noise_around_a_fixed_optimum_less_lag_loses(base):
 
 @pytest.mark.parametrize("base", TUNED)
 def test_the_lead_goes_into_the_momentum_alone(base):
-    """A law of plain torch, step by step, over gradients that nothing depends on."""
+    """The momentum follows its formula step by step; the gradients are drawn, not computed."""
     recipe = replace(TUNED[base], law=StudyLaw("lead", queue_length=3))
     model = Point(4)
     optimizer = OPTIMIZERS[base](model.parameters(), 0.0, recipe.beta1)

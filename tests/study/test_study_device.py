@@ -1,4 +1,4 @@
-"""Studies on a GPU: refused where there is none, the same bits every time where there is one."""
+"""Studies on a GPU: refused without one, and with one the same bits in every run."""
 
 import json
 
@@ -67,9 +67,10 @@ def test_a_gpu_gives_the_same_bits_again_and_starts_as_the_cpu_does(tmp_path):
     expected = {asked(record): record for record in of_cpu}
     for record in records:
         assert record["environment"]["gpu"]
-        other = expected.get(asked(record))  # a control's learning rate is a measured number
+        # A control's learning rate depends on measurements, so that it may have no counterpart.
+        other = expected.get(asked(record))
         if other is not None:
-            # Same data, weights and order: float32 sums in another order, before anything drifts.
+            # Data, weights and order are the same. In the first steps only float32 sums differ.
             mine, theirs = (r["result"]["losses"][:3] for r in (record, other))
             assert mine == pytest.approx(theirs, rel=1e-4), record["trial"]
     assert sum(asked(record) in expected for record in records) > len(records) / 2

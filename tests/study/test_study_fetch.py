@@ -1,4 +1,4 @@
-"""Fetching data sets, from a server of the test's own."""
+"""The fetching of data sets, from a server that the test starts."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ pytest.importorskip("pooch", reason="comes with the extra data")
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server of files by name, that says what it was asked for."""
+    """Yield the address of a server, its files by name, and the names it was asked for."""
     files, asked = {}, []
 
     class Handler(BaseHTTPRequestHandler):
@@ -55,7 +55,7 @@ def archive(members):
 
 
 def small(task):
-    """The files of a task by name, of the right format and few samples."""
+    """Return the files of a task by name, in the right format, with few samples."""
     if task == "mnist":
         images, labels = idx(torch.randint(256, (20, 28, 28))), idx(torch.arange(20) % 10)
         both = {"images-idx3": images, "labels-idx1": labels}
@@ -95,7 +95,7 @@ def test_what_was_fetched_can_be_run(task, server, tmp_path, monkeypatch, capsys
     assert f"{task} is in {data}" in capsys.readouterr().out
     assert len(STUDY_TASKS[task].load(0, data).test[1]) in (2, 12, 20)
     assert not list(data.glob("**/[rR][eE][aA][dD]*"))
-    # Again: nothing is asked for, and what was lost is there again.
+    # The second fetch downloads nothing and restores the unpacked files that were deleted.
     _, files, asked = server
     assert sorted(asked) == sorted(files)
     for path in data.glob("*/*.[bs]*"):

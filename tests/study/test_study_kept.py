@@ -1,4 +1,4 @@
-"""What docs/study keeps of the studies: enough to compute the page's numbers again, and no more."""
+"""The files of docs/study: enough to compute the page's numbers again, and no more."""
 
 import csv
 import re
@@ -45,7 +45,10 @@ def test_a_kept_study_can_be_asked_for_again(path):
     ],
 )
 def test_the_differences_on_the_page_come_from_the_rows(study, arms, size, said):
-    """First minus second: of bits per byte, where less is better, the baseline comes first."""
+    """A difference is the first arm minus the second.
+
+    For bits per byte, where less is better, the baseline comes first.
+    """
     scores = {}
     with (KEPT / study / "results.csv").open() as file:
         for row in csv.DictReader(file):

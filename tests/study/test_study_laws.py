@@ -1,4 +1,4 @@
-"""The laws of the study's arms and controls: what reaches the optimizer."""
+"""The laws of the study's arms and controls: the gradients that the optimizer gets."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def model():
 
 
 def gradients(law, steps=7, batch=24):
-    """Every step's gradients and measures under a law, on a model that does not move."""
+    """Return every step's gradients and measures under a law, for a model that does not move."""
     net = model()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     backward = build_backward(law, net, optimizer, FEATURES, seed=0)
@@ -59,7 +59,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("law", VARIANTS, ids=lambda law: repr(law).replace("queue", ""))
 def test_untampered_weights_are_those_of_the_plug_in(law):
-    # The plug-in has sqrt(B / n_k) in float32.
+    # The plug-in computes sqrt(B / n_k) in float32.
     rtol = 1e-5 if law.centroid_scale == "standard_error" else 1e-10
     ours = gradients(replace(law, kind="untampered"))
     for (grads, measured), (expected, of_plug_in) in zip(ours, gradients(law), strict=True):
@@ -82,7 +82,7 @@ def test_shuffled_and_constant_weights_keep_what_they_promise():
 
 
 def weights_and_z(law, steps=7):
-    """The weights of the last step, flat by parameter, and the oracle's z over the raw queue."""
+    """Yield a parameter's weights of the last step, flat, and the oracle's z over the raw queue."""
     raw = [grads for grads, _ in gradients(StudyLaw(), steps)]
     last = gradients(law, steps)[-1][0]
     for number, altered in enumerate(last):
@@ -115,7 +115,7 @@ def test_weights_by_rank_are_always_the_same_and_ordered_by_z():
     )
     torch.testing.assert_close(kept.sort().values, shuffled.sort().values)
     assert not torch.allclose(kept, shuffled)
-    # Of two centroids the more unusual one gets the larger weights; equal ones in their order.
+    # The more unusual of two centroids gets larger weights; elements with equal z keep their order.
     z = torch.tensor([[0.1, 5.0, 0.0], [0.0, 7.0, 6.0]])
     ranks = torch.tensor([[2, 3, 0], [1, 5, 4]])
     expected = 3.0 ** ((2 * ranks.double() + 1) / 6 - 1)
@@ -126,7 +126,7 @@ def test_the_queue_can_hold_what_was_applied():
     raw = [grads for grads, _ in gradients(StudyLaw())]
     weighted = [grads for grads, _ in gradients(replace(QUEUE, kind="weighted-queue"))]
     for number in range(4):
-        queue = [grads[number] for grads in raw[:3]]  # weight 1 until it is full
+        queue = [grads[number] for grads in raw[:3]]  # weights are 1 until the queue is full
         for step in range(3, 7):
             expected = reference.weighted_gradient(raw[step][number], torch.stack(queue[-3:]))
             torch.testing.assert_close(weighted[step][number], expected)
@@ -178,7 +178,7 @@ def test_laws_leave_the_global_generator_alone():
 
 @pytest.mark.parametrize("by", ["features", "output_gradient"])
 def test_random_clusters_have_the_sizes_of_those_they_stand_for(by, monkeypatch):
-    """Of features or of the output's gradient: the same k-means, its labels permuted."""
+    """Random clusters come from the same k-means, whose labels are permuted."""
     sizes = {}
     found = StudyClusterer.__call__
     for kind in (by, "random" if by == "features" else f"random-{by}"):

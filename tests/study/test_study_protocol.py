@@ -1,4 +1,4 @@
-"""Which trials a study takes, what their records hold, and what may decide what."""
+"""The protocol of a study: its trials, their records, and which results decide what runs next."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_the_same_question_has_the_same_name_and_any_other_another():
 
 
 def test_old_records_keep_their_names():
-    # As written by the first release of the studies: a field more would make them strangers.
+    # These are the keys of the first release. With one field more, no old record would be found.
     assert trial().key == "8d342208915dce23e78988d0"
     law = StudyLaw("queue", n_clusters=4, rho=2.0, match_norm=True)
     assert trial(law=law).key == "a695af45d09cf040bdd3527b"
@@ -113,10 +113,10 @@ def test_two_ranks_come_to_what_one_process_does(tmp_path):
 
 
 CLUSTERED = [
-    # A cluster per rank and class; the labels of one process say the same.
+    # A cluster per rank and class, which one process can name by labels.
     StudyLaw("queue", n_clusters=4, cluster_by="labels", population_power=0.0, match_norm=True),
     StudyLaw("queue", n_clusters=4, cluster_by="labels", centroid_scale="standard_error"),
-    # K / W = 1: the mean of each rank's samples is a centroid.
+    # K / W rounds down to 1, so that the mean of each rank's samples is a centroid.
     StudyLaw("queue", n_clusters=3, cluster_by="output_gradient"),
 ]
 
@@ -125,7 +125,7 @@ CLUSTERED = [
 @pytest.mark.parametrize("law", CLUSTERED, ids=lambda law: repr(law).replace("queue", ""))
 def test_clusters_of_two_ranks_are_those_of_one_process(law, tmp_path, monkeypatch):
     def of_both_ranks(self, features):
-        rank = torch.arange(len(features)) % 2  # samples go round, 16 and 15 of 31
+        rank = torch.arange(len(features)) % 2  # the ranks take samples in turn, 16 and 15 of 31
         return self.batch_labels * 2 + rank if self.law.cluster_by == "labels" else rank
 
     asked = trial(task="digits-longtail", law=law, batch_size=31, processes=2)
@@ -147,7 +147,7 @@ def test_each_rank_finds_clusters_among_its_own_samples(by, tmp_path):
                     tmp_path, None, lambda process: None).result  # fmt: skip
     assert result["diverged_at"] is None
     one = run_trial(trial(task="digits-longtail", law=replace(law, n_clusters=None), batch_size=31))
-    # Centroids of few samples are further from the mean than the batch's.
+    # The mean of few samples is further from the queue's mean than that of the whole batch.
     assert result["mean_weight"] > 1.1 * one.result["mean_weight"]
 
 
@@ -222,7 +222,7 @@ def test_every_arm_has_the_same_budget_and_the_same_learning_rates():
         assert first == second
         assert name == "lr" or set(first) == set(getattr(space, name))
     assert len(set(rates["sgdm"])) == 8
-    # One point in every eighth of the logarithmic range: that is what Sobol is for.
+    # A Sobol sequence has one point in every eighth of the logarithmic range.
     for number, rate in enumerate(sorted(rates["sgdm"])):
         eighth = 8 * math.log(rate / 1e-3) / math.log(3000)
         assert eighth == pytest.approx(number + 0.5, abs=1e-3)  # rates have 4 digits
@@ -287,7 +287,7 @@ def test_one_cluster_is_none_and_its_runs_are_shared(tmp_path):
     of = {cell.arm.name: cell for cell in every if cell.batch_size == 4}
     assert of["gq-sgdm"].tuning == of["gq-sgdm-clusters"].tuning
     finished, total = progress(every, Store(tmp_path))
-    # 5 different sets of 2 tuning runs; evaluation and controls as far as can be known.
+    # 5 different sets of 2 tuning runs, and the evaluation and controls that are known so far.
     assert finished == 0
     assert total == 5 * 2 + 2 * (2 + 8 + 8 + 8 + 12)
 
@@ -360,7 +360,7 @@ def test_variants_share_their_runs_where_they_are_the_same(tmp_path):
     assert first == gradient  # one cluster
     assert rank == ranked
     assert first != rank
-    # The control is the arm at another arm's settings.
+    # The control ``constant`` has the law of the arm gq-sgdm-tensor, at another arm's settings.
     tuned = Tuned(Recipe(0.1, law=StudyLaw("queue")), "sgd", norm_ratio=1.5, mean_weight=1.2)
     assert altered("constant", tuned).law == ARMS["gq-sgdm-tensor"].law
 
@@ -384,7 +384,7 @@ def test_a_study_from_before_beta1_was_tuned_stays_what_it_was(tmp_path):
     for cell in cells(config):
         for one in (one for trials in cell.tuning for one in trials):
             assert (one.beta1, one.warmup) == (0.9, 0.0)
-    # Options that somebody wrote are those of a study that begins now.
+    # A file without all first options was written by hand, for a study that begins now.
     path.write_text('tasks = ["lines-disc"]\narms = ["sgdm"]\nbatch_sizes = [4]\n')
     assert len(StudyConfig.of(read_toml(path)).beta1) == 5
 

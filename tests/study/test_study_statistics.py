@@ -50,7 +50,8 @@ def test_medians_hold_runs_that_never_got_there():
     median, low, high = median_interval([1.0, 2.0, 3.0, 4.0, *[math.inf] * 6])
     assert (median, low, high) == (math.inf, 2.0, math.inf)
     median, low, high = median_interval(list(map(float, range(1, 11))))
-    assert (median, low, high) == (5.5, 2.0, 9.0)  # ranks 2 and 9 of 10: the binomial's 97.9 %
+    # The interval from rank 2 to rank 9 of 10 covers 97.9 % by the binomial distribution.
+    assert (median, low, high) == (5.5, 2.0, 9.0)
 
 
 def test_a_comparison_counts_wins_and_is_stricter_in_company():
@@ -62,7 +63,7 @@ def test_a_comparison_counts_wins_and_is_stricter_in_company():
     assert in_company.sure_low < alone.sure_low
     assert (in_company.low, in_company.high) == (alone.low, alone.high)
     assert compare([-d for d in differences]).sign == -1
-    # Three seeds that agree are no proof; resampling them alone would say so.
+    # Three seeds that agree prove nothing, though a bootstrap alone would call them better.
     assert compare([0.01, 0.02, 0.03]).sign == 0
 
 
@@ -70,9 +71,9 @@ def study(
     effects, noise=0.004, seeds=10, sizes=(16, 256), seed=0, arms=("sgdm", "gq-sgdm"), trials=8,
     controls=tuple(CONTROLS), **options,
 ):  # fmt: skip
-    """A finished study of synthetic records.
+    """Return the cells and the records of a finished, synthetic study.
 
-    `effects(trial)` is added to the score of evaluation runs; a seed shifts all arms alike.
+    `effects(trial)` is added to the score of an evaluation run. A seed shifts all arms alike.
     """
     config = StudyConfig.of(
         {
@@ -206,7 +207,7 @@ def test_a_gain_that_less_momentum_lag_shares_is_not_one_of_the_law():
 
 
 def test_with_adam_the_step_as_long_is_the_one_at_the_same_learning_rate():
-    """Adam divides by the gradient's size: the norm ratio makes its steps no longer."""
+    """Adam divides by the gradient's size, so that a longer gradient makes no longer step."""
     better, equal = compare([0.01, 0.02, 0.03] * 4), compare([-0.01, 0.0, 0.01] * 4)
     assert (better.sign, equal.sign) == (1, 0)
     for base, against, verdict in (
@@ -227,7 +228,7 @@ def test_absent_effects_are_rarely_found():
         for seed in range(40)
         for finding in verdicts(lambda t: 0.0, seed=seed, controls=()).values()
     ]
-    # Wrong in 5 % of the studies, that is in 2 of 40 with standard deviation 1.4.
+    # A study is wrong in 5 % of the cases: in 2 of 40 on average, with standard deviation 1.4.
     assert sum(v != NONE for v in verdict) <= 7
 
 

@@ -1,4 +1,4 @@
-"""The data of the studies: exactly what is said of it."""
+"""The data of the studies' tasks, compared with what the tasks promise."""
 
 import gzip
 import struct
@@ -95,7 +95,7 @@ def test_text_windows_predict_the_next_byte():
     assert text.count(b"self") > 50
     model = task.model().eval()
     later = inputs[:4].clone()
-    later[:, -1] = 0  # causal: what comes last changes nothing before it
+    later[:, -1] = 0  # the model is causal: the last byte changes no output before it
     first, second = model(inputs[:4]), model(later)
     torch.testing.assert_close(first[:, :-1], second[:, :-1])
 
