@@ -29,7 +29,8 @@ def hooked(
     ddp = DDP(model, **{"bucket_cap_mb": TINY, **ddp_options})
     # Two ranks take the engine that users get; elsewhere nobody waits for Numba to compile.
     backend = "auto" if dist.get_world_size() == 2 else "torch"
-    return ddp, register(ddp, **{"queue_length": LENGTH, "backend": backend, **(options or {})})
+    every: dict[str, Any] = {"queue_length": LENGTH, "backend": backend, **(options or {})}
+    return ddp, register(ddp, **every)
 
 
 def agree(state: GradQueueState) -> None:

@@ -235,7 +235,8 @@ def halves(features: Tensor) -> Tensor:
 def two_ranks_on_one_device(rank: int, device: str) -> None:
     """Over gloo, which takes tensors of a GPU that two ranks share; the judge is one process."""
     both = {"n_clusters": 2, "features": "features", "clusterer": halves}
-    for options, single in ({}, {}), ({"n_clusters": 1}, both):
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {}), ({"n_clusters": 1}, both)]
+    for options, single in pairs:
         ddp = DDP(model(device, tables=False), bucket_cap_mb=TINY, broadcast_buffers=False)
         state = register(ddp, queue_length=LENGTH, **options)
         twin = model("cpu", tables=False)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from optim_cases import (
 )
 
 from gq_triton import GQSGD, GQAdamW, engines, scarcity_weight
+from gq_triton.engines import compiled, eager
 
 COMMON = [
     ({"rho": 0.5}, "rho must be a finite number >= 1 (1 switches the law off), got 0.5"),
@@ -81,8 +83,11 @@ def test_an_option_that_cannot_hold_is_refused(kind, options, message):
 
 
 def test_options_that_look_odd_but_hold():
-    for options in ({"rho": 1}, {"queue_length": 1}, {"queue_length": 2}, {"lr": 0}):
-        GQSGD(small_parameters(), **{"lr": 0.1, **options})
+    odd: list[dict[str, Any]] = [{"rho": 1}, {"rho": 1, "queue_length": 1}, {"queue_length": 2}]
+    for options in odd:
+        GQSGD(small_parameters(), lr=0, **options)
+    with pytest.warns(UserWarning, match="queue_length=1: one gradient has no deviation"):
+        GQSGD(small_parameters(), lr=0, queue_length=1)
 
 
 @both_optimizers
@@ -157,7 +162,7 @@ def test_a_backend_whose_package_is_missing_says_so(name, package, cure, monkeyp
     message = f'backend="{name}" needs the package {package}: {cure}'
     with pytest.raises(RuntimeError, match=re.escape(message)):
         engines.engine(torch.device("cpu"), name)
-    assert engines.engine(torch.device("cpu")).__name__ == "gq_triton.engines.eager"
+    assert engines.engine(torch.device("cpu")) is eager
 
 
 def test_numba_is_for_the_cpu():
@@ -166,7 +171,7 @@ def test_numba_is_for_the_cpu():
 
 
 def test_numba_is_what_the_cpu_gets():
-    assert engines.engine(torch.device("cpu")).__name__ == "gq_triton.engines.compiled"
+    assert engines.engine(torch.device("cpu")) is compiled
 
 
 @pytest.mark.parametrize(
