@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# The lane of the oldest versions: the oldest Python too, in an environment of its own.
+# The lane of the oldest versions has the oldest Python and a separate environment.
 OLDEST_PYTHON ?= python3.10
 OLDEST := .venv-oldest
 # Processes that share the tests; each takes one core and up to 2 GB.
@@ -95,7 +95,7 @@ build: $(READY)
 	@$(BIN)/python -m build --no-isolation --outdir out > /dev/null
 	@ls out
 
-# dist/ holds sources: only what a build without --outdir leaves there goes.
+# dist/ holds sources: only files that a build without --outdir left there are removed.
 clean:
 	@echo "Removing caches and build results, a second"
 	@rm -rf build out gq_triton.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -6,8 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-# Tests compute on small tensors, and several workers share the cores: one thread each, also in what
-# they start. torch reads the variable when it is imported.
+# Tests compute on small tensors, and several workers share the cores: each worker takes one thread,
+# and so does every process that it starts. torch reads the variable when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -27,7 +27,7 @@ if importlib.util.find_spec("gq_triton") is None:
     sys.path[:] = _path
 
 
-# The files that take longest, longest first: what begins late must be short, or one worker waits.
+# The longest files, longest first: a long file that begins late would let one worker run alone.
 LONGEST = [
     "test_dist_clusters.py",
     "test_restart.py",
@@ -45,9 +45,9 @@ LONGEST = [
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """Return what gives the folder of a run of 2 or 3 ranks that nothing interrupted.
+    """Return a function from a number of ranks, 2 or 3, to the folder of an uninterrupted run.
 
-    The workers of pytest-xdist share the runs: whoever needs one first makes it.
+    The workers of pytest-xdist share the runs: the worker that first needs a run makes it.
     """
     from train_runs import SCRIPT, SHORT, start, torchrun  # after the path is put right
 
@@ -72,7 +72,7 @@ def whole_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks():
-    """Return what gives the ``gq_triton.testing.Ranks`` of a number of ranks.
+    """Return a function from a number of ranks to their ``gq_triton.testing.Ranks``.
 
     All tests of a module share them; after a failure the next test gets new ones.
     """
@@ -95,7 +95,7 @@ LEFT_OUT = pytest.StashKey[int]()
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a CUDA device where there is none, and begin with the longest files."""
+    """Leave out tests that need a missing CUDA device, and begin with the longest files."""
     if not torch.cuda.is_available():
         kept = [item for item in items if item.get_closest_marker("gpu") is None]
         config.stash[LEFT_OUT] = len(items) - len(kept)
@@ -108,11 +108,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist: its workers collect, its controller reports
 def pytest_testnodedown(node):
-    """Keep what a worker left out: every worker collects the same."""
+    """Keep the number of tests that a worker left out; all workers leave out the same."""
     node.config.stash[LEFT_OUT] = node.workeroutput.get("left out", 0)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Say in one line what was left out, instead of a skip for each."""
+    """Print in one line how many tests were left out, instead of a skip for each."""
     if count := config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(f"Left out: {count} tests that need a CUDA device.")

@@ -58,7 +58,7 @@ def one_rank() -> Iterator[None]:
 
 
 class Trainer:
-    """Keeps the wrapped model where Hugging Face and Lightning do."""
+    """An object that keeps the wrapped model where Hugging Face and Lightning do."""
 
     def __init__(self, **handles: nn.Module) -> None:
         vars(self).update(handles)

@@ -1,4 +1,4 @@
-"""What the DDP hook makes of saved states that were altered."""
+"""Saved states of the DDP hook with one leaf altered."""
 
 import torch
 from altered import REMOVED, check_door
@@ -10,7 +10,7 @@ from gq_triton.dist import register
 
 
 def test_every_altered_leaf_of_the_hooks_own_part_is_refused_or_possible():
-    """Its buckets and clusters; what it shares with the plug-in has a test there."""
+    """The hook's own part are buckets and clusters; test_saved_queues.py tests the rest."""
     with one_rank():
         ddp = DDP(mlp())
         options = {"n_clusters": 2, "features": "0", "shard_queue": True}
@@ -35,7 +35,7 @@ def test_every_altered_leaf_of_the_hooks_own_part_is_refused_or_possible():
                 case ("buckets", int(), int()):
                     return value is REMOVED or value in sorted(names - {*saved["buckets"][0]})
                 case ("clusters",):
-                    # Those of another number of ranks are not gone on from.
+                    # Clusters that another number of ranks saved are not used.
                     dicts = isinstance(value, list) and all(isinstance(v, dict) for v in value)
                     return value is REMOVED or (dicts and (value == [] or len(value) != 1))
                 case ("clusters", 0):

@@ -1,4 +1,4 @@
-"""What each rank counts in a step of several micro-batches, or of several views of a batch."""
+"""How much each rank counts in a step of several micro-batches or views of a batch."""
 
 import pytest
 from dist_share_checks import CHECKS, run_strictly

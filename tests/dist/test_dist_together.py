@@ -1,4 +1,4 @@
-"""Calls that every rank must make: what one rank alone is told."""
+"""Calls that every rank must make, when one rank has to wait for the others."""
 
 import pytest
 from dist_together_checks import CHECKS

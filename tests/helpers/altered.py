@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 REAL = torch.float16, torch.bfloat16, torch.float32, torch.float64
-# The place of an entry that is not there.
+# Stands in the place of an entry that was removed.
 REMOVED = object()
 PLAIN = bool, int, float, str, type(None)
 Path = tuple[Any, ...]
 
 
 def leaves(state: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield every value of a nested state below its root, containers too."""
+    """Yield the path and the value of every entry of a nested state, containers too."""
     if isinstance(state, Mapping):
         entries = list(state.items())
     else:
@@ -26,7 +26,7 @@ def leaves(state: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def with_value(state: Any, path: Path, value: Any, rename: Any = None) -> Any:
-    """Return the state with another value at a path, or under another name; nothing is shared."""
+    """Return a state that has another value, or another name, at a path; the given one stays."""
     if not path:
         return value
     key, rest = path[0], path[1:]
@@ -53,7 +53,7 @@ JUNK: tuple[Any, ...] = (
 
 
 def others(value: Any) -> Iterator[Any]:
-    """Yield what may stand in the place of a value."""
+    """Yield values that are put in the place of a value."""
     yield REMOVED
     yield from JUNK
     if isinstance(value, Tensor):
@@ -139,10 +139,18 @@ def check_door(
     go_on: Callable[[], object],
     where: Callable[[Path], bool] = lambda path: True,
 ) -> tuple[int, int]:
-    """Load every alteration of a state; return how many were taken and how many refused.
+    """Load every alteration of a state; return how many were loaded and how many refused.
 
-    An impossible state is refused in one sentence, and nothing has changed then. A possible one is
-    loaded, and training goes on.
+    The door must refuse an impossible alteration in one sentence and change nothing. It must load a
+    possible one, and training must go on.
+
+    Args:
+        state: a saved state.
+        load: loads a state.
+        possible: returns whether a value is possible at a path.
+        fingerprint: returns what a refusal must leave unchanged.
+        go_on: trains for a step.
+        where: returns whether the entry at a path is altered at all.
     """
     taken = refused = 0
     before = fingerprint()

@@ -1,4 +1,4 @@
-# Gradients, layers and labels are there after a backward pass, whatever their types say.
+# Gradients, layers and labels exist after a backward pass, although their types allow None.
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
@@ -31,7 +31,7 @@ def cluster_means(model, losses, labels, clusters):
 
 
 class Judge:
-    """Runs a model with the plug-in beside its oracle and compares every gradient of every step."""
+    """A model with the plug-in, and its oracle, which judges every gradient of every step."""
 
     def __init__(self, model, labels, clusters, *, queue_length=3, features="features", **options):
         self.model, self.labels, self.clusters = model, labels, clusters
@@ -84,7 +84,14 @@ class Judge:
             assert error <= rtol, f"{what} {name}: relative error {error:.2e} > {rtol:.0e}"
 
     def steps(self, run, batches, rtol=1e-10, after_step=False):
-        """``run(model, batch) -> (B,) losses``; the queue is full after the third step."""
+        """Train and compare every step; the queue is full after the third one.
+
+        Args:
+            run: returns the losses ``(B,)`` of a model and a batch.
+            batches: one for each step.
+            rtol: relative to the largest element of each gradient.
+            after_step: compare after the optimizer's step instead of before it.
+        """
         for number, batch in enumerate(batches):
             self.sync()
             expected = self.expected(run(self.twin, batch))

@@ -1,4 +1,4 @@
-"""What every rank checks of the DDP hook, and the models it trains; see test_dist_hook.py."""
+"""The checks of the DDP hook that every rank runs; see test_dist_hook.py."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ from gq_triton import reference
 from gq_triton.dist import GradQueueState, grad_queue_hook, register
 
 LENGTH = 3
-# A hundred bytes: every layer becomes a bucket of its own once DDP has rebuilt them.
+# MiB, about a hundred bytes: every layer has its own bucket once DDP has rebuilt the buckets.
 TINY = 0.0001
 
 
@@ -27,7 +27,7 @@ def hooked(
 ) -> tuple[DDP, GradQueueState]:
     """Return the model in DDP with a tiny bucket size, and the state of its hook."""
     ddp = DDP(model, **{"bucket_cap_mb": TINY, **ddp_options})
-    # Two ranks take the engine that users get; elsewhere nobody waits for Numba to compile.
+    # Runs of two ranks take the engine that users get; the others save the time to compile Numba.
     backend = "auto" if dist.get_world_size() == 2 else "torch"
     every: dict[str, Any] = {"queue_length": LENGTH, "backend": backend, **(options or {})}
     return ddp, register(ddp, **every)
@@ -89,7 +89,7 @@ def check_law_off_and_warm_up_are_plain_ddp(rank: int) -> None:
 
 
 def check_reference(rank: int) -> None:
-    """Every rank recomputes both ranks' gradients alone and applies the oracle by hand."""
+    """Every rank recomputes the gradients of all ranks and applies the oracle to their mean."""
     for build, data in ((wide_mlp, wide_batch), (convolutions, images)):
         for match_norm in (False, True):
             ddp, state = hooked(build(), {"match_norm": match_norm})
@@ -287,7 +287,7 @@ def resume(
     again, again_state = fresh()
     again.module.load_state_dict(parameters)
     again_state.load_state_dict(queue)
-    # Saved before its first step, or after it, the order of summation is still the loaded one.
+    # A state that is saved anew, before its first step or after it, has the loaded order of sums.
     assert again_state.state_dict()["buckets"] == queue["buckets"]
     train(again, again_state, range(stop, stop + 1))
     assert again_state.state_dict()["buckets"] == queue["buckets"]
@@ -331,7 +331,7 @@ def check_verify(rank: int) -> None:
 
 
 def check_options_are_the_same_on_all_ranks(rank: int) -> None:
-    """Compared before any collective that they could keep a rank from."""
+    """They are compared before any collective that different options could keep a rank from."""
     for name, value in (("rho", 3.0 + rank), ("match_norm", rank == 1), ("shard_queue", rank == 1)):
         ddp, _ = hooked(mlp(), {name: value})
         with pytest.raises(RuntimeError, match=rf"option '{name}' differs .*rank 0 from \[1\]"):
@@ -339,7 +339,7 @@ def check_options_are_the_same_on_all_ranks(rank: int) -> None:
 
 
 def check_losses(rank: int) -> None:
-    """The mean over ranks counts, and over what each of them recorded."""
+    """The effective length follows the mean over the ranks and over the losses of each rank."""
     options = dict(queue_length=6, min_queue_length=1, loss_window=2)
     ddp, state = hooked(mlp(), options)
     own = [[8.0, 1.0], [9.0, 2.0], [5.0, 3.0], [2.0, 4.0], [1.0, 4.5], [1.0, 4.0], [0.0, 4.5],

@@ -1,10 +1,10 @@
-# Gradients are there after a backward pass, whatever their types say.
+# Gradients exist after a backward pass, although their types allow None.
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportOptionalSubscript=false
-"""What every rank checks of local clusters under DDP; see test_dist_clusters.py.
+"""The checks of local clusters under DDP that every rank runs; see test_dist_clusters.py.
 
-The judge of most is the plug-in in one process: it sees the batches of all ranks in one, and the
-clusters of all ranks apart.
+The judge of most checks is the plug-in in one process. It sees the batches of all ranks as one, and
+keeps the clusters of the ranks apart.
 """
 
 import copy
@@ -28,7 +28,7 @@ from gq_triton.dist import GradQueueState, register
 
 LENGTH, K = 3, 3
 F64 = torch.float64
-# What every state of a check is built with beside its own options, set by `run_with`.
+# Options that `run_with` sets and that every state takes in addition to those of its check.
 EXTRA: dict[str, Any] = {}
 
 
@@ -141,7 +141,7 @@ def check_ranks_are_one_process(rank: int) -> None:
         sizes = mine.pop("cluster_sizes")[rank]
         assert sizes == pair.state.cluster_sizes_
         whole = theirs.pop("cluster_sizes")[K * rank : K * rank + K]
-        # A clusterer's last clusters may be empty: nobody knows of them.
+        # The hook cannot know the last clusters of a clusterer where they are empty.
         assert whole == (sizes + [0] * K)[: len(whole)]
         assert case.get("rho") == 1.0 or mine["mean_weight"] != 1.0
         for name, value in theirs.items():
@@ -180,7 +180,7 @@ def check_one_cluster_per_rank_needs_no_features(rank: int) -> None:
 
 
 def check_accumulation_under_no_sync(rank: int) -> None:
-    """Two micro-batches of K clusters on every rank: one process with accumulation of two."""
+    """Two micro-batches of K clusters on every rank are one process that accumulates two."""
     for view in (False, True):
         pair = Pair(ddp={"gradient_as_bucket_view": view}, accumulation_steps=2)
         for _ in range(LENGTH + 2):
@@ -270,7 +270,7 @@ def check_a_resumed_run_goes_on_bit_for_bit(rank: int) -> None:
 
 
 def check_k_means_goes_on_from_a_distributed_checkpoint(rank: int) -> None:
-    """The one library call that a loop needs; the loaded state takes the saved one's place."""
+    """A loop saves and loads the state with one call of torch.distributed.checkpoint each."""
 
     def start() -> tuple[DDP, GradQueueState]:
         ddp = DDP(model(), bucket_cap_mb=TINY)
@@ -321,6 +321,6 @@ CHECKS = [
     check_a_resumed_run_goes_on_bit_for_bit,
     check_k_means_goes_on_from_a_distributed_checkpoint,
 ]
-# What the number of ranks matters to.
+# The checks to which the number of ranks matters.
 THREE_RANKS = [check_ranks_are_one_process, check_a_resumed_run_goes_on_bit_for_bit]
 FOUR_RANKS = [check_ranks_are_one_process]

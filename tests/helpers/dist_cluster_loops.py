@@ -1,6 +1,6 @@
-# Gradients are there after a backward pass, whatever their types say.
+# Gradients exist after a backward pass, although their types allow None.
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
-"""What models and loops under DDP may do with local clusters; see test_dist_clusters.py."""
+"""The checks of models and loops under DDP with local clusters; see test_dist_clusters.py."""
 
 import copy
 import warnings
@@ -37,7 +37,7 @@ class Detached(MLP):
 
 
 class PlainLast(MLP):
-    """Its last layer, in the first bucket, has no clusters."""
+    """A model whose last layer, which lies in the first bucket, has no clusters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class PlainLast(MLP):
 def check_uses_and_passes(rank: int) -> None:
     Pair(Detached).run()
     Pair(Detached, ddp={"find_unused_parameters": True}).run()
-    # A pass that no step comes of, on one rank only, changes no share.
+    # A backward pass on one rank only, which no step follows, changes no share.
     pair = Pair(uneven=True)
     for _ in range(LENGTH + 3):
         if rank == 0:
@@ -61,7 +61,7 @@ def check_uses_and_passes(rank: int) -> None:
         pair.backward()
         pair.compare()
         pair.advance()
-    # The model wrapped and registered anew: the old state gives way.
+    # When the model is wrapped and registered again, the new state takes the place of the old one.
     again = DDP(pair.ddp.module, bucket_cap_mb=TINY)
     state = register(
         again, n_clusters=K, features="features", clusterer=pair.mine, queue_length=LENGTH,
@@ -118,7 +118,7 @@ def check_compiled_models(rank: int) -> None:
 
 
 class Live(Pair):
-    """The last rank runs out of batches first, rank 0 last; two steps lie between."""
+    """A pair whose ranks run out of batches in turn, two steps apart, from the last to rank 0."""
 
     def steps(self, rank: int) -> int:
         return LENGTH + 2 + 2 * (self.world - rank)
@@ -132,7 +132,7 @@ class Live(Pair):
 
 
 def check_join_with_uneven_inputs(rank: int) -> None:
-    """A rank that has joined counts for nothing: gradients are those of the ranks that go on."""
+    """A rank that has joined does not count: the gradients are those of the ranks that go on."""
     pair = Live(uneven=True)
     with pair.ddp.join():
         for step in range(pair.steps(rank)):
@@ -150,7 +150,7 @@ def check_join_with_uneven_inputs(rank: int) -> None:
 
 
 def check_layers_frozen_in_turn(rank: int) -> None:
-    """One state, the model wrapped anew whenever other layers train; sizes differ by step."""
+    """One state serves a model that is wrapped anew whenever other layers train."""
     pair = Pair(uneven=True)
     bare = pair.ddp.module
     bare.head.requires_grad_(False)
@@ -173,7 +173,7 @@ def check_layers_frozen_in_turn(rank: int) -> None:
 
 
 def check_a_float16_queue_and_a_loss_scale(rank: int) -> None:
-    """What is queued is unscaled first: a scaled gradient would not fit."""
+    """Gradients are unscaled before they are queued: scaled ones would overflow."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     ddp = DDP(model().float())
     state = register(

@@ -1,8 +1,8 @@
-# Gradients are there after a backward pass, whatever their types say.
+# Gradients exist after a backward pass, although their types allow None.
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
-"""What every rank checks of local clusters with the queue in slices; see test_dist_clusters.py.
+"""Every rank's checks of local clusters with the queue in slices; see test_dist_clusters.py.
 
-Beside these all checks of local clusters run with slices: `dist_cluster_loops.TWO_RANKS`.
+In addition to these, all checks of local clusters run with slices: `dist_cluster_loops.TWO_RANKS`.
 """
 
 import copy
@@ -26,7 +26,7 @@ Run = Callable[[DDP, GradQueueState, range], None]
 
 
 class Labels:
-    """Gives the labels of the step that runs."""
+    """A clusterer that returns the labels of the current step."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -62,7 +62,7 @@ def same(a: DDP, b: DDP) -> None:
 
 
 def check_slices_are_the_whole(rank: int) -> None:
-    """Parameters, queue and metrics; also where layers without clusters share a bucket."""
+    """Parameters, queue and metrics are equal, also with layers without clusters in a bucket."""
     large = {"bucket_cap_mb": 25}
     cases: list[dict[str, Any]] = [
         {},
@@ -88,7 +88,7 @@ def check_slices_are_the_whole(rank: int) -> None:
 
 
 def check_saved_either_way(rank: int) -> None:
-    """Sliced or whole, each goes on from what the other saved; so does one rank alone."""
+    """A sliced run and a whole one go on from what the other saved, and so does a single rank."""
     alone = [dist.new_group([number]) for number in range(dist.get_world_size())]
     for first in (False, True):
         run = clustered(shard_queue=first, loss_window=2)
@@ -115,7 +115,11 @@ def check_saved_either_way(rank: int) -> None:
 
 
 def check_bytes_on_the_wire(rank: int) -> None:
-    """Weighted gradient 2 trips, raw mean 1, its mean and 1 / sigma 1 each; whole: 2 and 2."""
+    """Count the trips of a gradient's bytes around the ring of ranks.
+
+    Slices: 2 for the weighted gradient, 1 for the raw mean, 1 each for the queue's mean and
+    1 / sigma. Whole queues: 2 for the weighted gradient and 2 for the raw mean.
+    """
     world, rest = dist.get_world_size(), dist.get_world_size() - 1
 
     def data(step: int) -> torch.Tensor:
@@ -129,7 +133,7 @@ def check_bytes_on_the_wire(rank: int) -> None:
         state = register(ddp, n_clusters=1, queue_length=LENGTH, shard_queue=sliced)
         sent[sliced] = bytes_of_a_step(ddp, data)
         buckets = len(state.state_dict()["buckets"])
-    # Of the samples, two numbers of 8 bytes: once per step, and for each parameter.
+    # Masses of the samples, two numbers of 8 bytes: once per step, and for each parameter.
     shares = 2 * rest * 2 * 8 * (1 + len(list(bare.parameters())))
     assert sent[False].gradients == 2 * plain.gradients + shares
     trips = plain.gradients // 2
@@ -139,7 +143,7 @@ def check_bytes_on_the_wire(rank: int) -> None:
 
 
 def check_join(rank: int) -> None:
-    """The losses of ranks that go on count for all, in whole queues and in slices."""
+    """All ranks take the losses of the ranks that go on, with whole queues and with slices."""
     for sliced in (False, True):
         ddp, state, labels = clustered(shard_queue=sliced, loss_window=1, verify_every=1)
         with ddp.join():
@@ -162,7 +166,7 @@ def check_damaged_statistics_are_named(rank: int) -> None:
 
 
 def check_loaded_before_ddp_and_a_part_that_one_rank_uses(rank: int) -> None:
-    """Statistics of a loaded ring exist where a gradient needed them: no reason to refuse."""
+    """Only ranks whose gradients need them have a loaded ring's statistics: that is no fault."""
 
     class Heads(MLP):
         def __init__(self) -> None:

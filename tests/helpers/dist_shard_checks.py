@@ -1,7 +1,8 @@
-"""What every rank checks of the queue in slices; see test_dist_shard.py.
+"""The checks of the queue in slices that every rank runs; see test_dist_shard.py.
 
 Most checks train twice, with the whole queue on every rank and with slices, and compare. With two
-ranks a sum has one order and everything is equal bit for bit; with more, models are float64.
+ranks a sum has one order, and everything is equal bit for bit. With more ranks the models are
+float64.
 """
 
 import copy
@@ -116,10 +117,10 @@ def assert_divided(state: GradQueueState) -> None:
 
 
 class Wire(TorchDispatchMode):
-    """Counts the bytes that this rank's collectives send, times the ranks, on a ring.
+    """A count of the bytes that this rank's collectives send, times the ranks, on a ring.
 
     An all-reduce of n bytes sends ``2 (W - 1) / W * n``, an all-to-all and an all-gather
-    ``(W - 1) / W * n``. It sees the operators of c10d, DDP's own from C++ among them.
+    ``(W - 1) / W * n``. The mode sees the operators of c10d, also those that DDP calls from C++.
     """
 
     def __init__(self) -> None:
@@ -141,7 +142,7 @@ class Wire(TorchDispatchMode):
 
 
 def bytes_of_a_step(ddp: DDP, data: Callable[[int], Tensor]) -> Wire:
-    """Return what the last of some steps sends, when buckets and slices are settled."""
+    """Return what a step sends after DDP has rebuilt its buckets and the slices have moved."""
     for step in range(LENGTH + 2):
         ddp(data(step)).square().mean().backward()
     loss = ddp(data(LENGTH + 2)).square().mean()
@@ -151,10 +152,10 @@ def bytes_of_a_step(ddp: DDP, data: Callable[[int], Tensor]) -> Wire:
 
 
 def check_bytes_on_the_wire(rank: int) -> None:
-    """As plain DDP's, but for the padding; and a byte per parameter that is cut."""
+    """Slices send as much as plain DDP, plus padding and a byte per parameter that is cut."""
     rest = dist.get_world_size() - 1
     torch.manual_seed(0)
-    # Every bucket of the first divides by 2, 3 and 4.
+    # Every bucket of this model divides by 2, 3 and 4.
     even = nn.Sequential(nn.Linear(23, 24), nn.Tanh(), nn.Linear(24, 12, bias=False))
     for model, width, padded in ((even, 23, False), (mlp(), 6, True)):
 
@@ -175,7 +176,7 @@ def check_bytes_on_the_wire(rank: int) -> None:
 
 
 def check_not_finite_in_one_slice(rank: int) -> None:
-    """One element of one rank's gradient: the whole parameter passes untouched, on all ranks."""
+    """One bad element on one rank: the whole parameter passes unweighted on all ranks."""
     for position in (0, -1):
         for find_unused in (False, True):
 
@@ -197,7 +198,7 @@ def check_not_finite_in_one_slice(rank: int) -> None:
                 assert int(weight.grad.isnan().sum()) == 1
                 assert queued(state)["2.weight"] == 5
                 assert queued(state)["2.bias"] == 6
-                # What came before it is still there.
+                # The gradients that were queued before it are still there.
                 train(ddp, None, range(6, 7), wide_batch)
 
             def only_grads(ddp: DDP, state: GradQueueState, run: Run = run) -> None:
@@ -208,7 +209,7 @@ def check_not_finite_in_one_slice(rank: int) -> None:
 
 
 def check_zeros(rank: int) -> None:
-    """A parameter that is zero throughout is skipped, one that is zero in a slice is not."""
+    """A gradient that is zero throughout is skipped; one that is zero in a slice is not."""
 
     def run(ddp: DDP, state: GradQueueState) -> None:
         train(ddp, None, range(5), wide_batch)
@@ -216,7 +217,7 @@ def check_zeros(rank: int) -> None:
         assert queued(state)["right.weight"] == 5
         train(ddp, None, range(7, 8), wide_batch, right=dist.get_rank() == 0)
         assert queued(state)["right.weight"] == 6
-        # Leave one rank's part of a parameter that is cut, and nothing in the others'.
+        # Keep one rank's part of a parameter that is cut, and make the other parts zero.
         name, position = a_cut_parameter(ddp, state)
         param = ddp.module.get_parameter(name)
         first = (torch.arange(param.numel()) < position).view_as(param)
@@ -230,7 +231,7 @@ def check_zeros(rank: int) -> None:
 
 
 def a_cut_parameter(ddp: DDP, state: GradQueueState) -> tuple[str, int]:
-    """Return a parameter whose first elements are the first rank's, and how many those are."""
+    """Return a parameter that is cut after the first rank's part, and the size of that part."""
     for names in state.state_dict()["buckets"]:
         numels = tuple(ddp.module.get_parameter(name).numel() for name in names)
         cuts = cut(numels, dist.get_world_size())

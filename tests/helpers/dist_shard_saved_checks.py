@@ -1,6 +1,6 @@
-"""What every rank checks of saving, loading and verifying a queue in slices.
+"""The checks of saving, loading and verifying a queue in slices that every rank runs.
 
-And the lists of all checks of slices by the number of ranks, for test_dist_shard.py.
+The module also has the lists of all checks of slices, by number of ranks, for test_dist_shard.py.
 """
 
 import copy
@@ -33,7 +33,7 @@ from gq_triton.dist.routes.sliced import SlicedQueues
 
 
 def check_resume(rank: int) -> None:
-    """Sliced or whole, saved and loaded either way and in other buckets, bit for bit."""
+    """A sliced run is resumed bit for bit, also with other buckets."""
     for stop in (3, 5):
         ddp, state = sliced(mlp())
         train(ddp, state, range(stop))
@@ -82,7 +82,7 @@ def check_distributed_checkpoint(rank: int, folder: str) -> None:
 
 
 def check_other_world_sizes(rank: int) -> None:
-    """2 ranks, then 4, then 1: sub-groups of the four that run."""
+    """The run goes from 2 ranks to 4 and then to 1, in sub-groups of the four that run."""
     pair = dist.new_group([0, 1])
     alone = [dist.new_group([number]) for number in range(4)]
     contents: list[Any] = [None]

@@ -1,9 +1,9 @@
-# Gradients are there after a backward pass, whatever their types say.
+# Gradients exist after a backward pass, although their types allow None.
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
-"""What each rank counts when a step has several forward passes; see test_dist_shares.py.
+"""The checks of how much a rank counts in a step of several passes; see test_dist_shares.py.
 
-A forward pass here is a view (several before one backward pass) or a micro-batch (each with a
-backward pass of its own). ``sizes[rank][i]`` are the samples of a rank's pass i.
+A forward pass here is a view (several before one backward pass) or a micro-batch (each followed by
+its backward pass). ``sizes[rank][i]`` is the number of samples of a rank's pass i.
 """
 
 import copy
@@ -21,13 +21,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from gq_triton import GradQueue
 from gq_triton.dist import register
 
-# Which of the two heads each pass of each rank runs.
+# The names of the heads that each pass of one rank runs.
 Routes = Sequence[Sequence[str]]
 Sizes = Sequence[Sequence[int]]
 
 
 class Routed(nn.Module):
-    """A body and the heads that a sample is sent through: all of one batch, or by a mask."""
+    """A body and two heads; the mask of a head says which samples go through it."""
 
     def __init__(self, frozen: bool) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Routed(nn.Module):
 
 
 class Twins:
-    """A model under DDP, trained for some steps beside one process that sees all samples."""
+    """A model under DDP, and its judge, the plug-in in one process that sees all samples."""
 
     def __init__(
         self, sizes: Sizes, routes: Sequence[Routes], *, views: bool, frozen: bool = True,
@@ -78,7 +78,7 @@ class Twins:
         return torch.randn(self.sizes[rank][number], 4, generator=generator, dtype=F64)
 
     def masks(self, ranks: Sequence[int], number: int) -> dict[str, Tensor]:
-        """Return which samples of a pass take each head; heads that nobody takes are left out."""
+        """Return the mask of a pass's samples for each head that at least one sample takes."""
         parts = {
             head: [
                 torch.full((self.sizes[r][number],), head in self.routes[r][number], dtype=F64)
@@ -101,7 +101,7 @@ class Twins:
         return torch.cat(parts)
 
     def losses(self, model: nn.Module, ranks: Sequence[int]) -> list[Any]:
-        """Return what computes the loss of each pass."""
+        """Return for each pass a function that computes its loss."""
 
         def loss(number: int) -> Tensor:
             x = torch.cat([self.batch(rank, number) for rank in ranks])
@@ -129,7 +129,7 @@ class Twins:
             last().backward()
 
     def run(self, steps: int = LENGTH + 3) -> None:
-        """Train; every step's gradients must be those of the one process."""
+        """Train; assert that every step's gradients are those of the one process."""
         for _ in range(steps):
             self.backward()
             for (name, p), q in zip(
@@ -165,19 +165,19 @@ def check_a_head_for_each_pass(rank: int) -> None:
 
 
 def check_a_last_layer_in_the_last_pass_only(rank: int) -> None:
-    """Ranks' sizes keep their proportion, so all that several passes reach is exact too."""
+    """The ranks' sizes have one ratio, so parameters that several passes reach are exact too."""
     for views in (False, True):
         routes: list[Routes] = [["a", "ab"], ["a", "ab"]]
         Twins([[8, 4], [2, 1]], routes, views=views, frozen=False).run()
 
 
 def check_ranks_that_use_a_head_in_other_passes(rank: int) -> None:
-    """All batches are of one size: whoever uses a head, in whichever pass, counts one half."""
+    """All batches have one size: a rank counts one half in a head, whichever pass uses it."""
     routes: list[Routes] = [["a", "ab"], ["ab", "ab"]]
     twins = Twins(
         [[4, 6], [4, 6]], routes, views=False, frozen=False, ddp={"find_unused_parameters": True},
     )  # fmt: skip
-    # Sizes differ between the passes for the judge alone, which tells them apart by those.
+    # `Twins.all` tells passes apart by their sizes. Passes of one size need another clusterer.
     twins.sizes = [[4, 4], [4, 4]]
     twins.all = lambda features: torch.cat(  # type: ignore[method-assign]
         [labels_of(twins.step, r, 4) + K * r for r in range(2)]
@@ -187,9 +187,9 @@ def check_ranks_that_use_a_head_in_other_passes(rank: int) -> None:
 
 
 def check_samples_count_where_several_passes_reach_a_parameter(rank: int) -> None:
-    """With the law off: each rank counts by the samples of the passes that reached the parameter.
+    """With the law off, each rank counts by the samples of the passes that reached the parameter.
 
-    No rank knows the others' share of a single micro-batch, so that there is no one process.
+    No rank knows the others' share of a single micro-batch, so no single process is the judge.
     """
     sizes = [[8, 2], [2, 6]]
     shares = {"features": [10 / 18, 8 / 18], "a": [10 / 18, 8 / 18], "b": [2 / 8, 6 / 8]}
@@ -222,7 +222,7 @@ CHECKS = [
 
 
 def run_strictly(rank: int, check: Callable[[int], None]) -> None:
-    """Run a check in which no warning comes: the passes are as many as announced."""
+    """Run a check that must not warn: its passes are as many as ``accumulation_steps``."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(rank)

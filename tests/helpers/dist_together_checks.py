@@ -1,4 +1,4 @@
-"""What a rank says that calls alone what every rank must call; see test_dist_together.py."""
+"""The checks of what a rank says that waits for the others; see test_dist_together.py."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""What both ranks check of Lightning, Accelerate and the Trainer; see test_frameworks.py.
+"""The checks of Lightning, Accelerate and the Trainer on two ranks; see test_frameworks.py.
 
 The examples of docs/frameworks.md are run as they stand there.
 """
@@ -41,7 +41,7 @@ def samples() -> TensorDataset:
 
 
 def check_trained(result: Result, start: nn.Module, steps: int) -> None:
-    """Assert that the hook saw every step, weighted, and left the ranks with the same queue."""
+    """Assert that every step was queued and weighted, and that the ranks have one queue."""
     model, state = result
     digests = [None] * dist.get_world_size()
     dist.all_gather_object(digests, state.digest())
@@ -248,7 +248,7 @@ def alone(rank: int, folder: str) -> None:
         assert state.metrics()["mean_weight"] != 1, name
         named = dict(model.named_parameters())
         assert {key.removeprefix("net.") for key in state.state_dict()["queue"]} == set(named), name
-    # What ends the process expects the group.
+    # The code that ends the process expects a group.
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 

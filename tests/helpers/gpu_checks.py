@@ -1,8 +1,8 @@
-# Gradients are there after a backward pass, whatever their types say.
+# Gradients exist after a backward pass, although their types allow None.
 # pyright: reportOptionalMemberAccess=false
 """One model with every kind of layer, and the loop that trains it on two devices.
 
-Nothing here needs a GPU: everything takes the device.
+Every function takes the device, and none needs a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ from gq_triton import GradQueue
 
 F64 = torch.float64
 LENGTH = 3
-LR = 0.002  # the loss falls: where it grows, rounding does too
+LR = 0.002  # small enough for the loss to fall: where it grows, rounding errors grow too
 # Clusters 1 and 3 are empty.
 LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2, 4])
 TINY = 0.0001  # MiB: every layer becomes a bucket of its own
-# Float64 on both sides: an ulp in every parameter, as from sums of another order, comes to 1e-13 in
-# these runs.
+# Both sides are float64. One ulp in every parameter, as from sums of another order, grows to 1e-13
+# in these runs.
 EXACT = 1e-10
 WIDTH = 300  # the weight `mix` has more elements than one program of the clustered law takes
 
@@ -35,13 +35,13 @@ class Everything(nn.Module):
     def __init__(self, tables: bool = True, recomputes: bool = False) -> None:
         super().__init__()
         self.recomputes = recomputes
-        # No bias here: before a BatchNorm its gradient is 0, and what is computed mere rounding.
+        # No bias here: before a BatchNorm its gradient is 0, and computed values are mere rounding.
         self.conv, self.batch_norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
         self.conv2, self.group_norm = nn.Conv2d(4, 6, 3), nn.GroupNorm(2, 6)
         self.tokens = nn.Embedding(11, 6) if tables else None
         self.mix, self.features = nn.Linear(6, WIDTH), nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 1)
-        # Called with the gradient of an early activation: when the backward pass is almost done.
+        # Called with the gradient of an early activation, when the backward pass is almost done.
         self.late: Callable[[Tensor], None] | None = None
 
     def seen(self, images: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def model(device: str, dtype: torch.dtype = F64, **options: Any) -> Everything:
 def batch(
     step: int, device: str, dtype: torch.dtype = F64, apart: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return images and tokens of ten samples; ``apart`` has them lie around four far points."""
+    """Return images and tokens of ten samples; with ``apart`` they lie around four far points."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(len(LABELS), 3, 8, 8, generator=generator, dtype=F64)
     tokens = torch.randint(0, 11, (len(LABELS), 5), generator=generator)
@@ -80,7 +80,7 @@ def loss_of(module: Any, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def fixed(features: Tensor) -> Tensor:
-    """Return the same clusters on every device, with other samples in them every time."""
+    """Return the same labels on every device and in every step."""
     return LABELS.to(features.device)
 
 
@@ -134,7 +134,7 @@ def compare_runs(runs: tuple[list[Any], list[Any]], rtol: float) -> None:
     ):
         assert_same(labels, labels_)
         assert_near(grads, grads_, rtol)
-        # The kernel hands its sums over in float32: 2**-24 each.
+        # The kernel returns its sums in float32, with an error of 2**-24 each.
         assert metrics.pop("cluster_sizes") == metrics_.pop("cluster_sizes")
         assert metrics == pytest.approx(metrics_, rel=1e-6)
     assert_near(runs[0][-1], runs[1][-1], rtol)
@@ -174,7 +174,7 @@ class Twins:
         self, variant: Any, dtypes: tuple[torch.dtype, ...], devices: tuple[str, ...],
         **options: Any,
     ) -> None:  # fmt: skip
-        # The source of the gradients: both get numbers that both types hold.
+        # The source of the gradients: both devices get numbers that both types can hold.
         self.source = leaves(torch.float32)
         self.params = [
             [moved(leaf, device, dtype, shift=index % 2) for index, leaf in enumerate(self.source)]
@@ -213,7 +213,7 @@ CLUSTERS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Raise where the host waits for the device."""
+    """Raise an error where the host waits for the device."""
     try:
         torch.cuda.set_sync_debug_mode("error")
         yield

@@ -1,8 +1,8 @@
-# Gradients are there after a backward pass, whatever their types say.
+# Gradients exist after a backward pass, although their types allow None.
 # pyright: reportOptionalMemberAccess=false
-"""What spawned ranks check of the model of gpu_checks.py; see test_gpu.py.
+"""The checks that spawned ranks run on the model of gpu_checks.py; see test_gpu.py.
 
-Nothing here needs a GPU: everything takes the device.
+Every function takes the device, and none needs a GPU.
 """
 
 import copy
@@ -40,10 +40,10 @@ from gq_triton.dist import register
 
 
 class Litter:
-    """Makes a race between streams visible.
+    """Delays and NaN that make a race between streams visible.
 
-    The stream of the hook starts late in every step, and late in the backward pass the other one
-    fills memory that was given back too early with NaN.
+    In every step the hook's stream starts late. Late in the backward pass the other stream fills
+    free memory with NaN, which shows where memory was freed too early.
     """
 
     def __init__(self, state: Any, module: Everything, device: str) -> None:
@@ -61,7 +61,7 @@ class Litter:
 
 
 def check_hook(device: str, options: dict[str, Any], **ddp_options: Any) -> None:
-    """One rank: what the plug-in does on the CPU, whatever the streams do; saved state included."""
+    """Assert that one rank does what the plug-in does on the CPU, whatever the streams do."""
     module, twin = model(device), model("cpu")
     ddp = DDP(module, **{"bucket_cap_mb": TINY, **ddp_options})
     state = register(ddp, queue_length=LENGTH, loss_window=2, min_queue_length=2, **options)
@@ -93,7 +93,7 @@ def check_hook(device: str, options: dict[str, Any], **ddp_options: Any) -> None
         assert_near(gradients(module), gradients(twin), EXACT)
         here, there = state.metrics(), queue.metrics()
         for name in ("mean_weight", "norm_ratio", "effective_length"):
-            # The kernel hands its sums over in float32: 2**-24 each.
+            # The kernel returns its sums in float32, with an error of 2**-24 each.
             assert abs(here[name] - there[name]) <= 1e-6 * abs(there[name]), name
     check_saved(state, ddp, device, options, ddp_options)
 
@@ -101,13 +101,13 @@ def check_hook(device: str, options: dict[str, Any], **ddp_options: Any) -> None
 def check_saved(
     state: Any, ddp: DDP, device: str, options: dict[str, Any], ddp_options: dict[str, Any]
 ) -> None:
-    """Through a file into a new run: the same digest, then and two steps later."""
+    """Save the state to a file and load it into a new run; compare at once and two steps later."""
     file = io.BytesIO()
     torch.save(state.state_dict(), file)
     file.seek(0)
     module = copy.deepcopy(ddp.module)
     again = DDP(module, **{"bucket_cap_mb": TINY, **ddp_options})
-    # Every other module has a state of its own: a deep copy of a clustered model has none.
+    # The copy needs a new state: a deep copy of a clustered model has no clusters.
     other = register(again, queue_length=LENGTH, loss_window=2, min_queue_length=2, **options)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other.digest() == state.digest()
@@ -121,7 +121,7 @@ def check_saved(
 
 
 def check_scaled(device: str, options: dict[str, Any]) -> None:
-    """A scaler that is a power of two changes no number; an overflow queues and changes nothing."""
+    """A loss scale of a power of two changes no number, and an overflow changes nothing at all."""
     runs = []
     for scaled in (True, False):
         scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=scaled)
@@ -200,7 +200,7 @@ HOOKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# In one rank: everything that it can show, with the backend that GPUs use.
+# The checks that one rank can run, with the backend that GPUs use.
 ONE_RANK: dict[str, Callable[[str], None]] = {
     "hook, large buckets": lambda device: check_hook(
         device, {}, gradient_as_bucket_view=True, bucket_cap_mb=25
@@ -233,7 +233,7 @@ def halves(features: Tensor) -> Tensor:
 
 
 def two_ranks_on_one_device(rank: int, device: str) -> None:
-    """Over gloo, which takes tensors of a GPU that two ranks share; the judge is one process."""
+    """Compare two ranks that share a device, over gloo, with one process on the CPU."""
     both = {"n_clusters": 2, "features": "features", "clusterer": halves}
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {}), ({"n_clusters": 1}, both)]
     for options, single in pairs:

@@ -30,12 +30,12 @@ MARGIN = 16
 
 @dataclass
 class Guarded:
-    """Makes tensors inside buffers of NaN and checks the NaN afterwards.
+    """A maker of tensors inside buffers of NaN, which checks the NaN afterwards.
 
     Attributes:
         device: where the buffers are.
         shift: elements from a 16-byte boundary to each tensor; 0 gives the aligned specialisation.
-        seed: of the values.
+        seed: the seed of the values.
     """
 
     device: str
@@ -139,7 +139,7 @@ class Clusters:
     """K clusters of known sizes as the kernels take them, and what the oracle says about them.
 
     Attributes:
-        device: of the kernels' tensors.
+        device: the device of the kernels' tensors.
         sizes: samples in each cluster.
         population_power: as in `reference.cluster_gradient`.
         centroid_scale: as in `reference.cluster_gradient`.

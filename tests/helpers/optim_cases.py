@@ -53,7 +53,7 @@ all_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def parameters(dtype=torch.float32, seed=0):
-    """Leaves of every shape and memory order."""
+    """Return leaves of every shape and memory order."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -86,7 +86,7 @@ def small_parameters(dtype=torch.float32, seed=0):
 
 
 def copies(params):
-    """The same values in the same memory order, as leaves of their own."""
+    """Return new leaves with the same values in the same memory order."""
     twins = []
     for param in params:
         twin = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype)
@@ -120,7 +120,7 @@ def train(optimizer, params, steps, start=0, **options):
 
 
 def train_on_losses(optimizer, params, steps):
-    """Steps with a loss that falls by one each time."""
+    """Take steps with a loss that falls by one each time."""
     for step in steps:
         optimizer.record_loss(50.0 - step)
         train(optimizer, params, 1, start=step)
@@ -131,7 +131,7 @@ def save(params, optimizer, path):
 
 
 def resume(folder):
-    """Continue what test_optim_state.py saved, in a process of its own."""
+    """Continue in a new process the runs that test_optim_state.py saved."""
     for name, variant in PAIR.items():
         saved = torch.load(f"{folder}/{name}.pt", weights_only=True)
         params = parameters(seed=1)
@@ -149,7 +149,7 @@ def values(params):
 
 
 def snapshot(optimizer):
-    """Parameters, gradients and state, to be compared with a later snapshot."""
+    """Return copies of parameters, state and losses, to be compared with a later snapshot."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = {
         index: {key: value.clone() for key, value in optimizer.state[p].items()}
@@ -161,7 +161,7 @@ def snapshot(optimizer):
 
 
 def assert_same(left, right):
-    """Equal bit for bit, through lists, dicts and tensors."""
+    """Assert equality bit for bit, through lists, dicts and tensors."""
     torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
 
 

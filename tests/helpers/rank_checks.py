@@ -1,4 +1,4 @@
-"""Gives every check that runs on all ranks a test id of its own."""
+"""The test ids of the checks that run on all ranks, one for each check."""
 
 import inspect
 from collections.abc import Callable, Sequence

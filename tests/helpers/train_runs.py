@@ -1,4 +1,4 @@
-"""Starts launch/train.py in many processes and compares what the runs left behind."""
+"""Runs of launch/train.py in many processes, and the comparison of what they left behind."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from gq_triton.testing import PRELOAD, server
 from gq_triton.training.checkpoints import load_newest_checkpoint
 from gq_triton.training.metrics import read_metrics
 
-# What every run of train.py imports: most of its seconds.
+# Modules that every run of train.py imports: the imports take most of its time.
 PRELOAD.extend(["sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"])
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 # 6 steps per epoch, the last of them smaller and, with 2 ranks, of unequal shares.
 SHORT = ("--device", "cpu", "--epochs", "4", "--batch-size", "256", "--loss-window", "3")
 
-# Runs train.py, but first lets FATAL(), which a test fills in, replace what is to go wrong.
+# A script that runs train.py. A test puts the code that makes the run fail in the place of FATAL.
 WRAPPED = f"""
 import os, runpy, signal, sys
 import torch
@@ -40,7 +40,7 @@ sys.argv[0] = {str(SCRIPT)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# Dies in a step: of every rank and attempt, unless the condition says otherwise.
+# Code that kills a process in a step; the condition selects the ranks and the attempts.
 DIES_IN_A_STEP = """
 class Mortal(torch.optim.SGD):
     steps = 0
@@ -64,11 +64,11 @@ def free_port() -> int:
 def finish(
     commands: list[list[str]], envs: Sequence[Mapping[str, str]], timeout: float = 300
 ) -> list[tuple[int, str]]:
-    """Run commands side by side; return exit codes and what they said. None outlives the call."""
+    """Run commands at once; return exit codes and outputs. No process outlives the call."""
     with ExitStack() as stack:
         done = []
         for command, env in zip(commands, envs, strict=True):
-            # A file: nobody reads a pipe while others are waited for.
+            # The output goes to a file: a full pipe would block a process that nobody reads yet.
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             process = subprocess.Popen(
                 command,
@@ -103,7 +103,7 @@ def torchrun(
 
 
 def start(ranks: int, script: Path, *args: object) -> list[int]:
-    """Do what torchrun does without its seconds; return the exit codes."""
+    """Run a script as torchrun does, without the time that torchrun takes; return exit codes."""
     return [code for code, _ in start_and_listen(ranks, script, *args)]
 
 
