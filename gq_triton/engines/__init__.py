@@ -101,7 +101,7 @@ def _check_triton(device_type: str) -> None:
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             'backend="triton" needs a GPU, got tensors on cpu: use backend="auto", '
-            "or set TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow)"
+            "or set TRITON_INTERPRET=1 before you start Python, to interpret the kernels (slow)"
         )
 
 

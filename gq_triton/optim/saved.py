@@ -121,7 +121,7 @@ class _Each:
 
 def _repeated(saved: Mapping[str, Any]) -> str | None:
     keys = [key for group in saved["param_groups"] for key in group["params"]]
-    return None if len(set(keys)) == len(keys) else "params of param_groups names one twice"
+    return None if len(set(keys)) == len(keys) else "params of param_groups names a parameter twice"
 
 
 def _group_rule(
