@@ -79,8 +79,8 @@ measured norm ratio; on Adam, which divides by the gradient's size, the same lea
 <i>Hurts</i> means worse than the tuned baseline.
 <i>Undecided</i> means that the study is too small for verdicts, which is said with it, or that the
 difference's own 95&nbsp;% interval excludes 0, but not the wider one of the verdict.
-<i>No difference</i> means that these seeds show none; the interval says how large one may still
-hide.</p>
+<i>No difference</i> means that these seeds show none; the interval says how large a difference may
+still be.</p>
 <p>Controls are not tuned: they run at the arm's own tuned settings with one thing changed. What an
 arm does no better than is listed after "not beyond".</p>
 <details><summary>Controls</summary><table>
