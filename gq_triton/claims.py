@@ -85,8 +85,8 @@ def _rival(param: Tensor, owner: object, door: str) -> _Claim | None:
 _ONE = "keep one of the two"
 _MESSAGES = {
     (ATTACH, ATTACH): (
-        "GradQueue is attached already to these parameters, and a second one would weight them "
-        "twice: call remove() on the first handle"
+        "GradQueue is attached already to these parameters, and a second one would weight twice: "
+        "call remove() on the first handle"
     ),
     (ATTACH, OPTIMIZER): (
         f"GradQueue.attach weights these parameters already, and {OPTIMIZER} would weight them a "
