@@ -1,7 +1,7 @@
 # Gradients are there after a backward pass, whatever their types say.
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false
-"""Autocast: the types of a model without the plug-in, and sums that it does not narrow."""
+"""Autocast: a model has the same types as without the plug-in, and sums are not narrowed."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ def inputs(kind):
 
 @pytest.mark.parametrize("kind", [MLP, GPT, ViT, lambda: ResNet(lambda c: nn.GroupNorm(2, c))])
 def test_a_backward_pass_inside_autocast_narrows_nothing(kind):
-    """Per-sample sums lie in float32, and a product of those would be formed in bfloat16."""
+    """Per-sample sums are in float32. Autocast would form products of them in bfloat16."""
     torch.manual_seed(0)
     models = [kind()]
     models.append(copy.deepcopy(models[0]))
@@ -51,7 +51,7 @@ def test_a_backward_pass_inside_autocast_narrows_nothing(kind):
 
 
 class Context:
-    """What an autograd function sees; only the input's gradient is wanted."""
+    """The context of an autograd function of which only the input's gradient is wanted."""
 
     needs_input_grad = (True, *[False] * 6)
     saved_tensors: tuple[Any, ...] = ()
@@ -61,7 +61,7 @@ class Context:
 
 
 class Types(TorchDispatchMode):
-    """Notes the types that the normalisations get which take no mixture on a GPU."""
+    """A mode that notes the types given to the normalisations that take no mixture on a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ class Types(TorchDispatchMode):
 
 Layer = tuple[Callable[..., Tensor], Any, tuple[Any, ...]]
 CALL = None, None
-# The plain layer of input, weight and bias; ours; what ours takes beside these.
+# The plain layer of input, weight and bias; our function; the further arguments of our function.
 LAYERS: dict[str, Layer] = {
     "layer": (lambda x, *p: F.layer_norm(x, (8,), *p), norm._LayerNorm, (1e-5, CALL)),
     "rms": (lambda x, *p: F.rms_norm(x, (8,), *p), norm._RMSNorm, (None, CALL)),
@@ -90,7 +90,7 @@ LAYERS: dict[str, Layer] = {
 
 @contextmanager
 def autocast_of_a_gpu() -> Iterator[None]:
-    """``torch.autocast("cuda")`` refuses without one."""
+    """Enable autocast for CUDA; ``torch.autocast("cuda")`` refuses to without a GPU."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     try:
         torch.set_autocast_enabled("cuda", True)
@@ -101,13 +101,13 @@ def autocast_of_a_gpu() -> Iterator[None]:
         torch.set_autocast_dtype("cuda", before[1])
 
 
-# Of torch's rms_norm, the plain layer's too, where autocast does not list it (2.11).
+# The warning is that of torch's rms_norm, in the plain layer too, where autocast lacks it (2.11).
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
 @pytest.mark.parametrize("weight_type", [torch.float32, BF16])
 @pytest.mark.parametrize("input_type", [torch.float32, BF16])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_types_on_a_gpu_are_those_of_the_plain_layer(kind, input_type, weight_type):
-    """Fake tensors go through the lists of CUDA's autocast on any machine."""
+    """Fake tensors are subject to the lists of CUDA's autocast on any machine."""
     plain, function, rest = LAYERS[kind]
     types, context = Types(), Context()
     with FakeTensorMode(), torch.no_grad(), types:
@@ -119,7 +119,7 @@ def test_types_on_a_gpu_are_those_of_the_plain_layer(kind, input_type, weight_ty
             expected = plain(x, *params)
             out = function.forward(context, x, *params, *rest)
         assert out.dtype == expected.dtype
-        assert context.saved_tensors[0].dtype == input_type  # as narrow as it came
+        assert context.saved_tensors[0].dtype == input_type  # saved in the type it came in
         grad = function.backward(context, torch.empty_like(out))[0]
-    assert grad.dtype in (input_type, out.dtype)  # the engine makes it the input's
+    assert grad.dtype in (input_type, out.dtype)  # autograd converts it to the input's type
     assert all(len(seen) == 1 for seen in types.seen), types.seen

@@ -1,5 +1,5 @@
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportCallIssue=false
-"""Which dimension the samples lie along, and what a batch too small for its clusters is told."""
+"""Time-major batches are refused, and batches with too few samples are warned of."""
 
 import warnings
 
@@ -13,7 +13,7 @@ TIME, BATCH = 10, 12
 
 
 class Pooled(nn.Module):
-    """A vector per sample from features with positions; all layers see both dimensions."""
+    """A model with features at every position and one output per sample."""
 
     def __init__(self, time_major):
         super().__init__()
@@ -24,7 +24,7 @@ class Pooled(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer whose batch is the second dimension, fed rightly or not."""
+    """A model whose recurrent layer takes its batch in dimension 1, rightly or wrongly fed."""
 
     def __init__(self, time_major):
         super().__init__()

@@ -25,7 +25,7 @@ class Conv1D(nn.Module):
 
 Conv1D.__module__ = "transformers.pytorch_utils"
 
-# A layer, its input, and what torch calls that.
+# A layer, the shape of its input, and torch's name of the input.
 CASES = {
     "linear": (lambda: nn.Linear(4, 6), (8, 4), "input"),
     "linear, positions": (lambda: nn.Linear(4, 6), (8, 3, 4), "input"),
@@ -53,7 +53,7 @@ class Called(nn.Module):
 
 
 def compare(model, batch, run):
-    """With rho 1 the gradients are torch's own."""
+    """Check that the gradients are torch's own with rho 1."""
     plain = copy.deepcopy(model)
     queue = GradQueue(model, n_clusters=2, features="layer", rho=1.0)
     queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))

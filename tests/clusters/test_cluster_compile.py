@@ -45,7 +45,7 @@ def judged(kind, **options):
 
 
 def compiled_steps(judge, compiled, make_batch, run=losses):
-    """The model runs compiled, its oracle as it is."""
+    """Run steps of the compiled model and of its oracle, which is not compiled."""
     batches = [make_batch() for _ in range(5)]
     judge.steps(lambda m, b: run(compiled if m is judge.model else m, b), batches)
 
@@ -69,7 +69,7 @@ def test_one_graph_and_the_oracles_numbers(case):
 
 
 def unannounced(graph, inputs):
-    """Trace as torch does before 2.13, and threads of the engine may: no flag says so."""
+    """Trace with the compiling flag off, as torch before 2.13 and threads of its engine may."""
     flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, False
     try:
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
@@ -158,7 +158,7 @@ def test_evaluation_and_layers_outside_the_model():
         torch.compile(judge.model.head, backend="aot_eager")(torch.zeros(2, 12, dtype=F64))
 
 
-# Dynamo's own, with any model whose blocks are compiled one by one.
+# The warning is Dynamo's: it comes with any model whose blocks are compiled one by one.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_blocks_compiled_one_by_one_share_their_graph():
     class Deep(nn.Module):
@@ -189,7 +189,7 @@ def test_steps_go_with_their_graphs():
             judge.optimizer.zero_grad()
             losses(model, vectors()).mean().backward()
             judge.optimizer.step()
-            losses(model, vectors())  # a forward pass that nothing comes of
+            losses(model, vectors())  # a forward pass without a backward pass
             counts.append(len(passes._steps))
     assert counts[1:4] == counts[1:2] * 3
     assert counts[5:] == counts[5:6] * 3

@@ -20,7 +20,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class Tied(nn.Module):
-    """Bart and Gemma: an embedding with a ``forward`` of its own, tied to the head."""
+    """An embedding that overrides ``forward``, tied to the head, as in Bart and Gemma."""
 
     def __init__(self, embedding=ScaledEmbedding):
         super().__init__()
@@ -33,7 +33,7 @@ class Tied(nn.Module):
 
 
 class Bypassed(Tied):
-    """The head uses the table's weight, not a layer."""
+    """A model whose head uses the table's weight without a layer."""
 
     def __init__(self):
         super().__init__(nn.Embedding)
@@ -45,7 +45,7 @@ class Bypassed(Tied):
 
 
 class TiedAndBypassed(Tied):
-    """Two clustered uses of the table, and one that is not."""
+    """A model with two uses of the table in layers, and one without a layer."""
 
     def __init__(self):
         super().__init__(nn.Embedding)
@@ -55,7 +55,7 @@ class TiedAndBypassed(Tied):
 
 
 class NeverCalled(nn.Module):
-    """The last weight is a layer's, but nobody calls the layer."""
+    """A model that uses the weight of its last layer without calling the layer."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class NeverCalled(nn.Module):
 
 
 class WholeJudge(Judge):
-    """An oracle that takes some parameters' gradients as those of one cluster."""
+    """A judge whose oracle takes the gradients of some parameters as those of one cluster."""
 
     def __init__(self, model, whole, **options):
         super().__init__(model, LABELS, 5, **options)
@@ -126,7 +126,7 @@ def test_uses_past_the_layer_make_a_parameter_one_cluster(case, compiled):
     judge = judged(kind, whole, compiled)
     with pytest.warns(UserWarning, match=f"without clusters.*{whole[0]}.*% of the trainable"):
         judge.steps(judge.run, batches(1))
-    judge.steps(judge.run, batches()[1:])  # said once
+    judge.steps(judge.run, batches()[1:])  # the warning comes once
     judge.assert_queued()
     for name, how in judge.queue.report().items():
         assert how.startswith("whole batch (used past " if name in whole else "clusters ("), name
@@ -153,14 +153,14 @@ def test_a_penalty_on_the_weights_belongs_to_no_cluster():
     with pytest.warns(UserWarning, match=r"0\.weight"):
         judge.steps(run, inputs)
     judge.assert_queued()
-    # Each step is told by itself: without the penalty the parameter is clustered again.
+    # Each step is judged by itself: without the penalty the parameter is clustered again.
     judge.whole = []
     judge.steps(square, inputs)
     assert judge.queue.report()["0.weight"] == "clusters (Linear)"
 
 
 def test_a_hook_of_the_user_sees_the_weighted_gradient():
-    """Whether it was there before the plug-in or came later."""
+    """The order in which hook and plug-in were registered does not matter."""
     torch.manual_seed(0)
     model, seen = nn.Sequential(nn.Linear(6, 4)).to(F64), []
     model[0].weight.register_hook(lambda grad: seen.append(grad.clone()))

@@ -3,7 +3,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
-"""One backward pass gives what K of them give, weighted by the oracle."""
+"""One backward pass gives the same gradients as K passes whose means the oracle weights."""
 
 import copy
 
@@ -17,7 +17,7 @@ from torch import nn
 from gq_triton import GradQueue, reference
 
 F64 = torch.float64
-LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])  # cluster 1, 3 empty, 4 has one sample
+LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])  # clusters 1 and 3 are empty, 4 has one sample
 
 
 def images(count=5, batch=9):
@@ -57,7 +57,7 @@ def test_whole_models_agree_with_one_pass_per_cluster(case, backend):
 
 
 class Small(nn.Module):
-    """A weight gradient, a table's rows, and sums of a channel: what every engine has to give."""
+    """A model with all kinds of sums of an engine: a weight, a table's rows, a channel."""
 
     def __init__(self):
         super().__init__()
@@ -68,12 +68,12 @@ class Small(nn.Module):
         return self.features(torch.tanh(self.norm(self.table(tokens).transpose(1, 2))).mean(dim=2))
 
 
-# The interpreter computes both sides of a choice: the weight of a constant queue is z / 0 there.
+# The interpreter computes both sides of tl.where: one of them is z / 0 for a constant queue.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("match_norm", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
 def test_every_backend_runs_the_whole_plug_in(backend, match_norm):
-    """Triton's on the CPU by its interpreter."""
+    """Triton runs on the CPU in its interpreter."""
     torch.manual_seed(0)
     models = [Small().to(F64)]
     models.append(copy.deepcopy(models[0]))
@@ -94,7 +94,7 @@ def test_every_backend_runs_the_whole_plug_in(backend, match_norm):
         assert metrics.pop("cluster_sizes") == [4, 0, 4, 0, 1]
         runs.append((dict(model.named_parameters()), metrics))
     assert runs[0][1]["mean_weight"] != 1
-    # A kernel hands its sums over in float32: 2**-24 each, half of it in the root of a norm.
+    # A kernel returns its sums in float32: an error of 2**-24 each, half of it in a norm's root.
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-6)
     rtol = 1e-6 if match_norm else 1e-10
     for name, param in runs[0][0].items():
@@ -146,7 +146,7 @@ def test_the_names_of_the_clusters_do_not_matter():
 
 
 def test_batch_norm_reads_each_cluster_by_its_rows():
-    """Clusters add up to the batch's gradient, and each is the gradient its rows contribute."""
+    """A cluster's gradient is that of its rows, and the clusters add up to the batch's."""
     torch.manual_seed(0)
     model = ResNet(nn.BatchNorm2d).to(F64)
     twin = copy.deepcopy(model)
@@ -199,7 +199,7 @@ def test_layers_drawn_at_random(data):
 
 
 def test_gradient_accumulation_is_one_larger_batch():
-    """A micro-batches of K clusters equal one batch of A * K clusters."""
+    """Check that A micro-batches of K clusters equal one batch of A * K clusters."""
     torch.manual_seed(0)
     batches = [x.flatten(1)[:, :6] for x in images(5, batch=12)]
     labels = [torch.tensor([0, 1, 1, 0, 2, 0]), torch.tensor([1, 1, 0, 2, 2, 2])]
@@ -278,7 +278,7 @@ def test_a_summed_loss_and_a_last_batch_of_another_size():
 
 
 def test_sample_weights_say_how_samples_count():
-    """A mean per token over sequences of unequal length weights samples by their tokens."""
+    """A mean over the tokens of sequences of unequal length weights samples by their tokens."""
     torch.manual_seed(0)
     model = MLP().to(F64)
     weights = torch.tensor([1.0, 2, 3, 1, 5, 2, 2, 1, 4], dtype=F64)
@@ -333,7 +333,7 @@ def test_the_conv1d_of_gpt2_is_a_linear_layer_with_a_transposed_weight():
 
 @pytest.mark.slow
 def test_gpt2_of_transformers():
-    """Tied head, ``Conv1D``, and positions that are given for every sample."""
+    """GPT-2 has a tied head and ``Conv1D`` layers; its positions are given for every sample."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -349,7 +349,7 @@ def test_gpt2_of_transformers():
 
     judge.steps(run, [torch.randint(0, 20, (9, 5)) for _ in range(5)])
     kinds = {"clusters (Linear)", "clusters (Conv1D)", "clusters (Embedding)"}
-    # The head's weight is the token table's: named once.
+    # The head's weight is that of the token table, and is named once.
     assert set(judge.queue.report().values()) - kinds == {"clusters (LayerNorm)"}
     loss = judge.model(torch.randint(0, 20, (9, 5))).logits.square().mean()
     with pytest.raises(RuntimeError, match=r"transformer\.wpe looked up indices of shape \(1, 5\)"):

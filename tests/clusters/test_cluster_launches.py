@@ -1,4 +1,4 @@
-"""How many operations a clustered step is made of: on a GPU each costs the host time."""
+"""The number of operations in a clustered step: on a GPU each one costs the host time."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ from gq_triton.grouping import Groups
 from gq_triton.options import ClusterOptions
 
 F64 = torch.float64
-# Operations that only look at memory in another way, or set it aside.
+# Operations that only make views or allocate memory.
 FREE = {
     "_local_scalar_dense", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like",
     "empty_strided", "expand", "lift_fresh", "new_empty", "permute", "promote_types", "resize_",
@@ -27,13 +27,13 @@ FREE = {
 
 @pytest.fixture
 def launches_cost(monkeypatch):
-    """Let the CPU take the way that is meant for devices where launches cost."""
+    """Make the CPU run the code for devices where each launch costs the host time."""
     for module in (linear, conv):
         monkeypatch.setattr(module, "launches_cost", lambda tensor: True)
 
 
 class Counting(TorchDispatchMode):
-    """Counts what would be a launch on a GPU."""
+    """A mode that counts the operations that would be launches on a GPU."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -41,7 +41,7 @@ class Counting(TorchDispatchMode):
         from triton.runtime import interpreter
 
         def launch(grid, *args, **kwargs):
-            """Count a kernel and do not run it: its results are what was in memory."""
+            """Count a kernel without running it: its results are whatever memory holds."""
             self.counts[grid.fn.__name__] += 1
 
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
@@ -75,16 +75,17 @@ def count(monkeypatch, blocks, clusters=5):
 
 @pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled here, for CUDA.")
 def test_launches_of_a_step(monkeypatch, launches_cost):
-    """Linear and LayerNorm with two parameters each: forward, input, sums, two launches to weight.
+    """A block of a Linear and a LayerNorm, two parameters each, takes 20 launches.
 
-    Linear: 1 forward, 1 input, 4 the weight's sums, 2 the bias's, 4 to weight both. LayerNorm: 1, 1
-    and 2 sums, 4. So 20 for a block, however many clusters there are.
+    Linear: 1 for the forward pass, 1 for the input's gradient, 4 for the weight's sums, 2 for the
+    bias's sums, 4 to weight both. LayerNorm: 1, 1, 2 for the sums of both, 4. The number does not
+    depend on that of the clusters.
     """
     two, four = count(monkeypatch, 2), count(monkeypatch, 4)
     assert four[0] - two[0] <= 2 * 20
-    # Loss, optimizer, and the clusters of the batch: half of it numbers per cluster on the host.
+    # For loss, optimizer and the clusters of the batch. Half are numbers per cluster on the host.
     assert two[0] <= 2 * 20 + 60
-    # Flags, the look for values that are not finite, one copy, counters, the statistics.
+    # Flags, the check for values that are not finite, one copy, counters, the statistics.
     assert four[1] == two[1] <= 5
 
 
@@ -138,7 +139,7 @@ def test_padding_is_for_small_layers_and_even_clusters():
 
 
 def test_a_table_with_more_rows_than_lookups():
-    """Only the rows that were looked up are weighted; the padding row gets nothing."""
+    """Only the rows that were looked up are weighted. The padding row gets no gradient."""
 
     class Table(nn.Module):
         def __init__(self):

@@ -70,7 +70,7 @@ def test_a_layer_used_twice_in_checkpointed_segments(use_reentrant):
         def forward(self, x):
             x = self.features(x).relu()
             for _ in range(2):
-                # torch.autograd.grad, which the oracle calls, knows the other kind only.
+                # The oracle calls torch.autograd.grad, which supports only the other kind.
                 reentrant = use_reentrant and self is judge.model
                 x = checkpoint(self.shared, x, use_reentrant=reentrant).relu()
             return self.head(x)
@@ -185,7 +185,7 @@ def test_grad_scaler_changes_no_number():
 
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_an_optimizer_that_skips_by_itself_queues_nothing_then(unscaled):
-    """A fused one learns on the device that its step is to be skipped, and every step is taken."""
+    """A fused optimizer reads on the device that a step is skipped; the host calls every step."""
     model = make()
     queue = GradQueue(
         model, n_clusters=5, features="features", queue_length=3, clusterer=lambda f: LABELS
@@ -198,7 +198,7 @@ def test_an_optimizer_that_skips_by_itself_queues_nothing_then(unscaled):
         optimizer.zero_grad()
         scaler.scale(square(model, batch).mean()).backward()
         if number == 4:
-            model.head.weight.grad[0, 0] = torch.inf  # the other parameters' are finite
+            model.head.weight.grad[0, 0] = torch.inf  # the others are finite
         if unscaled:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -212,7 +212,7 @@ def test_an_optimizer_that_skips_by_itself_queues_nothing_then(unscaled):
 
 @pytest.mark.parametrize("kind", [MLP, GPT, lambda: ResNet(lambda c: nn.GroupNorm(2, c))])
 def test_autocast_bfloat16(kind):
-    """The weighted gradient is float32 and near that of float32, as plain autocast's is."""
+    """The weighted gradient is float32, and as near to that of float32 as plain autocast's is."""
     torch.manual_seed(0)
     model = kind()
     plain = copy.deepcopy(model)
@@ -235,7 +235,7 @@ def test_autocast_bfloat16(kind):
 
 @pytest.mark.parametrize("kind", [MLP, GPT, lambda: ResNet(nn.BatchNorm2d)])
 def test_autocast_float16_with_a_scaler_and_clipping(kind):
-    """The loop of mixed precision as torch documents it, an overflow on the way."""
+    """The loop is that of torch's documentation of mixed precision, with one overflow."""
     torch.manual_seed(0)
     model = kind()
     plain = copy.deepcopy(model)
@@ -390,7 +390,7 @@ def test_k_means_is_the_default_and_the_generator_is_left_alone():
 
 
 def test_a_saved_plug_in_goes_on_bit_for_bit():
-    """k-means too: its centres and its generator."""
+    """The saved state holds the centres and the generator of k-means too."""
     inputs = [torch.randn(40, 6, dtype=F64) for _ in range(8)]
 
     def train(model, queue, optimizer, of):

@@ -1,5 +1,5 @@
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false
-"""A second sink: what layers give is each cluster's gradient, whatever becomes of it."""
+"""A second sink gets each cluster's gradient from the layers, and does not weight it."""
 
 import copy
 
@@ -16,7 +16,7 @@ LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])
 
 
 class Collect:
-    """Keeps the mean gradients of the K clusters and leaves ``p.grad`` as torch computes it."""
+    """A sink that keeps the K mean gradients and leaves ``p.grad`` as torch computes it."""
 
     backend = "torch"
 

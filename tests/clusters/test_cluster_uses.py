@@ -1,7 +1,7 @@
 # Gradients, layers and labels are there after a backward pass, whatever their types say.
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportIndexIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportAttributeAccessIssue=false
-"""What uses of layers and passes do to the gradients and the queue, and whose model it is."""
+"""Layers and forward passes used several times or not at all, and several owners of a model."""
 
 import copy
 import gc
@@ -42,12 +42,12 @@ def plug(model, **options):
 
 
 def newest(queue, step):
-    """The gradient that was queued last, by name."""
+    """Return the gradients that were queued last, by parameter name."""
     return {name: ring[step % 3] for name, ring in queue.state_dict()["queue"].items()}
 
 
 def assert_queued_is_grad(queue, model, step):
-    """With rho = 1 what is queued is what the optimizer used."""
+    """Check, with rho = 1, that the queued gradients are those that the optimizer used."""
     for name, ring in newest(queue, step).items():
         torch.testing.assert_close(ring, model.get_parameter(name).grad, rtol=1e-10, atol=1e-13)
 
@@ -162,7 +162,7 @@ def test_models_go_when_nobody_holds_them():
 
 
 class Positions(nn.Module):
-    """nanoGPT's way: one lookup of the positions for all samples."""
+    """A model that looks up positions once for all samples, as nanoGPT does."""
 
     def __init__(self, shape):
         super().__init__()
@@ -201,12 +201,12 @@ def test_rms_norm_of_half_types_is_torchs_own(dtype):
 
 
 def test_labels_of_the_host_go_to_the_features(monkeypatch):
-    """Those of scikit-learn lie there; ``meta`` stands for a GPU."""
+    """Labels of scikit-learn are on the host. The device ``meta`` stands for a GPU."""
     queue, _, _ = plug(make())
     clusters = queue._clusters
     seen = []
     monkeypatch.setattr(Groups, "of", lambda *args: seen.append(args))
-    clusters.kmeans = object()  # no look at the labels
+    clusters.kmeans = object()  # the values of the labels are not read
     clusters.assign(Step(clusters.assign, features=torch.zeros(9, 6, device="meta")))
     assert seen[0][0].device.type == "meta"
 

@@ -27,7 +27,7 @@ def normal(seed, *shape, dtype=torch.float64):
 
 
 def blobs(seed, n_samples, n_features, n_clusters, spread=0.3, dtype=torch.float64):
-    """Samples around random centres, and their true labels, shuffled."""
+    """Return samples around random centres, and their true labels, shuffled."""
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(n_clusters, n_features, generator=generator, dtype=dtype)
     labels = torch.randint(n_clusters, (n_samples,), generator=generator)
@@ -36,7 +36,7 @@ def blobs(seed, n_samples, n_features, n_clusters, spread=0.3, dtype=torch.float
 
 
 def naive_lloyd(x, centers, max_iter, tol=0.0):
-    """The oracle: Lloyd's loop with relocation, one sample and one cluster at a time."""
+    """Run the oracle, Lloyd's loop with relocation, one sample and one cluster at a time."""
     x, centers = x.double(), centers.double().clone()
     limit = tol * x.var(0, correction=0).mean()
     previous = None
@@ -79,7 +79,7 @@ def fit(x, centers, max_iter=50, tol=0.0, **options):
 
 
 def assert_same(model, labels, centers, inertia, scale=1.0, tol=1e-9, names=True):
-    """Equal labels, centres and inertia; names=False: up to what the clusters are called."""
+    """Check for equal labels, centres and inertia; names=False allows another order of clusters."""
     labels, centers = torch.as_tensor(labels).long(), torch.as_tensor(centers)
     ours = model.cluster_centers_
     if names:
@@ -127,7 +127,7 @@ def test_equals_sklearn_when_clusters_start_empty(seed, n_clusters, n_far, n_fea
 @quick
 @given(seeds, st.integers(3, 6), st.integers(1, 3), st.integers(1, 8))
 def test_equals_sklearn_when_relocation_empties_a_cluster(seed, n_blob, n_features, max_iter):
-    # The lone sample of cluster 1 is the farthest from its centre, and cluster 2 is empty.
+    # The only sample of cluster 1 is the farthest from its centre, and cluster 2 is empty.
     x = normal(seed, n_blob + 1, n_features) * 0.1
     x[0] += 20
     start = torch.zeros(3, n_features, dtype=x.dtype)

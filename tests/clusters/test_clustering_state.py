@@ -115,7 +115,7 @@ def test_warm_start_begins_at_the_last_centers_and_cold_start_at_init():
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails on the operations that make the host wait for a CUDA device."""
+    """A mode that fails on operations that make the host wait for a CUDA device."""
 
     forbidden = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "equal")
 
@@ -127,7 +127,7 @@ class NoHostReads(TorchDispatchMode):
 
 @contextmanager
 def as_on_a_device(monkeypatch):
-    """The path that a CUDA device takes, on the CPU."""
+    """Run the code for a CUDA device on the CPU."""
     with monkeypatch.context() as patch:
         patch.setattr(kmeans, "_host_may_read", lambda tensor: False)
         yield
@@ -158,7 +158,7 @@ def test_nan_on_a_device_is_raised_asynchronously(monkeypatch):
 
 
 def test_tensors_without_data_pass_through():
-    """No value is read, no tensor made elsewhere: what can be told of a GPU without one."""
+    """No value is read and no tensor is made on another device, as a GPU requires."""
     x = torch.empty(32, 5, device="meta")
     frame = kmeans._Frame(x.new_empty(()), x.mean(0))
     start = kmeans._plus_plus(x, 4, torch.Generator())

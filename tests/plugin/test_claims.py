@@ -78,11 +78,11 @@ def test_attach_and_our_optimizers():
         GQSGD(net.parameters(), lr=0.1)
     handle.remove()
     optimizer = GQSGD(net.parameters(), lr=0.1)
-    again = GQSGD(net.parameters(), lr=0.2)  # one that takes the first one's place
+    again = GQSGD(net.parameters(), lr=0.2)  # an optimizer that replaces the first one
     with pytest.raises(ValueError, match=r"already, and GradQueue\.attach would"):
         GradQueue(net).attach(sgd(net))
     del optimizer, again
-    GradQueue(net).attach(sgd(net))  # those that are gone weight nothing
+    GradQueue(net).attach(sgd(net))  # optimizers that are gone have no claims
 
 
 def test_one_attach_for_each_part_of_a_model():
@@ -97,7 +97,7 @@ def test_one_attach_for_each_part_of_a_model():
 
 
 def test_clusters_attached_before_ddp_wraps():
-    """Every rank would queue gradients of its own: the first forward pass says so."""
+    """Every rank would queue its own gradients only, so the first forward pass is refused."""
     with one_rank():
         net = model()
         handle = GradQueue(net, **CLUSTERS).attach(sgd(net))
@@ -110,7 +110,7 @@ def test_clusters_attached_before_ddp_wraps():
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As Accelerate's: an optimizer by type, without what torch's constructor sets up."""
+    """A wrapper as Accelerate's: an optimizer by type that never called torch's constructor."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer

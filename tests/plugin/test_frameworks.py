@@ -1,4 +1,4 @@
-"""The hook where people train: the examples of docs/frameworks.md, with two ranks on the CPU."""
+"""The hook in training frameworks: the examples of docs/frameworks.md, two ranks on the CPU."""
 
 import os
 
@@ -8,7 +8,7 @@ from train_runs import free_port
 
 from gq_triton.testing import spawn
 
-# What torchrun tells its processes, and nothing is looked for on a network.
+# Variables that torchrun sets for its processes, and those that keep libraries off the network.
 WORLD = {
     "WORLD_SIZE": "2",
     "LOCAL_WORLD_SIZE": "2",
@@ -32,7 +32,7 @@ def test_frameworks_train_save_and_resume(tmp_path, monkeypatch):
 
 
 def one_process(rank, folder):
-    for name in (*WORLD, "MASTER_PORT", "RANK", "LOCAL_RANK"):  # what the ranks above were told
+    for name in (*WORLD, "MASTER_PORT", "RANK", "LOCAL_RANK"):  # set for the ranks above
         os.environ.pop(name, None)
     os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     alone(rank, folder)

@@ -1,6 +1,6 @@
 # Gradients and labels are there after a backward pass, whatever their types say.
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
-"""What users rely on, end to end on one GPU: the same numbers as on the CPU, and no waiting."""
+"""The package end to end on one GPU: the same numbers as on the CPU, and no host wait."""
 
 import io
 import json
@@ -43,12 +43,12 @@ DEVICE = "cuda"
 KINDS = ("sgd-nesterov", "sgd-dampening", "adamw", "adamw-all")
 PAIR = ("sgd-nesterov", "adamw")
 RHO, SLOTS, STEPS = 3.0, 5, 11
-# Steps times lr / (1 - momentum) times rho times the largest gradient: no element travels farther.
+# Steps times lr / (1 - momentum) times rho times the largest gradient: no element moves farther.
 REACH = STEPS * 1.0 * RHO * 5
 
 
 def near(dtype: torch.dtype) -> float:
-    """Return how far a parameter may be off: each weight has so many ulps of its own size."""
+    """Return the tolerance of a parameter: each weight may be off by some ulps of its size."""
     return weight_ulps(RHO, SLOTS) * torch.finfo(dtype).eps * REACH
 
 
@@ -75,7 +75,7 @@ def test_optimizers_equal_those_of_the_cpu_in_float64(kind, dtype, options):
 def test_match_norm_gives_the_numbers_of_the_cpu(kind):
     twins = Twins(VARIANTS[kind], (F64, F64), (DEVICE, "cpu"), match_norm=True)
     twins.run(range(STEPS))
-    # The kernel hands the norms over in float32: 2**-24 each, half of it in the root.
+    # The kernel returns the norms in float32: an error of 2**-24 each, half of it in the root.
     twins.compare(torch.finfo(torch.float32).eps * REACH)
 
 
@@ -87,8 +87,8 @@ def test_without_the_law_and_in_warm_up_they_are_torchs_optimizers(kind, rho, st
     twins.optimizers[1].record_loss = lambda loss: None
     twins.run(range(steps))
     for actual, expected in zip(*twins.params, strict=True):
-        # Decay, momentum, average and update: four roundings a step that a fused multiply-add may
-        # leave out, at the size of parameter and gradient.
+        # Decay, momentum, average and update: four roundings per step, of the size of parameter and
+        # gradient, which a fused multiply-add may leave out.
         size = 1 + expected.detach().abs()
         assert_ulps(actual, expected, ulps=4 * steps, scale=size)
 
@@ -132,14 +132,14 @@ def test_a_saved_state_goes_on_on_the_other_device(kind, devices):
 def test_a_learning_rate_may_be_a_tensor_on_either_device(kind, place):
     twins = Twins(VARIANTS[kind], (torch.float32,) * 2, (DEVICE, DEVICE), lr=0.125)
     for group in twins.optimizers[1].param_groups:
-        group["lr"] = torch.tensor(0.125, device=place)  # as torch's own optimizers take it
+        group["lr"] = torch.tensor(0.125, device=place)  # torch's own optimizers accept a tensor
     twins.run(range(SLOTS + 2))
-    # Step sizes that may be rounded to float32, of updates of the order of lr.
+    # Step sizes may be rounded to float32. Updates are of the order of lr.
     twins.compare(1e-6)
 
 
 def test_a_default_device_changes_nothing():
-    """`torch.set_default_device`, which many scripts call first."""
+    """Many scripts call `torch.set_default_device` first."""
     inputs = [batch(step, DEVICE) for step in range(LENGTH + 3)]
     runs = []
     for default in ("cpu", DEVICE):
@@ -158,7 +158,7 @@ def test_a_default_device_changes_nothing():
             twins.optimizers[0].step()
         runs.append((values(twins.params[0]), parameters_of(module)))
     assert_same(runs[0][0], runs[1][0])
-    # Not bit for bit: convolutions may add in another order on a GPU.
+    # The results are not equal bit for bit: convolutions may add in another order on a GPU.
     assert_near(runs[0][1], runs[1][1], EXACT)
 
 
@@ -177,7 +177,7 @@ def test_an_optimizer_step_waits_for_nothing(kind, number):
             for step, given in enumerate(grads):
                 for param, grad in zip(params, given, strict=True):
                     param.grad = grad
-                if step > SLOTS:  # as GradScaler tells a step
+                if step > SLOTS:  # set as GradScaler sets it
                     optimizer.grad_scale, optimizer.found_inf = scale, nothing
                 optimizer.record_loss(loss)
                 optimizer.step()
@@ -226,7 +226,7 @@ def test_a_scaler_changes_no_number_and_an_overflow_changes_nothing(kind):
             scaler.step(optimizer)
             scaler.update()
         runs.append(snapshot(optimizer))
-    # The scale is a power of two: bit for bit.
+    # The scale is a power of two, so results are equal bit for bit.
     assert_same(*runs)
 
 
@@ -255,8 +255,8 @@ def test_the_plug_in_with_a_scaler(name, fused):
             scaler.step(optimizer)
             scaler.update()
         runs.append(parameters_of(module))
-    # AdamW's first steps are the sign of the gradient, so rounding of 1e-15 in one near 1e-8 of the
-    # largest counts 1e-7; a scale that is left in is off by a thousand.
+    # AdamW's first steps are the sign of the gradient. So a rounding of 1e-15 in a gradient of 1e-8
+    # of the largest counts 1e-7. A scale that is not removed makes a difference of a thousand.
     assert_near(runs[0], runs[1], 1e-6)
 
 
@@ -278,7 +278,7 @@ def test_a_compiled_model_gives_the_numbers_of_eager():
 
 
 def test_labels_may_come_from_the_host():
-    """As those of scikit-learn do."""
+    """Clusterers of scikit-learn return such labels."""
     runs = [
         trained(DEVICE, CLUSTERS["layer"] | {"clusterer": clusterer})
         for clusterer in (fixed, lambda features: LABELS)
@@ -297,8 +297,8 @@ def test_autocast_is_near_float32_and_as_near_as_torchs_own(features, inside):
     part = batch(0, DEVICE, torch.float32)
     actual, expected = (in_bfloat16(m, part, inside) for m in (module, plain))
     assert all(grad.dtype == torch.float32 for grad in actual.values())
-    # Some ten products and normalisations lie between the loss and the first layer, each rounded to
-    # bfloat16, 2**-9, on either side.
+    # About ten products and normalisations are between the loss and the first layer. Each is
+    # rounded to bfloat16, 2**-9, in both runs.
     assert_near(actual, expected, 3e-2)
     plain.zero_grad()
     loss_of(plain, part).backward()
@@ -317,7 +317,7 @@ def test_autocast_is_near_float32_and_as_near_as_torchs_own(features, inside):
 
 @pytest.mark.parametrize("name", ["one cluster", "k-means", "k-means, output gradient"])
 def test_the_same_bits_again(name, monkeypatch):
-    """Convolutions and tables add in the order of arrival unless torch is told not to."""
+    """Convolutions and tables add in the order of arrival without deterministic algorithms."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         torch.use_deterministic_algorithms(True)

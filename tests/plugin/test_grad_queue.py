@@ -3,7 +3,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false
-"""The plug-in without clusters: any optimizer, any loop, weighted once."""
+"""The plug-in without clusters, with any optimizer in any loop."""
 
 import copy
 
@@ -107,7 +107,7 @@ def test_weighting_twice_is_refused():
     for own in (GQSGD(model.parameters(), lr=0.1), GQAdamW(model.parameters())):
         with pytest.raises(ValueError, match="weights its gradients itself"):
             queue.attach(own)
-    del own  # while it lives it may step
+    del own  # as long as it lives it could step
     queue.attach(optimizer)
     with pytest.raises(ValueError, match="weight twice"):
         queue.attach(optimizer)
@@ -227,7 +227,7 @@ def test_a_saved_queue_continues_bit_for_bit(tmp_path):
 
 
 def test_loaded_memory_waits_for_the_stream_that_reads_it(monkeypatch):
-    """The hook's stream copies what another one has loaded; only a GPU would show the race."""
+    """The hook's stream copies memory that another stream loaded; only a GPU shows the race."""
     released = []
     monkeypatch.setattr("gq_triton.queues.queues.in_use", lambda *tensors: released.extend(tensors))
     model = make_model()
@@ -363,7 +363,7 @@ def test_what_is_no_model_and_no_queue_is_refused():
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_a_constant_gradient_is_constant_under_any_loss_scale(backend):
-    """What is compared is rounded as what is queued: 1/rho, not rho, on every element."""
+    """A gradient is compared as rounded for the queue: weights are 1/rho everywhere, not rho."""
     torch.manual_seed(0)
     model = nn.Linear(300, 4, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)

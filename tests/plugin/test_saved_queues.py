@@ -1,4 +1,4 @@
-"""What the plug-in and the DDP hook make of saved states that were altered."""
+"""Altered saved states: the plug-in and the DDP hook refuse those that no run could save."""
 
 import pytest
 import torch
@@ -17,11 +17,12 @@ def make_model():
 
 
 def possible_queue(params):
-    """A state is possible that some run of the same model and options could have saved.
+    """Return a function that tells whether a run of the same model could have saved a value.
 
-    The rings are of their shapes and of a type that a queue may have, and hold no NaN (a gradient
-    that is not finite is never queued; one that is may round to an infinity). The counters are
-    those of at least 0 gradients that float64 can tell apart. A loss may be any number.
+    The rings have the shape of their parameter and a type that a queue may have. They hold no NaN,
+    because a gradient that is not finite is never queued; a finite one may round to an infinity.
+    The counters are at least 0 and below 2**53, which float64 holds exactly. A loss may be any
+    number.
     """
 
     def possible(path, value):
@@ -80,7 +81,10 @@ def test_every_altered_leaf_of_the_plug_ins_state_is_refused_or_possible():
 
 
 def possible_clusters(n_clusters, path, value):
-    """Centres are finite and as many as the clusters, of any one number of features."""
+    """Return whether a value of the saved clusters is possible.
+
+    Centres are finite, one per cluster, with any one number of features.
+    """
     match path:
         case ():
             return value is REMOVED or value == {}
@@ -140,7 +144,7 @@ def test_every_altered_leaf_of_a_saved_kmeans_is_refused_or_possible():
 
 @pytest.mark.parametrize("left", [2, 600, 624])
 def test_a_generator_that_would_read_past_its_numbers_is_refused(left):
-    """Torch takes any two counts up to 624: numbers left, and which one is next."""
+    """Torch accepts any two counts up to 624: how many numbers are left, and which is next."""
     kmeans = KMeans(2)
     state = kmeans.state_dict()
     state["generator"][8:12] = torch.tensor([left % 256, left // 256, 0, 0], dtype=torch.uint8)
