@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
@@ -20,7 +20,8 @@ from typing_extensions import Self
 
 __all__ = [
     "BACKENDS", "ClusterKeywords", "ClusterOptions", "LawKeywords", "LawOptions", "Options",
-    "RankClusterKeywords", "check_backend", "check_rho", "help_of", "option", "read", "takes",
+    "RankClusterKeywords", "check_backend", "check_rho", "help_of", "option", "read", "shown",
+    "takes",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "numba", "torch")
@@ -41,10 +42,25 @@ def option(default: Any, sentence: str, check: Check | None = None) -> Any:
     return field(default=default, metadata={"help": sentence, "check": check})
 
 
+def shown(value: Any) -> str:
+    """Return what a message calls a value that came, whatever it is."""
+    if isinstance(value, Tensor):
+        if value.is_nested:  # it has no shape
+            return f"a nested tensor of type {value.dtype}"
+        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        try:
+            text = repr(value)
+        except ValueError:  # an integer of more digits than Python prints
+            return "a number of too many digits"
+        return text if len(text) <= 40 else f"{text[:37]}..."
+    return f"a value of type {type(value).__name__}"
+
+
 def _integer(name: str, value: Any) -> str | None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        return f"{name} must be an integer >= 1, got {value!r}"
-    return f"{name} must be at most {LONGEST}, got {value}" if value > LONGEST else None
+        return f"{name} must be an integer >= 1, got {shown(value)}"
+    return f"{name} must be at most {LONGEST}, got {shown(value)}" if value > LONGEST else None
 
 
 def _count(name: str, value: Any) -> str | None:
@@ -52,7 +68,7 @@ def _count(name: str, value: Any) -> str | None:
         whole = int(value) == value and value >= 1
     except (TypeError, ValueError, OverflowError):
         whole = False
-    return None if whole else f"{name} must be an integer >= 1, got {value!r}"
+    return None if whole else f"{name} must be an integer >= 1, got {shown(value)}"
 
 
 def _or_none(check: Check) -> Check:
@@ -62,7 +78,7 @@ def _or_none(check: Check) -> Check:
 def _one_of(*values: str) -> Check:
     def check(name: str, value: Any) -> str | None:
         fits = value in values
-        return None if fits else f"{name} must be one of {', '.join(values)}, got {value!r}"
+        return None if fits else f"{name} must be one of {', '.join(values)}, got {shown(value)}"
 
     return check
 
@@ -70,7 +86,7 @@ def _one_of(*values: str) -> Check:
 def _either(one: str, other: str) -> Check:
     def check(name: str, value: Any) -> str | None:
         fits = value in (one, other)
-        return None if fits else f'{name} must be "{one}" or "{other}", got {value!r}'
+        return None if fits else f'{name} must be "{one}" or "{other}", got {shown(value)}'
 
     return check
 
@@ -78,18 +94,18 @@ def _either(one: str, other: str) -> Check:
 def _rho(name: str, value: Any) -> str | None:
     if isinstance(value, (int, float)) and 1 <= value <= 1e30:
         return None
-    return f"{name} must be a finite number >= 1 (1 switches the law off), got {value!r}"
+    return f"{name} must be a finite number >= 1 (1 switches the law off), got {shown(value)}"
 
 
 def _power(name: str, value: Any) -> str | None:
     fits = isinstance(value, (int, float)) and 0 <= value < math.inf
-    return None if fits else f"{name} must be >= 0, got {value!r}"
+    return None if fits else f"{name} must be >= 0, got {shown(value)}"
 
 
 def _queue_dtype(name: str, value: Any) -> str | None:
     if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1:
         return None
-    return f"{name} must be None or a floating type of 16 bits or more, got {value!r}"
+    return f"{name} must be None or a floating type of 16 bits or more, got {shown(value)}"
 
 
 _backend = _one_of(*BACKENDS)
@@ -279,8 +295,15 @@ def help_of(kind: type[Options], name: str) -> str:
     return next(entry.metadata["help"] for entry in fields(kind) if entry.name == name)
 
 
-def read(keywords: Mapping[str, Any], *kinds: type[Options]) -> tuple[Any, ...]:
+def read(
+    keywords: Mapping[str, Any], *kinds: type[Options], also: Iterable[str] = ()
+) -> tuple[Any, ...]:
     """Return one object per kind from a door's keywords.
+
+    Args:
+        keywords: the options that were given, by name.
+        *kinds: whose options they are.
+        also: what is wrong with the door's own arguments, for the same message.
 
     Raises:
         TypeError: a keyword that no kind has.
@@ -293,7 +316,7 @@ def read(keywords: Mapping[str, Any], *kinds: type[Options]) -> tuple[Any, ...]:
     for name in keywords:
         if name not in known:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
-    problems = [problem for kind in kinds for problem in kind.problems(keywords)]
+    problems = [*(problem for kind in kinds for problem in kind.problems(keywords)), *also]
     if problems:
         raise ValueError("; ".join(problems))
     if keywords.get("queue_length") == 1 and keywords.get("rho", LawOptions.rho) > 1:

@@ -1,5 +1,6 @@
 """GQAdamW: AdamW on gradients weighted by their scarcity."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.batches import Batch, State
+from gq_triton.optim.checks import beta_problems, number_problems, rate_problems
 from gq_triton.optim.saved import EXP_AVG, EXP_AVG_SQ, STEP
 from gq_triton.options import LawKeywords, LawOptions, takes
 from gq_triton.ring import local
@@ -46,7 +48,8 @@ class GQAdamW(GradQueueOptimizer):
         **options: those of ``LawOptions``.
 
     Raises:
-        ValueError: an invalid option or a complex parameter; in ``step`` a sparse gradient.
+        ValueError: invalid options, all of which the message names; a complex parameter; in
+            ``step`` a sparse gradient.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -72,12 +75,10 @@ class GQAdamW(GradQueueOptimizer):
         }  # fmt: skip
         super().__init__(params, own, options)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        if not group["eps"] >= 0:
-            raise ValueError(f"eps must be >= 0, got {group['eps']}")
-        for index, beta in enumerate(group["betas"]):
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas[{index}] must be in [0, 1), got {beta}")
+    def _problems(self, group: dict[str, Any]) -> Iterator[str]:
+        yield from rate_problems(group, "lr", "weight_decay")
+        yield from number_problems(group, "eps", least=0)
+        yield from beta_problems(group["betas"])
 
     def _new_state(self, param: Tensor, group: dict[str, Any], state: State) -> None:
         if STEP not in state:

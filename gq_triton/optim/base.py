@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ _SAVED = "the saved optimizer"
 class GradQueueOptimizer(Optimizer):
     """A torch optimizer that applies the scarcity law to the gradients before its update.
 
-    Subclasses provide ``_check_group``, ``_new_state``, ``_keys``, ``_batch_key`` and ``_update``.
+    Subclasses provide ``_problems``, ``_new_state``, ``_keys``, ``_batch_key`` and ``_update``.
     """
 
     # With this flag GradScaler leaves unscaling and skipping to step(), which does both on the
@@ -52,12 +51,10 @@ class GradQueueOptimizer(Optimizer):
 
         Raises:
             TypeError: an option that does not exist.
-            ValueError: an invalid option.
+            ValueError: names every invalid option.
         """
-        (law,) = read(options, LawOptions)
-        defaults = own | vars(law)
-        self._check(defaults)
-        super().__init__(params, defaults)
+        (law,) = read(options, LawOptions, also=self._problems(own))
+        super().__init__(params, own | vars(law))
         self._orders: dict[Tensor, tuple[int, ...]] = {}
         self._plans: dict[int, Plan] = {}
 
@@ -67,18 +64,9 @@ class GradQueueOptimizer(Optimizer):
         self._orders, self._plans = {}, {}
 
     def _check(self, group: dict[str, Any]) -> None:
-        LawOptions.of(group)
-        lr, decay = group["lr"], group["weight_decay"]
-        for name in ("lr", "weight_decay"):
-            if not isinstance(group[name], (Real, Tensor)):
-                raise ValueError(f"{name} must be a number, got {group[name]!r}")
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr must hold one element, got a tensor of shape {tuple(lr.shape)}")
-        if not lr >= 0:
-            raise ValueError(f"lr must be >= 0, got {lr}")
-        if not decay >= 0:
-            raise ValueError(f"weight_decay must be >= 0, got {decay}")
-        self._check_group(group)
+        problems = [*LawOptions.problems(group), *self._problems(group)]
+        if problems:
+            raise ValueError("; ".join(problems))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; every option of the constructor may be given for it. See torch."""
@@ -367,7 +355,8 @@ class GradQueueOptimizer(Optimizer):
         for key, param in zip(keys, params, strict=True):
             yield param, state_dict["state"].get(key, {})
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def _problems(self, group: dict[str, Any]) -> Iterable[str]:
+        """Yield a clause for each option of the subclass's own that cannot hold."""
         raise NotImplementedError
 
     def _new_state(self, param: Tensor, group: dict[str, Any], state: State) -> None:

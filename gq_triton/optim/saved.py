@@ -50,7 +50,8 @@ class _Number:
 
     def problems(self, value: Any, path: str) -> Iterator[str]:
         """Yield a problem unless the value is a number that is not NaN or infinite."""
-        if self.tensor and isinstance(value, Tensor) and value.numel() == 1:
+        of_one = isinstance(value, Tensor) and not value.is_nested and value.numel() == 1
+        if self.tensor and of_one:
             yield from TensorLike(tuple(value.shape), finite=True).problems(value, path)
         elif isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
             yield must(path, "a finite number", value)

@@ -1,6 +1,6 @@
 """GQSGD: SGD with momentum on gradients weighted by their scarcity."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.batches import Batch, State
+from gq_triton.optim.checks import number_problems, rate_problems
 from gq_triton.optim.saved import MOMENTUM_BUFFER
-from gq_triton.options import LawKeywords, LawOptions, takes
+from gq_triton.options import LawKeywords, LawOptions, shown, takes
 
 __all__ = ["GQSGD"]
 
@@ -46,7 +47,8 @@ class GQSGD(GradQueueOptimizer):
         **options: those of ``LawOptions``.
 
     Raises:
-        ValueError: an invalid option or a complex parameter; in ``step`` a sparse gradient.
+        ValueError: invalid options, all of which the message names; a complex parameter; in
+            ``step`` a sparse gradient.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -73,16 +75,23 @@ class GQSGD(GradQueueOptimizer):
         }  # fmt: skip
         super().__init__(params, own, options)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        if not group["momentum"] >= 0:
-            raise ValueError(f"momentum must be >= 0, got {group['momentum']}")
+    def _problems(self, group: dict[str, Any]) -> Iterator[str]:
+        yield from rate_problems(group, "lr", "weight_decay")
+        numbers = [
+            *number_problems(group, "momentum", least=0),
+            *number_problems(group, "dampening"),
+        ]
+        yield from numbers
         if not isinstance(group["nesterov"], bool):
-            raise ValueError(
-                f"nesterov must be True or False, got {group['nesterov']}: the order of arguments "
-                "is lr, momentum, weight_decay, nesterov; dampening goes by name"
+            yield (
+                f"nesterov must be True or False, got {shown(group['nesterov'])}: the order of "
+                "arguments is lr, momentum, weight_decay, nesterov; dampening goes by name"
             )
-        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
-            raise ValueError(
+            return
+        if numbers or not group["nesterov"]:
+            return
+        if group["momentum"] == 0 or group["dampening"] != 0:
+            yield (
                 "nesterov needs momentum > 0 and dampening 0, got momentum "
                 f"{group['momentum']} and dampening {group['dampening']}"
             )

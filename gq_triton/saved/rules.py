@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+from gq_triton.options import shown
 
 __all__ = [
     "COUNTER_LIMIT", "Also", "Bytes", "Either", "Exactly", "Flag", "Integer", "ListOf", "Maybe",
@@ -63,19 +62,6 @@ altered, or belongs to another model or to other options)
 def must(path: str, requirement: str, value: Any) -> str:
     """Return the clause that says what the value at a path must be, and what it is."""
     return f"{path or 'it'} must be {requirement}, got {shown(value)}"
-
-
-def shown(value: Any) -> str:
-    """Return a short description of any value."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-        try:
-            text = repr(value)
-        except ValueError:  # an integer of more digits than Python prints
-            return "a number of too many digits"
-        return text if len(text) <= 40 else f"{text[:37]}..."
-    return f"a value of type {type(value).__name__}"
 
 
 @dataclass(frozen=True)

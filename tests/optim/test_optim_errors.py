@@ -44,10 +44,28 @@ COMMON = [
     ({"lr": -0.1}, "lr must be >= 0, got -0.1"),
     ({"lr": math.nan}, "lr must be >= 0, got nan"),
     ({"lr": torch.tensor([0.1, 0.2])}, "lr must hold one element, got a tensor of shape (2,)"),
+    ({"lr": 10**25}, "lr must be at most 1e+20, got 10000000000000000000000000"),
+    (
+        {"lr": torch.tensor(1j)},
+        "lr must be a number, got a tensor of shape () and type torch.compl",
+    ),
+    ({"lr": "0.1"}, "lr must be a number, got '0.1'"),
     ({"weight_decay": -1.0}, "weight_decay must be >= 0, got -1.0"),
+    ({"queue_length": 1 << 20_000}, "queue_length must be at most 4096, got a number of too many"),
+    # All problems at once, those of the law first.
+    (
+        {"rho": 0, "lr": -1, "weight_decay": math.nan},
+        "rho must be a finite number >= 1 (1 switches the law off), got 0; lr must be >= 0, got "
+        "-1; weight_decay must be >= 0, got nan",
+    ),
 ]
 SGD_ONLY = [
     ({"momentum": -0.1}, "momentum must be >= 0, got -0.1"),
+    (
+        {"momentum": "0.9", "dampening": None, "nesterov": 0.1},
+        "momentum must be a number, got '0.9'; dampening must be a number, got None; nesterov must "
+        "be True or False, got 0.1: the order of arguments is lr, momentum, weight_decay, nesterov",
+    ),
     (
         {"nesterov": True},
         "nesterov needs momentum > 0 and dampening 0, got momentum 0.0 and dampening 0.0",
@@ -61,6 +79,12 @@ ADAMW_ONLY = [
     ({"eps": -1e-8}, "eps must be >= 0, got -1e-08"),
     ({"betas": (1.0, 0.999)}, "betas[0] must be in [0, 1), got 1.0"),
     ({"betas": (0.9, -0.1)}, "betas[1] must be in [0, 1), got -0.1"),
+    ({"betas": 0.9}, "betas must be two numbers, got 0.9"),
+    (
+        {"eps": None, "betas": (1, "x")},
+        "eps must be a number, got None; betas[0] must be in [0, 1), got 1; betas[1] must be in "
+        "[0, 1), got 'x'",
+    ),
 ]
 OPTIONS = [
     *((kind, *case) for kind in (GQSGD, GQAdamW) for case in COMMON),
