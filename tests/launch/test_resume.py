@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from altered import REMOVED, check_door, is_dense
+from drawn import fuzz_door
 
 from gq_triton.commands.refusal import Refusal
 from gq_triton.tasks import TASKS, batches
@@ -136,18 +137,26 @@ class Possible:
         return name in ("n_clusters", "features", "loss_window") and value is None
 
 
+def resuming(digits, resumed=None):
+    """Return what builds the parts of a run from a checkpoint, as --resume does."""
+
+    def load(content):
+        try:
+            check_form(content, STEPS, [*digits])
+            parts = build({}, content, 1, CPU, digits)
+        except Refusal as reason:
+            raise ValueError(f"checkpoint: {reason}") from reason
+        if resumed is not None:
+            resumed[:] = [parts]
+
+    return load
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_every_altered_leaf_of_a_checkpoint_is_refused_or_possible(digits, optimizer):
     saved = checkpoint(digits, optimizer)
     first = next(iter(saved["model"]))
-
-    def load(content):
-        try:
-            check_form(content, STEPS, [*digits])
-            build({}, content, 1, CPU, digits)
-        except Refusal as reason:
-            raise ValueError(f"checkpoint: {reason}") from reason
 
     def where(path):
         """Return whether a leaf is altered here; of leaves that follow one rule only the first is.
@@ -162,7 +171,27 @@ def test_every_altered_leaf_of_a_checkpoint_is_refused_or_possible(digits, optim
             or (path[-2:-1] == ("params",) and path[-1] > 0)
         )
 
+    load = resuming(digits)
     check_door(saved, load, Possible(saved), lambda: None, lambda: None, where)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:queue_length=1:UserWarning")
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_checkpoint_with_drawn_alterations_is_refused_or_goes_on(digits, name):
+    saved = checkpoint(digits, name)
+    resumed = []
+    load = resuming(digits, resumed)
+
+    def go_on():
+        parts = resumed.pop()
+        # A copy: torch's optimizers count on in the tensor that was loaded.
+        model, optimizer = copy.deepcopy((parts.model, parts.optimizer))
+        inputs, labels = (tensor[:4] for tensor in parts.task.train)
+        torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+    fuzz_door(saved, load, lambda: None, go_on, examples=80)
 
 
 def test_a_restart_with_clusters_of_other_ranks_checks_them_too(digits):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from altered import REMOVED, check_door, is_dense
+from drawn import fuzz_door
 from torch import nn
 
 from gq_triton import GradQueue
@@ -80,6 +81,27 @@ def test_every_altered_leaf_of_the_plug_ins_state_is_refused_or_possible():
     assert refused > 200
 
 
+@pytest.mark.parametrize("options", [{}, {"n_clusters": 2, "features": "0"}])
+def test_the_plug_ins_state_with_drawn_alterations_is_refused_or_goes_on(options):
+    model, optimizer, queue = plugin(**options)
+
+    def go_on():
+        centers = queue.state_dict().get("clusters", {}).get("cluster_centers")
+        if centers and len(centers[0]) != 2:
+            # How many features a sample has is not known before the next forward pass.
+            with pytest.raises(ValueError, match="features have 2 columns but the centres"):
+                steps(model, optimizer, queue, 1)
+        else:
+            steps(model, optimizer, queue, 1)
+
+    fuzz_door(
+        queue.state_dict(),
+        queue.load_state_dict,
+        lambda: (queue.digest(), str(queue.state_dict().get("clusters"))),
+        go_on,
+    )
+
+
 def possible_clusters(n_clusters, path, value):
     """Return whether a value of the saved clusters is possible.
 
@@ -140,6 +162,21 @@ def test_every_altered_leaf_of_a_saved_kmeans_is_refused_or_possible():
 
     load = kmeans.load_state_dict
     check_door(kmeans.state_dict(), load, possible, fingerprint, lambda: kmeans.fit(features))
+
+
+def test_a_saved_kmeans_with_drawn_alterations_is_refused_or_goes_on():
+    features = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    kmeans = KMeans(2, max_iter=2).fit(features)
+
+    def fingerprint():
+        return str({name: value.tolist() for name, value in kmeans.state_dict().items()})
+
+    # Features of the type and number that the centres now have.
+    def go_on():
+        like = getattr(kmeans, "cluster_centers_", features)
+        kmeans.fit(torch.randn(8, like.shape[1], dtype=like.dtype))
+
+    fuzz_door(kmeans.state_dict(), kmeans.load_state_dict, fingerprint, go_on)
 
 
 @pytest.mark.parametrize("left", [2, 600, 624])
