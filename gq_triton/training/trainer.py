@@ -60,8 +60,9 @@ class Trainer:
         its checkpoint resumes exactly.
         """
         empty = copy.deepcopy(self.state.state_dict())
-        inputs, labels = self.train_set
-        loss = F.cross_entropy(self.ddp(inputs[:1]), labels[:1])
+        # With clusters a sample for each: fewer are warned of.
+        inputs, labels = (tensor[: self.settings["n_clusters"] or 1] for tensor in self.train_set)
+        loss = F.cross_entropy(self.ddp(inputs), labels)
         self.state.record_loss(loss.detach())
         loss.backward()
         self.optimizer.zero_grad()
