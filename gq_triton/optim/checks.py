@@ -55,17 +55,21 @@ def beta_problems(betas: Any) -> Iterator[str]:
         yield f"betas must be two numbers, got {shown(betas)}"
         return
     for index, beta in enumerate(betas):
-        if not isinstance(beta, Real) or not 0 <= beta < 1:
+        if not _is_number(beta) or not 0 <= beta < 1:
             yield f"betas[{index}] must be in [0, 1), got {shown(beta)}"
 
 
 def _number(name: str, value: Any, least: float) -> Iterator[str]:
-    if not isinstance(value, Real):
+    if not _is_number(value):
         yield f"{name} must be a number, got {shown(value)}"
     elif not value >= least:
         yield f"{name} must be >= {least:g}, got {shown(value)}"
     elif value > _HIGHEST:
         yield f"{name} must be at most {_HIGHEST:g}, got {shown(value)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
 
 
 def _is_real(value: Tensor) -> bool:
