@@ -1,4 +1,4 @@
-"""Errors of the optimizers and of the law: what must hold, what came, and nothing was changed."""
+"""Errors of the optimizers and of the law say what must hold and what came; nothing is changed."""
 
 import math
 import re
@@ -95,7 +95,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("kind", "options", "message"), OPTIONS)
 def test_an_option_that_cannot_hold_is_refused(kind, options, message):
-    """By the constructor, for a group, and for a group that is added later."""
+    """The constructor refuses it, for all groups or for one, and add_param_group refuses it."""
     with pytest.raises(ValueError, match=re.escape(message)):
         kind(small_parameters(), **{"lr": 0.1, **options})
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -127,7 +127,7 @@ def test_a_complex_parameter_is_refused(variant):
 @both_optimizers
 @pytest.mark.parametrize("named", [True, False])
 def test_a_sparse_gradient_is_refused_before_anything_moves(variant, named):
-    """Also where it comes in the last group: no group has taken its step then."""
+    """A sparse gradient in the last group is refused before any group has taken its step."""
     dense, embedding = torch.nn.Linear(4, 2), torch.nn.Embedding(10, 4, sparse=True)
     groups = [
         {"params": dict(m.named_parameters(prefix=p)).items() if named else m.parameters()}

@@ -1,4 +1,4 @@
-"""What GQSGD and GQAdamW make of checkpoints that were altered."""
+"""Altered checkpoints of GQSGD and GQAdamW: each is refused, or one that a run could write."""
 
 import copy
 import io
@@ -47,13 +47,13 @@ def is_number(name: str, value: Any) -> bool:
 
 
 class Possible:
-    """A checkpoint is possible that some run with these parameters could have written.
+    """A predicate: whether some run with these parameters could have written a checkpoint.
 
-    A parameter may have no state yet, and its momentum is written by its first step. Moments have
-    its shape, any real type and any value (a gradient that is not finite passes into them), a
-    second moment is not negative. A queue of this length has taken at most as many gradients as
-    there were steps. Any option may be missing, and be what the constructor takes, but for the
-    lengths, which belong to the rings and the losses. A parameter may go by any name, once.
+    A parameter may have no state yet; its first step writes its momentum. Moments have the shape of
+    their parameter, any real type and any value (a gradient that is not finite passes into them);
+    second moments are not negative. A queue has taken at most as many gradients as there were
+    steps. Any option may be missing, or have any value that the constructor takes, except the
+    lengths, which must fit the rings and the losses. A parameter may have any key, once.
     """
 
     def __init__(self, variant, params, saved) -> None:
@@ -64,7 +64,7 @@ class Possible:
     def __call__(self, path, value) -> bool:
         match path:
             case ("state",):
-                # What belongs to no parameter is kept, as in torch.
+                # Entries that belong to no parameter are kept, as in torch.
                 return isinstance(value, dict) and self.shapes.keys().isdisjoint(value)
             case ("state", int() as at):
                 foreign = isinstance(value, dict) and self.state[at].keys().isdisjoint(value)
@@ -116,7 +116,7 @@ class Possible:
         return fits and len(set(keys)) == len(keys)
 
     def is_option(self, name: str, value: Any) -> bool:
-        """Return whether the constructor takes an option that is of its own kind."""
+        """Return whether an option has the type that it must have and the constructor takes it."""
         if name in NUMBERS and not is_number(name, value):
             return False
         if name in ("maximize", "match_norm") and not (isinstance(value, int) and value in (0, 1)):
@@ -210,7 +210,7 @@ def test_a_step_that_float32_cannot_count_further_is_no_contradiction():
 
 @both_optimizers
 def test_moments_take_the_type_of_their_parameter_as_in_torch(variant):
-    """A step took moments of another type than its parameter's half-way, and raised."""
+    """Moments of another type than their parameter's would make a step raise half-way."""
     optimizer = trained(variant, parameters())
     narrow = [param.detach().bfloat16().requires_grad_() for param in parameters()]
     other = variant.build(narrow, backend="torch")
