@@ -177,7 +177,7 @@ class Accumulator:
         """Keep the gradient that a layer has given until the parameter's hook is called.
 
         Returns:
-            The marker for the first layer; None, which autograd adds nothing for, for the others.
+            The marker for the first layer; None, so that nothing is added, for the others.
         """
         waiting = self._waiting.get(name)
         first = waiting is None

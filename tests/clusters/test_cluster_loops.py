@@ -258,8 +258,8 @@ def test_autocast_float16_with_a_scaler_and_clipping(kind):
             scaler.step(optimizer)
             scaler.update()
         if number != 1:
-            # Plain autocast rounds each layer's gradient to float16 (2**-11), ours is float32: two
-            # such roundings.
+            # Plain autocast rounds each layer's gradient to float16 (2**-11), and ours is float32.
+            # The bound is two such roundings.
             torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=0.0)
     assert scalers[0].get_scale() == scalers[1].get_scale() == 2.0**9
     assert all(int(count) == 2 for count in queue.state_dict()["queued"].values())
