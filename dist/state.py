@@ -196,6 +196,7 @@ class GradQueueState:
             clusters,
             shard_queue=self.shard_queue,
         )
+        self.route.end_with(self)
 
     def _context(self) -> Context:
         """Return what the route knows of this state; the route does not keep the state alive."""

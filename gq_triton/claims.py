@@ -25,6 +25,8 @@ def _always() -> bool:
 
 
 class _Claim(NamedTuple):
+    """What one owner weights: one object for all of its parameters."""
+
     door: str
     owner: Callable[[], object | None]
     active: Callable[[], bool]
@@ -56,14 +58,14 @@ def claim(
         ValueError: another owner weights one of the parameters already. No claim is recorded.
     """
     claimed = list(params)
-    if any(_rival(param, owner, door) for param in claimed):
+    if _rival(claimed, owner, door):
         gc.collect()  # an owner that nobody holds any more is no rival
+    rival = _rival(claimed, owner, door)
+    if rival is not None:
+        raise ValueError(_MESSAGES[rival.door, door])
+    new = _Claim(door, weakref.ref(owner), active)
     for param in claimed:
-        rival = _rival(param, owner, door)
-        if rival is not None:
-            raise ValueError(_MESSAGES[rival.door, door])
-    for param in claimed:
-        _claims[param] = _Claim(door, weakref.ref(owner), active)
+        _claims[param] = new
 
 
 def release(params: Iterable[Tensor], owner: object) -> None:
@@ -74,12 +76,15 @@ def release(params: Iterable[Tensor], owner: object) -> None:
             del _claims[param]
 
 
-def _rival(param: Tensor, owner: object, door: str) -> _Claim | None:
-    """Return another owner's claim on a parameter that rules out a new one; None if none does."""
-    known: _Claim | None = _claims.get(param)
-    if known is None or known.owner() is owner or (known.door == door and door != ATTACH):
-        return None
-    return known if known.holds() else None
+def _rival(params: Iterable[Tensor], owner: object, door: str) -> _Claim | None:
+    """Return another owner's claim that rules out a new one on parameters; None if none does."""
+    # One claim covers many parameters, and whether it holds may take long to find out.
+    claims = {id(known): known for known in map(_claims.get, params) if known is not None}
+    for known in claims.values():
+        same_kind = known.door == door and door != ATTACH
+        if known.owner() is not owner and not same_kind and known.holds():
+            return known
+    return None
 
 
 _ONE = "keep one of the two"

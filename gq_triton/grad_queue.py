@@ -36,9 +36,9 @@ class Handle:
 
     def remove(self) -> None:
         """End the connection: later steps use plain gradients. A second call does nothing."""
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
 
 
 class PlugInKeywords(ClusterKeywords, LawKeywords, total=False):
@@ -155,6 +155,7 @@ class GradQueue:
         restore = guard = None
         if self._clusters is not None:
             restore = self._clusters.install()
+            self._clusters.end_with(before_step)
             guard = self._clusters.model.register_forward_pre_hook(_refuse_ddp)
 
         def undo() -> None:

@@ -110,6 +110,9 @@ class Route:
         """
         raise NotImplementedError
 
+    def end_with(self, owner: object) -> None:
+        """Leave the model as it was when the owner, held weakly, is gone."""
+
     def begin(self) -> None:
         """Do what is due before the first bucket of a step."""
 

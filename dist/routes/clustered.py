@@ -68,6 +68,10 @@ class ClusteredRoute(Route):
     communicates = True
     local: LocalClusters
 
+    def end_with(self, owner: object) -> None:
+        """Let the model's layers be torch's own again when the owner, held weakly, is gone."""
+        self.local.end_with(owner)
+
     def before_weighing(self) -> None:
         """Leave the effective length alone, which is that of the losses before this step."""
 

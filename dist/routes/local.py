@@ -79,6 +79,10 @@ class LocalClusters:
     def _device(self) -> torch.device:
         return next(iter(self._queues.params.values())).device
 
+    def end_with(self, owner: object) -> None:
+        """Undo what was done to the model when the owner, held weakly, is gone."""
+        self._clusters.end_with(owner)
+
     def report(self) -> dict[str, str]:
         """Return by parameter name how its gradient is handled."""
         return self._clusters.report()

@@ -105,6 +105,12 @@ class Accumulator:
         self.step = Step(assign)
         return self.step
 
+    @property
+    def waits(self) -> bool:
+        """Whether a forward or backward pass runs, or a forward pass waits for its backward."""
+        step = self.step
+        return self._running or (step is not None and (step.open or step.known_groups is None))
+
     def release(self) -> None:
         """Forget the last step, give its memory back and take the hooks from the parameters."""
         self.step = self.token = None

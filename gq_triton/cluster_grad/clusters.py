@@ -1,6 +1,7 @@
 """The clusters of a model's batches: hooks that keep features, a clusterer that labels them."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -104,6 +105,8 @@ class Clusters:
         self.sample_weights: Tensor | None = None
         self.last: Step | None = None
         self._warned = False
+        # The owner of what is installed is gone.
+        self._ownerless = False
 
     def _new_kmeans(self) -> KMeans:
         # A loss scaler may let gradients at the output overflow. Such a step is skipped, so its
@@ -187,9 +190,32 @@ class Clusters:
 
         vars(self.model)[_INSTALLED] = self
         self.uninstall = undo
+        self._ownerless = False
         return undo
 
+    def end_with(self, owner: object) -> None:
+        """Undo the present installation when its owner is gone: something else may train the model.
+
+        Args:
+            owner: what feeds the queue; held weakly.
+        """
+        clusters, undo = weakref.ref(self), weakref.ref(self.uninstall)
+
+        def end() -> None:
+            alive = clusters()
+            if alive is None or alive.uninstall is not undo():
+                return  # with the model, or undone before
+            # The garbage collector may call in the middle of a pass.
+            if alive.accumulator.waits:
+                alive._ownerless = True
+            else:
+                alive.uninstall()
+
+        weakref.finalize(owner, end).atexit = False
+
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if self._ownerless and not torch.compiler.is_compiling():
+            return self.uninstall()
         accumulator = self.accumulator
         if torch.is_grad_enabled() and module is self.model:
             accumulator.token = begin(accumulator.clock, accumulator.number)

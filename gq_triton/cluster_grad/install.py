@@ -17,7 +17,10 @@ __all__ = ["convert"]
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a layer, with clustered gradients if this forward pass will have a backward pass."""
-    site: Site = getattr(module, SITE)  # the compiler of torch 2.8 does not know vars(module)
+    # The compiler of torch 2.8 does not know vars(module).
+    site: Site | None = getattr(module, SITE, None)
+    if site is None:  # undone while the layer was being called
+        return type(module).forward(module, *args, **kwargs)
     collector, graded = site.collector, torch.is_grad_enabled()
     if site.module is not module or not trains(module):  # a copy of the model, a frozen layer
         return type(module).forward(module, *args, **kwargs)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from gq_triton.claims import OPTIMIZER, claim
+from gq_triton.claims import OPTIMIZER, claim, release
 from gq_triton.engines import Engine, engine, note_plain_torch
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.optim.batches import QUEUE, QUEUED, Batch, Found, Plan, State
@@ -54,7 +54,13 @@ class GradQueueOptimizer(Optimizer):
             ValueError: names every invalid option.
         """
         (law,) = read(options, LawOptions, also=self._problems(own))
-        super().__init__(params, own | vars(law))
+        try:
+            super().__init__(params, own | vars(law))
+        except BaseException:
+            # An exception that somebody keeps keeps this object: it must not hold its claims.
+            for group in getattr(self, "param_groups", []):
+                release(group["params"], self)
+            raise
         self._orders: dict[Tensor, tuple[int, ...]] = {}
         self._plans: dict[int, Plan] = {}
 

@@ -1,5 +1,6 @@
 """Gradients are weighted once: two doors over the same parameters are refused, in either order."""
 
+import copy
 import gc
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gq_triton import GQSGD, GQAdamW, GradQueue
+from gq_triton.claims import HOOK, claim
 from gq_triton.dist import GradQueueState, grad_queue_hook, register
 
 
@@ -83,6 +85,89 @@ def test_attach_and_our_optimizers():
         GradQueue(net).attach(sgd(net))
     del optimizer, again
     GradQueue(net).attach(sgd(net))  # optimizers that are gone have no claims
+
+
+def steps(module, optimizer, count):
+    for _ in range(count):
+        optimizer.zero_grad()
+        module(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+
+
+def test_layers_are_torchs_own_again_once_the_optimizer_is_gone():
+    """Else a gradient would be weighted by a queue that nobody feeds, and by the next one too."""
+    net = model()
+    optimizer = sgd(net)
+    GradQueue(net, queue_length=2, **CLUSTERS).attach(optimizer)
+    steps(net, optimizer, 3)
+    del optimizer
+    gc.collect()
+    twin, batch = copy.deepcopy(net), torch.randn(4, 3)
+    keep = GQAdamW(net.parameters())
+    for module in (net, twin):
+        module.zero_grad()
+        module(batch).square().mean().backward()
+    for param, other in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param.grad, other.grad, rtol=0, atol=0)
+    del keep
+
+
+def test_a_part_of_a_model_and_later_all_of_it():
+    net = model()
+    part = net[:2]
+    optimizer = sgd(part)
+    GradQueue(part, **CLUSTERS).attach(optimizer)
+    steps(part, optimizer, 1)
+    optimizer = sgd(net)
+    GradQueue(net, **CLUSTERS).attach(optimizer)
+    steps(net, optimizer, 1)
+
+
+def test_an_optimizer_that_ends_between_a_forward_pass_and_its_backward_pass():
+    """As where the garbage collector comes: the two passes are still those of the clusters."""
+    net = nn.Linear(3, 2)
+    optimizer = sgd(net)
+    GradQueue(net, n_clusters=2, features="").attach(optimizer)
+    steps(net, optimizer, 1)
+    loss = net(torch.randn(4, 3)).square().mean()
+    del optimizer
+    gc.collect()
+    loss.backward()
+    steps(net, sgd(net), 1)
+    assert "forward" not in vars(net)
+
+
+def test_layers_are_torchs_own_again_once_the_state_is_gone():
+    net = model()
+    with one_rank():
+        ddp = DDP(net)
+        register(ddp, **CLUSTERS)
+        ddp(torch.ones(2, 3)).sum().backward()
+        del ddp
+        gc.collect()
+    steps(net, GQSGD(net.parameters(), lr=0.1), 1)
+
+
+def test_an_optimizer_that_could_not_be_built_weights_nothing():
+    net = model()
+    groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), "rho": 0.5}]
+    with pytest.raises(ValueError, match="rho") as kept:
+        GQSGD(groups, lr=0.1)
+    GradQueue(net).attach(sgd(net))
+    del kept
+
+
+def test_whether_a_claim_holds_is_asked_once_for_all_its_parameters():
+    """It may take long: a state of the hook looks for its DDP module among all objects."""
+    net, asked = model(), []
+
+    def active():
+        asked.append(1)
+        return False
+
+    claim(net.parameters(), net, HOOK, active)
+    GQSGD(net.parameters(), lr=0.1)
+    assert len(asked) <= 2  # before and after a collection
 
 
 def test_one_attach_for_each_part_of_a_model():
