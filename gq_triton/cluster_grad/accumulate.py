@@ -259,7 +259,7 @@ class Accumulator:
         assert step is not None
         for earlier, taken in parts:
             self.raw.add(earlier, name, taken.raw)
-        self.raw.add(step, name, total)
+        self.raw.add(step, name, total, whole=True)
         raw = sum((taken.raw for _, taken in parts), total)
         before = self._whole.get(name)
         if before is not None:

@@ -19,11 +19,13 @@ class _Fresh(NamedTuple):
         raw: the raw mean.
         steps: the forward passes that the gradient comes from.
         goes_on: whether ``p.grad`` still holds the gradients of earlier backward passes.
+        whole: whether the samples were one cluster.
     """
 
     raw: Tensor
     steps: list[Step]
     goes_on: bool | Tensor
+    whole: bool
 
 
 class RawGradients:
@@ -61,15 +63,17 @@ class RawGradients:
         """Forget gradients that the backward pass has not added to ``p.grad``."""
         self._fresh = {}
 
-    def add(self, step: Step, name: str, raw: Tensor) -> None:
+    def add(self, step: Step, name: str, raw: Tensor, whole: bool = False) -> None:
         """Keep a raw gradient until ``note`` is told that ``p.grad`` has the weighted one."""
         raw = raw if step.groups.unit == 1 else raw / step.groups.unit
         fresh = self._fresh.get(name)
         if fresh is None:
-            self._fresh[name] = _Fresh(raw, [step], self._goes_on(name))
+            self._fresh[name] = _Fresh(raw, [step], self._goes_on(name), whole)
             return
         steps = fresh.steps if step in fresh.steps else [*fresh.steps, step]
-        self._fresh[name] = fresh._replace(raw=fresh.raw + raw, steps=steps)
+        self._fresh[name] = fresh._replace(
+            raw=fresh.raw + raw, steps=steps, whole=fresh.whole or whole
+        )
 
     def _goes_on(self, name: str) -> bool | Tensor:
         """Return whether ``p.grad`` still holds earlier passes' gradients, on its device."""
@@ -86,7 +90,9 @@ class RawGradients:
             return
         fresh = self._fresh.pop(name, None)
         if fresh is not None:
-            raw, masses = fresh.raw, [(self._number, step.groups.mass) for step in fresh.steps]
+            raw, groups = fresh.raw, [step.groups for step in fresh.steps]
+            groups = [known.whole for known in groups] if fresh.whole else groups
+            masses = [(self._number, known.mass) for known in groups]
             earlier = self.kept.get(name)
             if earlier is not None and isinstance(fresh.goes_on, Tensor):
                 raw = torch.where(fresh.goes_on, earlier + raw, raw)

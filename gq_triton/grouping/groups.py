@@ -30,8 +30,8 @@ class Groups:
         sigma_scales: ``(K,)`` float64, the factors of sigma.
         mass: ``(2,)`` float64, from which a process's share among several follows: the sum of
             ``n_k**a`` with ``a = population_power``, and the sum of the samples' weights.
-        one_cluster: ``(3, 1)`` float64: inverse share, mixture and scale of sigma of all samples
-            as one cluster.
+        one_cluster: ``(4, 1)`` float64: inverse share, mixture, scale of sigma and ``n**a`` of all
+            samples as one cluster.
     """
 
     labels: Tensor
@@ -97,9 +97,12 @@ class Groups:
         # The same numbers for all samples as one cluster.
         steps = options.accumulation_steps
         spread = (whole * steps / batch) ** 0.5 if options.centroid_scale != "paper" else 1.0
-        one = torch.tensor([steps / unit, unit / steps, spread], dtype=wide, device="cpu")
+        power_of_all = float(population.sum()) ** options.population_power
+        one = torch.tensor(
+            [steps / unit, unit / steps, spread, power_of_all], dtype=wide, device="cpu"
+        )
         # Rows of even length start at multiples of 16 bytes, so kernels are compiled only once.
-        table = torch.zeros(7, max(2, clusters + clusters % 2), dtype=wide, device="cpu")
+        table = torch.zeros(8, max(2, clusters + clusters % 2), dtype=wide, device="cpu")
         for row, vector in zip(table, (inverse, mixture, scales), strict=False):
             row[:clusters] = vector
         table[3, 0], table[3, 1] = power.sum(), population.sum()
@@ -123,13 +126,14 @@ class Groups:
     def whole(self) -> "Groups":
         """The same samples as one cluster."""
         labels = torch.zeros_like(self.labels)
-        inverse, mixture, scales = self.one_cluster.unbind()
+        inverse, mixture, scales, power = self.one_cluster.unbind()
         return dataclasses.replace(
             self,
             labels=labels,
             order=torch.arange(len(labels), device=labels.device),
             sizes=[len(labels)],
             members=(labels == 0)[None],
+            mass=torch.cat([power, self.mass[1:]]),
             inverse_shares=inverse,
             mixture=mixture,
             sigma_scales=scales,

@@ -213,7 +213,38 @@ def check_samples_count_where_several_passes_reach_a_parameter(rank: int) -> Non
                     torch.testing.assert_close(p.grad, want[name], rtol=1e-12, atol=1e-14)
 
 
+class Past(nn.Module):
+    """The head is used past its layer: its gradient is that of one cluster on each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.features(x).tanh()
+        return nn.functional.linear(hidden, self.head.weight, self.head.bias)
+
+
+def check_a_parameter_of_one_cluster_counts_a_rank_once(rank: int) -> None:
+    """However many clusters the rank's other parameters have: ``p = n**a`` of its batch."""
+    torch.manual_seed(0)
+    model = Past().to(F64)
+    twin, batches = copy.deepcopy(model), torch.randn(2, 4, 3, dtype=F64)
+    ddp = DDP(model)
+    state = register(
+        ddp, n_clusters=4, features="features", population_power=0.0, rho=1.0,
+        clusterer=lambda features: torch.arange(4) * rank,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "weighted without clusters")
+        ddp(batches[rank]).square().mean().backward()
+    twin(batches.flatten(0, 1)).square().mean().backward()
+    torch.testing.assert_close(model.head.weight.grad, twin.head.weight.grad, rtol=1e-10, atol=0)
+    del state
+
+
 CHECKS = [
+    check_a_parameter_of_one_cluster_counts_a_rank_once,
     check_a_head_for_each_pass,
     check_a_last_layer_in_the_last_pass_only,
     check_ranks_that_use_a_head_in_other_passes,
