@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["ATTACH", "HOOK", "OPTIMIZER", "claim", "release"]
 
@@ -35,7 +34,9 @@ class _Claim(NamedTuple):
         return self.owner() is not None and self.active()
 
 
-_claims = WeakIdKeyDictionary()
+# By the id of the parameter. A weak reference would keep torch from swapping it, as FSDP2 does
+# in ``model.cpu()``. An owner holds its parameters, so the ids are theirs while the owner lives.
+_claims: dict[int, _Claim] = {}
 
 
 def claim(
@@ -64,22 +65,25 @@ def claim(
     if rival is not None:
         raise ValueError(_MESSAGES[rival.door, door])
     new = _Claim(door, weakref.ref(owner), active)
+    for key in [key for key, known in _claims.items() if known.owner() is None]:
+        del _claims[key]
     for param in claimed:
-        _claims[param] = new
+        _claims[id(param)] = new
 
 
 def release(params: Iterable[Tensor], owner: object) -> None:
     """Delete an owner's claims on parameters."""
     for param in params:
-        known = _claims.get(param)
+        known = _claims.get(id(param))
         if known is not None and known.owner() is owner:
-            del _claims[param]
+            del _claims[id(param)]
 
 
 def _rival(params: Iterable[Tensor], owner: object, door: str) -> _Claim | None:
     """Return another owner's claim that rules out a new one on parameters; None if none does."""
     # One claim covers many parameters, and whether it holds may take long to find out.
-    claims = {id(known): known for known in map(_claims.get, params) if known is not None}
+    found = (_claims.get(id(param)) for param in params)
+    claims = {id(known): known for known in found if known is not None}
     for known in claims.values():
         same_kind = known.door == door and door != ATTACH
         if known.owner() is not owner and not same_kind and known.holds():
