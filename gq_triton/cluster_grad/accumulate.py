@@ -122,9 +122,21 @@ class Accumulator:
         self._hooks.clear()
 
     def trainable(self, module: nn.Module) -> list[str]:
-        """Return the names of a layer's own parameters that need a gradient."""
-        params = module.parameters(recurse=False)
-        return [self.names[param] for param in params if param.requires_grad]
+        """Return the names of a layer's own parameters that need a gradient.
+
+        Raises:
+            RuntimeError: the layer has another parameter than when the clusters were installed.
+        """
+        params = [param for param in module.parameters(recurse=False) if param.requires_grad]
+        for param in params:
+            if param not in self.names:
+                raise RuntimeError(
+                    f"a {type(module).__name__} has a parameter of shape {tuple(param.shape)} that "
+                    "its GradQueue does not know, replaced later or given by functional_call: "
+                    "build the GradQueue after the last change of the model, or call remove() on "
+                    "its handle first"
+                )
+        return [self.names[param] for param in params]
 
     def uses(self, step: Step, param: Tensor) -> int:
         """Return how often a parameter was used in a forward pass."""

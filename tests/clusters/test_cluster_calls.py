@@ -105,3 +105,20 @@ def test_an_unknown_keyword_is_torchs_own_error():
     GradQueue(model, n_clusters=2, features="layer").attach(torch.optim.SGD(model.parameters()))
     with pytest.raises(TypeError, match="unexpected keyword argument 'wrong'"):
         model(batch)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_parameter_that_came_later_is_refused_in_words(replaced):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = GradQueue(model, n_clusters=2, features="0").attach(optimizer)
+    batch, others = torch.randn(8, 3), copy.deepcopy(model)
+    weights = dict(others.named_parameters())
+    if replaced:
+        model[0].weight = weights["0.weight"]
+    given = {} if replaced else weights
+    with pytest.raises(RuntimeError, match=r"a Linear has a parameter of shape \(4, 3\) that its"):
+        torch.func.functional_call(model, given, (batch,))
+    handle.remove()
+    torch.func.functional_call(model, weights, (batch,)).sum().backward()
+    assert weights["2.bias"].grad is not None
