@@ -7,8 +7,9 @@ READY := $(VENV)/.ready
 # The lane of the oldest versions has the oldest Python and a separate environment.
 OLDEST_PYTHON ?= python3.10
 OLDEST := .venv-oldest
-# Processes that share the tests; each takes one core and up to 2 GB.
-WORKERS ?= 2
+# Processes that share the tests, each of up to 2 GB: three keep two cores busy, because tests of
+# several ranks wait for each other.
+WORKERS ?= 3
 SHARED = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

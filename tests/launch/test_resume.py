@@ -153,6 +153,7 @@ def resuming(digits, resumed=None):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:queue_length=1:UserWarning")  # a length that a run may have
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_every_altered_leaf_of_a_checkpoint_is_refused_or_possible(digits, optimizer):
     saved = checkpoint(digits, optimizer)

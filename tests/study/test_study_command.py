@@ -21,7 +21,7 @@ from gq_triton.study.report import figures
 STUDY = [
     "--tasks", "lines-disc", "digits-longtail",
     "--arms", "sgdm", "gq-sgdm", "gq-sgdm-clusters", "sgdm-class-weighted",
-    "--batch-sizes", "4", "16", "64", "--steps", "7",
+    "--batch-sizes", "4", "64", "--steps", "7",
     "--trials", "2", "--tuning-seeds", "1", "--seeds", "2",
     "--controls", "norm-ratio", "rho1-equal",
 ]  # fmt: skip
@@ -123,9 +123,9 @@ def check_report(out):
     for name in ("scores", "steps", "weights", "gq-sgdm-controls", "gq-sgdm-clusters-controls"):
         assert f"lines-disc-{name}.png" in pictures
     rows = (out / "results.csv").read_text().splitlines()
-    # Two tasks and two seeds; four arms at three sizes; two controls of both Grad Queue arms, of
+    # Two tasks and two seeds; four arms at two sizes; two controls of both Grad Queue arms, of
     # which one needs more than one cluster.
-    assert len(rows) == 1 + 2 * 2 * (4 * 3 + 3 + 3 + 2)
+    assert len(rows) == 1 + 2 * 2 * (4 * 2 + 2 + 2 + 1)
     assert "seconds" not in rows[0]
     assert "2 of the 8 tuning trials and 2 of the 10 evaluation seeds that a verdict needs" in page
     for verdict in ("helps", "hurts", "no difference"):
