@@ -7,9 +7,8 @@ READY := $(VENV)/.ready
 # The lane of the oldest versions has the oldest Python and a separate environment.
 OLDEST_PYTHON ?= python3.10
 OLDEST := .venv-oldest
-# Processes that share the tests, each of up to 2 GB: three keep two cores busy, because tests of
-# several ranks wait for each other.
-WORKERS ?= 3
+# Processes that share the tests; each takes one core and up to 2 GB. Three were slower on two cores.
+WORKERS ?= 2
 SHARED = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
@@ -50,7 +49,7 @@ train: $(READY)
 
 # A file stays with one worker, and the longest files begin first: tests/conftest.py sorts them.
 test: lint
-	@echo "pytest: all tests with $(WORKERS) workers, up to 10 minutes"
+	@echo "pytest: all tests with $(WORKERS) workers, 11 minutes on two cores"
 	@$(BIN)/pytest $(SHARED)
 
 test-fast: $(READY)
