@@ -61,7 +61,7 @@ test-docs: $(READY)
 	@$(BIN)/pytest tests/meta/test_api.py tests/meta/test_doctests.py tests/meta/test_documentation.py
 
 test-oldest: $(OLDEST)/.ready
-	@echo "pytest: all tests on the oldest versions promised, 10 to 30 minutes"
+	@echo "pytest: all tests on the oldest versions promised"
 	@$(OLDEST)/bin/pytest $(SHARED)
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt

@@ -137,6 +137,7 @@ def test_hook_keeps_build_output_out_of_dist(path, refused):
     ],
 )
 def test_git_takes_dist_for_source_and_results_for_data(path, attribute, value):
+    # The tests also run from the source archive, which has no .git to ask.
     if not (ROOT / ".git").exists():
         pytest.skip("attributes are git's, and this is no checkout")
     asked = subprocess.run(
