@@ -50,6 +50,9 @@ class Accumulator:
         names: the names of the model's parameters.
         covered: names of the parameters that belong to layers which sum by cluster.
         assign: returns the clusters of a step.
+        leaves: by parameter name, the tensors to which autograd gives the gradients. None stands
+            for the parameters themselves. Those of a sharded model are met in its forward pass.
+        raw: keeps the raw gradients; None for those of one process.
 
     Attributes:
         step: the step of the latest forward pass, or None.
@@ -64,21 +67,26 @@ class Accumulator:
         names: dict[Tensor, str],
         covered: Iterable[str],
         assign: Callable[[Step], Groups],
+        *,
+        leaves: dict[str, Tensor] | None = None,
+        raw: RawGradients | None = None,
     ) -> None:
         self._sink, self.backend = sink, sink.backend
         self.params = {name: param for param, name in names.items()}
         self.names = names
+        self.leaves = self.params if leaves is None else leaves
         self.step: Step | None = None
         # A compiled graph holds these in place of the accumulator: see compiled_ops.py.
         self.number, self.clock = new_number(self), torch.zeros(1, dtype=torch.int64)
         self.token: Tensor | None = None
-        self.raw = RawGradients(self.params, self._first_step)
+        self.raw = RawGradients(self.params, self._first_step) if raw is None else raw
         self.known_by_cluster: dict[str, bool] = {}
         self._assign = assign
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._markers: dict[Any, Tensor] = {}
         # Names of covered parameters without hooks so far, and the hooks of the others.
-        self._unwatched = list(covered)
+        self._covered = list(covered)
+        self._unwatched = list(self._covered)
         self._hooks: list[Any] = []
         self._told: set[str] = set()
         # State of the running backward pass: gradients that wait for a parameter's hook, gradients
@@ -120,6 +128,21 @@ class Accumulator:
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
+        self._unwatched = list(self._covered)  # for a second installation
+
+    def meet(self, name: str, leaf: Tensor) -> None:
+        """Note the tensor to which autograd gives a parameter's gradient, and watch it.
+
+        Args:
+            name: the parameter's name.
+            leaf: what stands for the parameter in the forward pass that runs.
+        """
+        if self.leaves.get(name) is not leaf:
+            self.leaves[name], self.names[leaf] = leaf, name
+            if name in self._covered and name not in self._unwatched:
+                self._unwatched.append(name)
+        if name in self._unwatched:
+            self._watch()
 
     def trainable(self, module: nn.Module) -> list[str]:
         """Return the names of a layer's own parameters that need a gradient.
@@ -200,7 +223,7 @@ class Accumulator:
         waiting = self._waiting.get(name)
         first = waiting is None
         if waiting is None:
-            waiting = self._waiting[name] = _Waiting(self._marker(self.params[name]))
+            waiting = self._waiting[name] = _Waiting(self._marker(self.leaves[name]))
         if taken is not None:
             waiting.taken.append((step, taken))
         elif step not in waiting.steps:
@@ -232,7 +255,7 @@ class Accumulator:
             for step, taken in parts:
                 self.raw.add(step, name, taken.raw)
             self.known_by_cluster[name] = True
-            gradients = [taken.gradient for _, taken in parts]
+            gradients = [self.raw.counted(step, taken.gradient) for step, taken in parts]
             return sum(gradients[1:], gradients[0])
         return self._take_whole(name, parts, total)
 
@@ -278,7 +301,8 @@ class Accumulator:
             raw = raw + before.raw
         taken = self._whole[name] = self._sink.take_whole(name, step.groups, raw)
         self.known_by_cluster[name] = False
-        return taken.gradient if before is None else taken.gradient - before.gradient
+        gradient = taken.gradient if before is None else taken.gradient - before.gradient
+        return self.raw.counted(step, gradient, whole=True)
 
     def _first_step(self) -> Step | None:
         """Return the first forward pass of the running backward pass, or else the latest one."""
@@ -350,11 +374,13 @@ class Accumulator:
             if alive is not None:
                 alive.raw.note(name)
 
-        for name in [name for name in self._unwatched if self.params[name].requires_grad]:
+        for name in list(self._unwatched):
+            leaf = self.leaves.get(name)
+            if leaf is None or not leaf.requires_grad:
+                continue
             self._unwatched.remove(name)
-            param = self.params[name]
-            self._hooks.append(_first_hook(param, lambda total, name=name: before(name, total)))
-            hook = param.register_post_accumulate_grad_hook(lambda _, name=name: after(name))
+            self._hooks.append(_first_hook(leaf, lambda total, name=name: before(name, total)))
+            hook = leaf.register_post_accumulate_grad_hook(lambda _, name=name: after(name))
             self._hooks.append(hook)
 
 

@@ -49,6 +49,7 @@ class Clusters:
         whole_batch: called with this process's number of samples; returns that of the whole batch.
         sizes_only: whether the clusterer needs only the number of samples, so that no features are
             kept.
+        accumulator: makes the accumulator, called as ``Accumulator``.
 
     Raises:
         ValueError: an option that cannot hold, or a layer that is refused.
@@ -64,6 +65,7 @@ class Clusters:
         before_assign: Callable[[], None] = _nothing,
         whole_batch: Callable[[int], int | Tensor] = int,
         sizes_only: bool = False,
+        accumulator: Callable[..., Accumulator] = Accumulator,
     ) -> None:
         features, clusterer = options.features, options.clusterer
         if features is None:
@@ -91,7 +93,7 @@ class Clusters:
             for param in layer.module.parameters(recurse=False)
             if layer.family is not None and param in names
         }
-        self.accumulator = Accumulator(sink, names, self._kinds, self.assign)
+        self.accumulator = accumulator(sink, names, self._kinds, self.assign)
         unknown = [layer for layer in self.layers if layer.family is None and layer.trainable]
         if unknown and options.strict:
             listed = ", ".join(f"{a.name or 'model'} ({type(a.module).__name__})" for a in unknown)

@@ -75,6 +75,16 @@ class RawGradients:
             raw=fresh.raw + raw, steps=steps, whole=fresh.whole or whole
         )
 
+    def counted(self, step: Step, gradient: Tensor, whole: bool = False) -> Tensor:
+        """Return a weighted gradient times what this process counts in it among several.
+
+        Args:
+            step: the forward pass that the gradient comes from.
+            gradient: the weighted gradient.
+            whole: whether the samples were one cluster.
+        """
+        return gradient
+
     def _goes_on(self, name: str) -> bool | Tensor:
         """Return whether ``p.grad`` still holds earlier passes' gradients, on its device."""
         grad, left = self._params[name].grad, self._left.get(name)

@@ -1,6 +1,6 @@
 """The law as a sink: cluster means are weighted and added up."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Weigh:
         match_norm: whether the sink gives each weighted gradient the norm of the raw one; None
             takes the option of the queues.
         grad_scale: returns the loss scale that the gradients carry, or None.
+        leaves: by parameter name, the tensors that have the shape, memory order and type of the
+            gradients; None stands for the parameters of the queues.
 
     Attributes:
         backend: the engine that forms the layers' sums.
@@ -40,15 +42,17 @@ class Weigh:
         *,
         match_norm: bool | None = None,
         grad_scale: Callable[[], Tensor | None] = _no_scale,
+        leaves: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.backend = queues.options.backend
         self.statistics: dict[str, Tensor] = {}
         self._queues, self._grad_scale = queues, grad_scale
+        self._leaves = queues.params if leaves is None else leaves
         self._match_norm = queues.options.match_norm if match_norm is None else match_norm
 
     def take(self, name: str, groups: Groups, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
         """Weight a parameter's cluster means, block by block."""
-        param = self._queues.params[name]
+        param = self._leaves[name]
         weighted = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
         raw = torch.empty_like(weighted)
         out, mean = flat(weighted, like=param), flat(raw, like=param)
@@ -64,7 +68,7 @@ class Weigh:
 
         A row that no sample touched has gradient 0 in every cluster, so 0 whatever its weight.
         """
-        param = self._queues.params[name]
+        param = self._leaves[name]
         part = self._combine(groups, name, rows, sums)
         weighted, raw = (torch.zeros_like(param, dtype=sums.dtype) for _ in range(2))
         for table, values in zip((weighted, raw), part[:2], strict=True):
@@ -73,7 +77,7 @@ class Weigh:
 
     def take_whole(self, name: str, groups: Groups, grad: Tensor) -> Taken:
         """Weight a gradient as the mean of one cluster, the whole batch."""
-        sums = flat(grad, like=self._queues.params[name])[None]
+        sums = flat(grad, like=self._leaves[name])[None]
         return self.take(name, groups.whole, iter([(0, grad.numel(), sums)]), grad.dtype)
 
     def _combine(
@@ -90,4 +94,4 @@ class Weigh:
             statistics = statistics.sum(dim=0, keepdim=True)
             match_norm_([weighted], statistics)
         self.statistics[name] = statistics
-        return Taken(weighted.to(self._queues.params[name].dtype), raw)
+        return Taken(weighted.to(self._leaves[name].dtype), raw)

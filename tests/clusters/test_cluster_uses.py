@@ -116,6 +116,19 @@ def test_layers_unfrozen_later_are_clustered():
     assert judge.queue.report()["features.0.weight"] == "clusters (Linear)"
 
 
+def test_a_queue_that_is_attached_again_weights_again():
+    model = make()
+    queue, optimizer, handle = plug(model)
+    handle.remove()
+    queue.attach(optimizer)
+    for batch in batches(2):
+        optimizer.zero_grad()
+        square(model, batch).mean().backward()
+        assert all(bool(param.grad.any()) for param in model.parameters())
+        optimizer.step()
+    assert set(queue.state_dict()["queue"]) == {name for name, _ in model.named_parameters()}
+
+
 def test_a_copy_can_have_a_plug_in_of_its_own():
     model = make()
     plug(model)
