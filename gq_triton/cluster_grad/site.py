@@ -1,9 +1,9 @@
-"""A layer whose gradients are summed by cluster, and the families that such layers belong to."""
+"""A site, whose parameters' gradients are summed by cluster, and the families that sum them."""
 
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -93,19 +93,29 @@ class Family(NamedTuple):
 
 
 class Site:
-    """A layer whose gradients are summed by cluster.
+    """Parameters of one module whose gradients are summed by cluster.
 
     Args:
-        collector: the receiver of the layer's sums.
-        name: the layer's name in the model.
-        module: the layer.
-        family: the family of the layer.
+        collector: the receiver of the sums.
+        name: the module's name in the model.
+        module: the module.
+        family: the family that forms the sums.
+        attributes: by position, the names of the parameters in the module; a dot leads to a
+            submodule.
     """
 
-    def __init__(self, collector: Collector, name: str, module: nn.Module, family: Family) -> None:
+    def __init__(
+        self,
+        collector: Collector,
+        name: str,
+        module: nn.Module,
+        family: Family,
+        attributes: Sequence[str] = ("weight", "bias"),
+    ) -> None:
         self.collector, self.name, self.module, self.family = collector, name, module, family
-        # The name of the input in the layer's own forward().
-        self.input_name = list(inspect.signature(type(module).forward).parameters)[1]
+        self.attributes = tuple(attributes)
+        # The name of the input in the module's own forward().
+        self.input_name = [*inspect.signature(type(module).forward).parameters, "", ""][1]
         # A tensor is an input of a compiled graph, so layers of one kind share their graph.
         self.key = torch.tensor(next(_numbers))
         _sites[int(self.key)] = self
@@ -115,8 +125,33 @@ class Site:
         return self
 
     def param(self, position: int) -> Tensor:
-        """Return the layer's weight (0) or bias (1)."""
-        return getattr(self.module, ("weight", "bias")[position])
+        """Return the parameter at a position."""
+        path, _, attribute = self.attributes[position].rpartition(".")
+        param = self.module.get_submodule(path)._parameters[attribute]
+        assert param is not None
+        return param
+
+    def trainable(self) -> list[str]:
+        """Return the names, in the model, of the site's parameters that need a gradient."""
+        return self.collector.trainable(self.module)
+
+    def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return memory for sums ``(K, elements)``, valid until the next call."""
+        return self.collector.scratch(clusters, elements, like, dtype)
+
+    def used_once(self, step: Step, position: int) -> bool:
+        """Return whether the forward pass used a parameter only once."""
+        return self.collector.uses(step, self.param(position)) == 1
+
+    def give(
+        self, step: Step, position: int, blocks: Iterator[Block], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Give the sums of one use of a parameter; return what is returned as its gradient."""
+        return self.collector.give(step, self.param(position), blocks, dtype)
+
+    def give_rows(self, step: Step, position: int, rows: Tensor, sums: Tensor) -> Tensor | None:
+        """Give the sums of some rows of a table that is used once; return what ``give`` returns."""
+        return self.collector.give_rows(step, self.param(position), rows, sums)
 
 
 def new_number(collector: Collector | None = None) -> int:

@@ -70,7 +70,7 @@ def _gradients(
     for position in wanted:
         param = site.param(position)
         if position == 0:
-            total = site.collector.scratch(len(groups.sizes), param.numel(), grad, dtype)
+            total = site.scratch(len(groups.sizes), param.numel(), grad, dtype)
             # Where launches cost time, sorting once is worth a copy of all samples.
             parts = groups.sorted if launches_cost(grad) else groups.each
             pairs = zip(parts(grad), parts(x), strict=True)
@@ -91,7 +91,7 @@ def _gradients(
             sums = ops.position_sums if last else ops.channel_sums
             total = sums(images.mT if last else images, groups.order, groups.offsets)[0]
         blocks: Iterator[Block] = iter([(0, param.numel(), total)])
-        result.append(site.collector.give(step, param, blocks, dtype))
+        result.append(site.give(step, position, blocks, dtype))
     return result
 
 

@@ -39,7 +39,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Give the sums of a table to the collector; return what it returns."""
     grad, indices = tensors
-    collector, groups, param = site.collector, step.groups, site.param(0)
+    groups, param = step.groups, site.param(0)
     padding_idx: Any = site.module.padding_idx
     if indices.dim() == 0 or len(indices) != groups.labels.numel():
         raise RuntimeError(
@@ -49,13 +49,13 @@ def _gradients(
         )
     rows = samples(grad.reshape(len(indices), -1, grad.shape[-1]), groups, site.name)
     where = indices.reshape(len(rows), -1)
-    once = collector.uses(step, param) == 1
+    once = site.used_once(step, 0)
     if once and param.is_contiguous() and param.shape[0] > where.numel():
         touched, where = where.unique(return_inverse=True)
         sums = _row_sums(groups, rows, where, len(touched))
         if padding_idx is not None:
             sums.masked_fill_((touched == padding_idx)[:, None], 0)
-        return [collector.give_rows(step, param, touched, sums.flatten(1))]
+        return [site.give_rows(step, 0, touched, sums.flatten(1))]
     # Sum for all rows: there are at least as many lookups, the table is tied, so that its other use
     # has a dense gradient, or it is not contiguous.
     sums = _row_sums(groups, rows, where, param.shape[0])
@@ -63,7 +63,7 @@ def _gradients(
         sums[:, padding_idx] = 0
     dense = param.is_contiguous()
     total = sums.flatten(1) if dense else torch.stack([flat(s, like=param) for s in sums])
-    return [collector.give(step, param, iter([(0, param.numel(), total)]), sums.dtype)]
+    return [site.give(step, 0, iter([(0, param.numel(), total)]), sums.dtype)]
 
 
 def _row_sums(groups: Groups, rows: Tensor, where: Tensor, count: int) -> Tensor:

@@ -150,12 +150,12 @@ def _gradients(
         if position == 0:
             inputs = samples(x, groups, site.name)
             left, right = (inputs, rows) if transposed else (rows, inputs)
-            blocks = weight_blocks(groups, left, right, param, site.collector.scratch)
+            blocks = weight_blocks(groups, left, right, param, site.scratch)
         else:
             ops = engine(rows.device, site.collector.backend)
             sums = ops.position_sums(rows, groups.order, groups.offsets)[0]
             blocks = iter([(0, param.numel(), sums)])
-        result.append(site.collector.give(step, param, blocks, dtype))
+        result.append(site.give(step, position, blocks, dtype))
     return result
 
 

@@ -37,7 +37,7 @@ def _weighted(
         param, values = site.param(position), sums[1 - position]
         assert values is not None
         blocks = iter([(0, param.numel(), values)])
-        result.append(site.collector.give(step, param, blocks, values.dtype))
+        result.append(site.give(step, position, blocks, values.dtype))
     return result
 
 
