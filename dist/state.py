@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from gq_triton.claims import HOOK, claim
+from gq_triton.describe import changed, described
 from gq_triton.dist.buckets import Buckets
 from gq_triton.dist.losses import MeanLoss
 from gq_triton.dist.routes import Context, match
@@ -172,6 +173,7 @@ class GradQueueState:
                     f"{name} must have a real floating type, got {param.dtype}: hold it as "
                     "torch.view_as_real"
                 )
+        self._given = changed(clusters, law, hook)
         self.shard_queue = bool(hook.shard_queue)
         # These options decide the result or the collectives, and must be the same on every rank.
         shared = vars(law) | {name: getattr(clusters, name) for name in _SHARED}
@@ -214,6 +216,18 @@ class GradQueueState:
             buckets=self.buckets,
             losses=self._mean_loss,
         )
+
+    def __repr__(self) -> str:
+        """Return options that are not the defaults, size, this rank's memory, and what is served.
+
+        Nothing is communicated.
+        """
+        ddp = None if self._ddp is None else self._ddp()
+        served = "no DDP module yet"
+        if ddp is not None:
+            ranks = dist.get_world_size(ddp.process_group)
+            served = f"{type(ddp.module).__name__} in DDP on {ranks} ranks"
+        return described(self, self._given, repr(self.queues), served)
 
     @property
     def queues(self) -> Queues:
@@ -292,10 +306,13 @@ class GradQueueState:
         """
         self.route.set_sample_weights(weights)
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, per_layer: bool = False) -> dict[str, Any]:
         """Return what the law did in the last step, the same on every rank.
 
         With ``shard_queue`` or clusters every rank must call: each one knows only its own part.
+
+        Args:
+            per_layer: return the first four figures of each parameter by its name.
 
         Returns:
             ``mean_weight``; ``norm_ratio``, ``|g*| / |g|`` over all parameters; ``saturated_high``
@@ -304,7 +321,7 @@ class GradQueueState:
             The values are transferred to the host here, not during the step.
         """
         with self._together("metrics"):
-            return self.route.metrics()
+            return self.route.metrics(per_layer)
 
     def digest(self) -> str:
         """Return the SHA-256 of the queue, which is equal on all ranks after every step.

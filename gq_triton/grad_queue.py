@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from gq_triton.claims import ATTACH, claim, release
 from gq_triton.cluster_grad import Clusters, Weigh
+from gq_triton.describe import changed, described
 from gq_triton.grouping import Groups
 from gq_triton.names import bare, parameter_names
 from gq_triton.optim.base import GradQueueOptimizer
@@ -93,6 +94,8 @@ class GradQueue:
             {name: param for param, name in self._names.items()},
             law,
         )
+        self._options = changed(clusters, law)
+        self._serves: list[str] = []
         self._handle: Handle | None = None
         self._grad_scale = _GradScale()
         self._sink = Weigh(self._queues, grad_scale=self._grad_scale)
@@ -110,6 +113,11 @@ class GradQueue:
             self._sink,
             clusters,
         )
+
+    def __repr__(self) -> str:
+        """Return options that are not the defaults, size, memory, and what the queue serves."""
+        serves = f"attached to {', '.join(self._serves)}" if self._serves else "not attached"
+        return described(self, self._options, repr(self._queues), serves)
 
     def attach(self, optimizer: Optimizer, grad_scaler: Any = None) -> Handle:
         """Weight the gradients in every ``optimizer.step()`` from now on.
@@ -151,6 +159,8 @@ class GradQueue:
         claimed = list(self._names) if self._clusters else self._own(optimizer)
         claim(claimed, before_step, ATTACH)
         hook = optimizer.register_step_pre_hook(before_step)
+        kind = type(optimizer).__name__
+        self._serves.append(kind)
         self._grad_scale.scaler = grad_scaler
         restore = guard = None
         if self._clusters is not None:
@@ -165,6 +175,7 @@ class GradQueue:
             if guard is not None:
                 guard.remove()
             release(claimed, before_step)
+            self._serves.remove(kind)
             self._handle = None
 
         self._handle = Handle(undo)
@@ -270,16 +281,20 @@ class GradQueue:
         """
         self._queues.record_loss(loss)
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, per_layer: bool = False) -> dict[str, Any]:
         """Return figures of the last step's weights, in one transfer to the host.
+
+        Args:
+            per_layer: return the first four figures of each parameter by its name.
 
         Returns:
             ``mean_weight``; ``norm_ratio``, ``|g*| / |g|``; ``saturated_high`` and
             ``saturated_low``, the shares of weights at rho and at 1/rho; ``effective_length``;
             ``cluster_sizes``, None without clusters. Before the first step the dict is empty.
         """
-        values: dict[str, Any] = dict(self._queues.metrics())
-        return values | {"cluster_sizes": self.cluster_sizes_} if values else values
+        values = self._queues.metrics(per_layer)
+        clusters = {"cluster_sizes": self.cluster_sizes_} if values and not per_layer else {}
+        return values | clusters
 
     @property
     def labels_(self) -> Tensor | None:

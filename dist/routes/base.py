@@ -134,9 +134,9 @@ class Route:
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state whose rings and buckets are loaded."""
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, per_layer: bool = False) -> dict[str, Any]:
         """Return what the law did in the last step; empty before the first one."""
-        return dict(self.queues.metrics())
+        return self.queues.metrics(per_layer)
 
     def last_groups(self) -> Groups | None:
         """Return the clusters of this rank's last batch; None where there are none."""

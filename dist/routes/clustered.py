@@ -1,6 +1,6 @@
 """Clusters of every rank's own samples, the whole queue on every rank."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,18 +43,20 @@ class ClusteredQueues(Queues):
         self._group = group
         self.clustered: set[str] = set()
 
-    def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
+    def _keep_statistics(
+        self, names: tuple[str, ...], statistics: Tensor, owners: Sequence[str] | None = None
+    ) -> None:
         if self.clustered.isdisjoint(names):
             # Every rank has the statistics of the whole bucket, and metrics() adds the ranks up.
             statistics = statistics.clone()
             statistics[:, 2:] /= dist.get_world_size(self._group())
-        super()._keep_statistics(names, statistics)
+        super()._keep_statistics(names, statistics, owners)
 
-    def _over_ranks(self, total: Tensor) -> Tensor:
+    def _over_ranks(self, table: Tensor) -> Tensor:
         """Add up the ranks' shares of the weights' statistics; all ranks have the same norms."""
-        shares = total[2:].clone()
+        shares = table[:, 2:].clone()
         dist.all_reduce(shares, group=self._group())
-        return torch.cat([total[:2], shares])
+        return torch.cat([table[:, :2], shares], dim=1)
 
 
 class ClusteredRoute(Route):
@@ -106,10 +108,10 @@ class ClusteredRoute(Route):
         """Say how much each sample ``(B,)`` of the next batches counts; None for equal."""
         self.local.set_sample_weights(weights)
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, per_layer: bool = False) -> dict[str, Any]:
         """Return what the law did in the last step, and the clusters; every rank must call."""
-        values = super().metrics()
-        return values | self.local.metrics() if values else values
+        values = super().metrics(per_layer)
+        return values | self.local.metrics() if values and not per_layer else values
 
 
 class Clustered(ClusteredRoute):

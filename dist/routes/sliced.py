@@ -76,7 +76,7 @@ class SlicedQueues(Queues):
             statistics = self._weigh_rings(held, grads, accept, grad_scale).to(part.device)
         if self.options.match_norm:
             self._match_norms(names, held, grads, statistics)
-        self._keep_statistics(tuple(names), statistics)
+        self._keep_statistics(tuple(names), statistics, held)
 
     def _held(self, names: Sequence[str], part: Tensor) -> tuple[list[str], list[Tensor]]:
         """Place a bucket; return the names of which this rank holds a part, and the parts."""
@@ -241,9 +241,9 @@ class SlicedQueues(Queues):
         dist.all_reduce(counts, dist.ReduceOp.MAX, group=self._group())
         return counts
 
-    def _over_ranks(self, total: Tensor) -> Tensor:
-        dist.all_reduce(total, group=self._group())
-        return total
+    def _over_ranks(self, table: Tensor) -> Tensor:
+        dist.all_reduce(table, group=self._group())
+        return table
 
     def _rings(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield every whole ring and its counter by name, on the CPU; a collective.

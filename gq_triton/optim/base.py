@@ -1,5 +1,6 @@
 """The common base of GQSGD and GQAdamW: options, state, loss scaling, checkpoints."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gq_triton.claims import OPTIMIZER, claim, release
+from gq_triton.describe import memory
 from gq_triton.engines import Engine, engine, note_plain_torch
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.optim.batches import QUEUE, QUEUED, Batch, Found, Plan, State
@@ -90,6 +92,25 @@ class GradQueueOptimizer(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def __repr__(self) -> str:
+        """Return for every group its options that are not the defaults, its size and memory."""
+        signature = inspect.signature(type(self)).parameters
+        groups = []
+        for group in self.param_groups:
+            options = [
+                f"{name}={group[name]!r}"
+                for name, entry in signature.items()
+                if name in group and name != "params"
+                if name == "lr" or group[name] != entry.default
+            ]
+            states = (self.state.get(param, {}) for param in group["params"])
+            rings = [state[QUEUE] for state in states if QUEUE in state]
+            groups.append(f"{', '.join(options)}; {memory(group['params'], rings)}")
+        if len(groups) == 1:
+            return f"{type(self).__name__}({groups[0]})"
+        listed = "".join(f"\n    group {number}: {one}" for number, one in enumerate(groups))
+        return f"{type(self).__name__}({listed}\n)"
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Record the unscaled loss of the coming step for the effective length.

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gq_triton.describe import memory
 from gq_triton.engines import engine, note_plain_torch
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.options import LawOptions
 from gq_triton.queues.losses import length_of, new_losses, record_loss
-from gq_triton.queues.measures import added, measures
+from gq_triton.queues.measures import measures, measures_by_name
 from gq_triton.queues.saved import digests
 from gq_triton.ring import (
     flat,
@@ -55,7 +56,8 @@ class Queues:
         self._queued: dict[str, Tensor] = {}
         self._layouts: dict[str, tuple[torch.device, tuple[int, ...]]] = {}
         self._losses: Tensor | None = None
-        self._statistics: dict[tuple[str, ...], Tensor] = {}
+        # By the names of a batch: the rows of its statistics, and the parameter of each row.
+        self._statistics: dict[tuple[str, ...], tuple[Tensor, Sequence[str]]] = {}
 
     def weigh_(
         self,
@@ -112,11 +114,19 @@ class Queues:
     def _law(self, device: torch.device, grad_scale: Tensor | None) -> Law:
         return Law(self.options.rho, self.effective_length(device), grad_scale)
 
-    def _keep_statistics(self, names: tuple[str, ...], statistics: Tensor) -> None:
-        """Keep the statistics of the step; a parameter that comes again begins a new step."""
+    def _keep_statistics(
+        self, names: tuple[str, ...], statistics: Tensor, owners: Sequence[str] | None = None
+    ) -> None:
+        """Keep the statistics of the step; a parameter that comes again begins a new step.
+
+        Args:
+            names: the parameters of the batch.
+            statistics: ``(N, 5)``, to be added up.
+            owners: the parameter of each row; None says that there is one row for each name.
+        """
         if any(not set(names).isdisjoint(group) for group in self._statistics):
             self._statistics.clear()
-        self._statistics[names] = statistics
+        self._statistics[names] = statistics, names if owners is None else owners
 
     def combine(
         self,
@@ -227,7 +237,8 @@ class Queues:
         rings = [rows(local(self._queue[name])) for name in names]
         counters = [self._queued[name] for name in names]
         ops.push_(raw, rings, counters, accept, grad_scale=grad_scale)
-        self._keep_statistics(tuple(names), torch.cat(list(statistics)))
+        owners = [name for name, part in zip(names, statistics, strict=True) for _ in part]
+        self._keep_statistics(tuple(names), torch.cat(list(statistics)), owners)
 
     def _allocate(self, name: str, device: torch.device) -> None:
         """Allocate a parameter's ring, or bring a loaded one to its device and memory order."""
@@ -284,25 +295,43 @@ class Queues:
             return new_losses(window, self.options.queue_length, device)
         return self._losses
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, per_layer: bool = False) -> dict[str, Any]:
         """Return what the law did in the last step, in one transfer to the host.
+
+        Args:
+            per_layer: return the figures of each parameter by its name, in place of those of all.
 
         Returns:
             ``mean_weight``; ``norm_ratio``, ``|g*| / |g|`` over all parameters; ``saturated_high``
-            and ``saturated_low``, shares of elements at rho and at 1/rho; ``effective_length``.
-            Empty before the first step.
+            and ``saturated_low``, shares of elements at rho and at 1/rho; ``effective_length``,
+            which all parameters share and ``per_layer`` leaves out. Empty before the first step.
         """
         if not self._statistics:
             return {}
         # Statistics of a sharded parameter cover all its shards, and so does a DTensor's numel().
-        elements = sum(self.params[n].numel() for names in self._statistics for n in names)
-        total = self._over_ranks(added(self._statistics.values()))
+        seen = {name for names in self._statistics for name in names}
+        elements = {name: p.numel() for name, p in self.params.items() if name in seen}
+        if per_layer:
+            return measures_by_name(self._over_ranks(self._table(list(elements))), elements)
+        sums = torch.stack([part.double().sum(dim=0) for part, _ in self._statistics.values()])
+        (total,) = self._over_ranks(sums.sum(dim=0, keepdim=True))
         length = self.effective_length(total.device)
-        return measures(total, elements, self.options.queue_length if length is None else length)
+        used = self.options.queue_length if length is None else length
+        return measures(total, sum(elements.values()), used)
 
-    def _over_ranks(self, total: Tensor) -> Tensor:
-        """Return statistics summed over all ranks: here every process has all elements."""
-        return total
+    def _table(self, names: Sequence[str]) -> Tensor:
+        """Return the statistics of each parameter, ``(N, 5)`` float64."""
+        place = {name: row for row, name in enumerate(names)}
+        parts = [part.double() for part, _ in self._statistics.values()]
+        rows = [place[owner] for _, owners in self._statistics.values() for owner in owners]
+        device = parts[0].device
+        index = torch.tensor(rows, dtype=torch.int64, device=device)
+        table = torch.zeros(len(names), 5, dtype=torch.float64, device=device)
+        return table.index_add_(0, index, torch.cat([part.to(device) for part in parts]))
+
+    def _over_ranks(self, table: Tensor) -> Tensor:
+        """Return statistics ``(N, 5)`` summed over all ranks: here each has all elements."""
+        return table
 
     def digest(self) -> str:
         """Return the SHA-256 of all rings, counters and losses: equal exactly where those are.
@@ -318,6 +347,10 @@ class Queues:
         under ``LOSSES``.
         """
         return digests(self.params, self._rings(), self._losses)
+
+    def __repr__(self) -> str:
+        """Return the numbers of parameters and elements, and the bytes of the rings here."""
+        return memory(self.params.values(), self._queue.values())
 
     def init_state(self) -> None:
         """Allocate the ring of every trainable parameter and the losses before the first step.

@@ -144,6 +144,9 @@ def check_ranks_are_one_process(rank: int) -> None:
         # The hook cannot know the last clusters of a clusterer where they are empty.
         assert whole == (sizes + [0] * K)[: len(whole)]
         assert case.get("rho") == 1.0 or mine["mean_weight"] != 1.0
+        layers = pair.judge.metrics(per_layer=True)
+        for name, figures in pair.state.metrics(per_layer=True).items():
+            assert figures == pytest.approx(layers[name], rel=1e-9), (case, name)
         for name, value in theirs.items():
             assert abs(mine[name] - value) <= 1e-9 * max(1.0, abs(value)), (
                 case,

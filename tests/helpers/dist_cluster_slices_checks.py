@@ -85,6 +85,9 @@ def check_slices_are_the_whole(rank: int) -> None:
         assert mine.pop("cluster_sizes") == theirs.pop("cluster_sizes")
         assert mine["mean_weight"] != 1.0
         assert mine == pytest.approx(theirs, rel=1e-9)
+        layers = first.metrics(per_layer=True)
+        for name, figures in second.metrics(per_layer=True).items():
+            assert figures == pytest.approx(layers[name], rel=1e-9), name
 
 
 def check_saved_either_way(rank: int) -> None:

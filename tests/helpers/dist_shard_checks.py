@@ -308,3 +308,8 @@ def check_tiny_parameters(rank: int) -> None:
         for a, b in zip(ddp.parameters(), other.parameters(), strict=True):
             close(b, a, 1e-10)
         assert parts.metrics() == pytest.approx(state.metrics())
+        mine, theirs = parts.metrics(per_layer=True), state.metrics(per_layer=True)
+        assert set(mine) == {"body.weight", "body.bias", "scale"}
+        for name, figures in theirs.items():
+            assert mine[name] == pytest.approx(figures), name
+        assert repr(state).endswith(f"; Small in DDP on {dist.get_world_size()} ranks)")

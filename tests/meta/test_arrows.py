@@ -24,7 +24,7 @@ PLACES = {
 # __init__. A module belongs to the room with the longest name. Every room may import itself. Rooms
 # that are not in BASE may import those of BASE.
 HOUSE = "gq_triton"
-BASE = {"names", "extras", "options", "law", "ring", "saved", "claims"}
+BASE = {"names", "extras", "options", "law", "ring", "saved", "claims", "describe"}
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
 DOORS = {HOUSE, "grad_queue", "optim", "dist", "dist.routes", "dist.state"}
@@ -32,6 +32,7 @@ BELOW = {"cluster_grad", "cluster_grad.layers"} | QUEUES
 MAY = {
     "names": set(),
     "claims": set(),
+    "describe": {"options", "ring"},
     "extras": set(),
     "options": set(),
     "law": {"options"},

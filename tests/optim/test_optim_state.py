@@ -382,7 +382,19 @@ def test_state_is_what_torch_keeps_and_the_queue(variant, queue_dtype):
 def test_both_are_optimizers_of_torch():
     for kind in (GQSGD, GQAdamW):
         assert issubclass(kind, torch.optim.Optimizer)
-        assert "queue_length: 5" in repr(kind(small_parameters(), lr=0.1))
+
+
+def test_repr_names_what_differs_from_the_defaults():
+    params = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]
+    optimizer = GQSGD(params, lr=0.1, momentum=0.9, queue_length=3)
+    text = "GQSGD(lr=0.1, momentum=0.9, queue_length=3; 2 parameters of 10 elements, queue of"
+    assert repr(optimizer) == f"{text} 0 bytes)"
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert repr(optimizer) == f"{text} 120 bytes)"
+    optimizer.add_param_group({"params": torch.nn.Parameter(torch.ones(1)), "rho": 2.0})
+    assert "group 1: lr=0.1, momentum=0.9, queue_length=3, rho=2.0; 1 param" in repr(optimizer)
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])

@@ -293,6 +293,39 @@ def test_metrics_say_what_the_law_did():
     assert metrics["saturated_low"] == pytest.approx(float((weights == 1 / 3).double().mean()))
     assert metrics["effective_length"] == 3
     assert metrics["cluster_sizes"] is None
+    layers = queue.metrics(per_layer=True)
+    assert list(layers) == [name for name, _ in model.named_parameters()]
+    for (name, param), w in zip(
+        model.named_parameters(), weights.split([g.numel() for g in history[5]]), strict=True
+    ):
+        raw = history[5][list(layers).index(name)].flatten()
+        assert param.numel() == raw.numel()
+        assert layers[name] == pytest.approx(
+            {
+                "mean_weight": float(w.mean()),
+                "norm_ratio": float((w * raw).norm() / raw.norm()),
+                "saturated_high": float((w == 3).double().mean()),
+                "saturated_low": float((w == 1 / 3).double().mean()),
+            },
+            rel=1e-6,
+        )
+
+
+def test_repr_names_options_size_and_what_is_served():
+    model = torch.nn.Linear(4, 2)
+    queue = GradQueue(model, rho=2.0)
+    assert repr(queue) == (
+        "GradQueue(rho=2.0; 2 parameters of 10 elements, queue of 0 bytes; not attached)"
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = queue.attach(optimizer)
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    assert repr(queue).endswith("queue of 200 bytes; attached to SGD)")
+    handle.remove()
+    assert repr(queue).endswith("not attached)")
+    grouped = GradQueue(torch.nn.Sequential(model), n_clusters=2, features="0")
+    assert repr(grouped).startswith("GradQueue(n_clusters=2, features='0'; ")
 
 
 def test_match_norm_keeps_every_parameters_norm():
