@@ -17,6 +17,7 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it must be set before kernels are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # `python -m pytest` puts the repository root on the path, where kernels/ and dist/ would be found a
 # second time under those names. Without an installed gq_triton the root is all there is: keep it.
@@ -25,6 +26,11 @@ _path = list(sys.path)
 sys.path[:] = [entry for entry in _path if Path(entry).resolve() != ROOT]
 if importlib.util.find_spec("gq_triton") is None:
     sys.path[:] = _path
+
+if INTERPRETED:
+    import quick_interpreter  # after the path is put right
+
+    quick_interpreter.install()
 
 
 # The longest files, longest first: a long file that begins late would let one worker run alone.
