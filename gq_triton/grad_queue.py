@@ -1,6 +1,6 @@
 """GradQueue: the plug-in that weights the gradients of any torch optimizer in any loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from gq_triton.claims import ATTACH, claim, release
 from gq_triton.cluster_grad import Clusters, Weigh
 from gq_triton.describe import changed, described
 from gq_triton.grouping import Groups
-from gq_triton.names import bare, parameter_names
+from gq_triton.names import bare, is_divided, parameter_names
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.options import (
     ClusterKeywords,
@@ -61,8 +61,10 @@ class GradQueue:
     ``loss.backward()`` computes the sum.
 
     Args:
-        model: the model whose parameters the optimizer updates, bare, compiled or in DDP. With
-            ``n_clusters`` a model in DDP is refused.
+        model: the model whose parameters the optimizer updates: bare, compiled, divided by
+            ``fully_shard``, or in DDP. With ``n_clusters`` a model in DDP is refused. In a divided
+            model every rank groups its own samples: W ranks with K clusters are one process with
+            those W * K clusters.
         **options: the options of ``LawOptions`` and ``ClusterOptions``.
 
     Raises:
@@ -87,19 +89,19 @@ class GradQueue:
         law: LawOptions
         clusters: ClusterOptions
         clusters, law = read(options, ClusterOptions, LawOptions)
-        self._names: dict[Tensor, str] = {
-            param: name for name, param in parameter_names(model).items()
-        }
-        self._queues = Queues(
-            {name: param for param, name in self._names.items()},
-            law,
-        )
         self._options = changed(clusters, law)
         self._serves: list[str] = []
         self._handle: Handle | None = None
         self._grad_scale = _GradScale()
-        self._sink = Weigh(self._queues, grad_scale=self._grad_scale)
+        # By parameter name, the statistics of its last weighting with clusters.
+        self._statistics: Mapping[str, Tensor] = {}
         self._clusters: Clusters | None = None
+        params = parameter_names(model)
+        if is_divided(model, params):
+            self._build_divided(model, law, clusters)
+            return
+        self._names: dict[Tensor, str] = {param: name for name, param in params.items()}
+        self._queues = Queues(params, law)
         if clusters.n_clusters is None:
             return
         if isinstance(bare(model), DistributedDataParallel):
@@ -107,12 +109,21 @@ class GradQueue:
                 "with clusters all ranks must share one queue, which GradQueue does not do: use "
                 "gq_triton.dist.register(model, n_clusters=..., features=...) in its place"
             )
-        self._clusters = Clusters(
-            bare(model),
-            self._names,
-            self._sink,
-            clusters,
-        )
+        sink = Weigh(self._queues, grad_scale=self._grad_scale)
+        self._statistics = sink.statistics
+        self._clusters = Clusters(bare(model), self._names, sink, clusters)
+
+    def _build_divided(self, model: nn.Module, law: LawOptions, clusters: ClusterOptions) -> None:
+        """Build the queue and the clusters of a model that ``fully_shard`` has divided."""
+        # Imported here: few models are divided, and FSDP is slow to import.
+        from gq_triton.dist.sharded import ShardedClusters, ShardedQueues, sharded_parameters
+
+        params = sharded_parameters(model)
+        self._names = {param: name for name, param in params.items()}
+        self._queues = queues = ShardedQueues(params, law)
+        if clusters.n_clusters is not None:
+            own = ShardedClusters(bare(model), self._names, queues, clusters, self._grad_scale)
+            self._clusters, self._statistics = own, own.tables
 
     def __repr__(self) -> str:
         """Return options that are not the defaults, size, memory, and what the queue serves."""
@@ -255,9 +266,7 @@ class GradQueue:
             raise RuntimeError(
                 'mode="microbatch" needs GradQueue.backward(losses) in place of loss.backward()'
             )
-        self._queues.push(
-            raw, self._sink.statistics, grad_scale=self._grad_scale(), found_inf=found_inf
-        )
+        self._queues.push(raw, self._statistics, grad_scale=self._grad_scale(), found_inf=found_inf)
         return set(raw)
 
     def _check_dense(self, param: Tensor) -> None:

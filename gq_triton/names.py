@@ -1,8 +1,12 @@
 """Names of a model's parameters, whatever is wrapped around the model."""
 
-from torch import nn
+import sys
+from collections.abc import Mapping
 
-__all__ = ["bare", "parameter_names"]
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["bare", "is_divided", "parameter_names"]
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -29,3 +33,15 @@ def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
     while named and all(name.startswith("module.") for name in named):
         named = {name.removeprefix("module."): parameter for name, parameter in named.items()}
     return named
+
+
+def is_divided(model: nn.Module, params: Mapping[str, Tensor]) -> bool:
+    """Return whether ``fully_shard`` or ``parallelize_module`` has divided a model's parameters.
+
+    After a forward pass some modules of a model under ``fully_shard`` show whole parameters.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; without it nothing is
+    kind = () if fsdp is None else fsdp.FSDPModule
+    return any(isinstance(param, DTensor) for param in params.values()) or any(
+        isinstance(module, kind) for module in model.modules()
+    )

@@ -48,11 +48,12 @@ MAY = {
     # A layer gives its sums to a sink, and may not know of queues.
     "cluster_grad.layers": {"cluster_grad", "grouping"} | ENGINES,
     "optim": QUEUES,
-    "grad_queue": {"optim"} | BELOW,
+    "grad_queue": {"optim", "dist.sharded"} | BELOW,
     "dist": {"dist.routes", "dist.state"} | BELOW,
     "dist.state": {"dist", "dist.routes"} | BELOW,
     # A route is given what it needs of the state, and may not import the state.
     "dist.routes": {"dist"} | BELOW,
+    "dist.sharded": {"dist"} | BELOW,
     HOUSE: {"grad_queue", "optim"},
     # Tasks and training may not import each other.
     "tasks": {"commands"},
