@@ -253,10 +253,20 @@ class ClusterOptions(Options):
 
     @classmethod
     def _conflicts(cls, values: Mapping[str, Any]) -> list[str]:
-        described = values.get("features") is not None or values.get("clusterer") is not None
-        if values.get("n_clusters") is None and described:
-            return ["features and clusterer need n_clusters: say how many clusters"]
-        return []
+        if values.get("n_clusters") is not None:
+            return []
+        # What describes the loop may always be said: it is true without clusters, too.
+        about_the_loop = "loss_reduction", "accumulation_steps"
+        given = [
+            entry.name
+            for entry in fields(cls)
+            if entry.name not in about_the_loop
+            and values.get(entry.name, entry.default) != entry.default
+        ]
+        if not given:
+            return []
+        need = "needs" if len(given) == 1 else "need"
+        return [f"{' and '.join(given)} {need} n_clusters: say how many clusters"]
 
 
 class RankClusterKeywords(TypedDict, total=False):

@@ -12,7 +12,12 @@ from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.batches import Batch, State
-from gq_triton.optim.checks import beta_problems, number_problems, rate_problems
+from gq_triton.optim.checks import (
+    beta_problems,
+    number_problems,
+    rate_problems,
+    torch_problems,
+)
 from gq_triton.optim.saved import EXP_AVG, EXP_AVG_SQ, STEP
 from gq_triton.options import LawKeywords, LawOptions, takes
 from gq_triton.ring import local
@@ -45,6 +50,8 @@ class GQAdamW(GradQueueOptimizer):
         eps: added to the denominator.
         weight_decay: decoupled decay.
         maximize: ascend instead of descend.
+        foreach, fused: taken as in torch, without effect: a step is one fused pass in any case.
+        amsgrad, capturable, differentiable: as in torch, but True is refused.
         **options: those of ``LawOptions``.
 
     Raises:
@@ -65,13 +72,19 @@ class GQAdamW(GradQueueOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **options: Unpack[LawKeywords],
     ) -> None:
         own = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "maximize": maximize,
+            "amsgrad": amsgrad, "maximize": maximize, "foreach": foreach, "capturable": capturable,
+            "differentiable": differentiable, "fused": fused,
         }  # fmt: skip
         super().__init__(params, own, options)
 
@@ -79,6 +92,7 @@ class GQAdamW(GradQueueOptimizer):
         yield from rate_problems(group, "lr", "weight_decay")
         yield from number_problems(group, "eps", least=0)
         yield from beta_problems(group["betas"])
+        yield from torch_problems(group)
 
     def _new_state(self, param: Tensor, group: dict[str, Any], state: State) -> None:
         if STEP not in state:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gq_triton.options import shown
 
-__all__ = ["beta_problems", "number_problems", "rate_problems"]
+__all__ = ["beta_problems", "number_problems", "rate_problems", "torch_problems"]
 
 # A step multiplies an option by others. From here on the product can leave float32, and torch would
 # raise in the middle of the step.
@@ -57,6 +57,32 @@ def beta_problems(betas: Any) -> Iterator[str]:
     for index, beta in enumerate(betas):
         if not _is_number(beta) or not 0 <= beta < 1:
             yield f"betas[{index}] must be in [0, 1), got {shown(beta)}"
+
+
+def torch_problems(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with options of torch's optimizers that these ones do not follow.
+
+    ``foreach`` and ``fused`` choose how torch runs a step, and mean nothing here.
+
+    Args:
+        options: the options of a group; one that is absent is off.
+    """
+    for name in ("foreach", "fused"):
+        value = options.get(name)
+        if not (value is None or isinstance(value, bool)):
+            yield f"{name} must be None, True or False, got {shown(value)}"
+    for name, why in _NOT_FOLLOWED.items():
+        value = options.get(name)
+        if not (value is None or value is False):
+            yield f"{name} must be False, got {shown(value)}: {why}"
+
+
+# Options of torch's optimizers that would change a step, and why they must be off here.
+_NOT_FOLLOWED = {
+    "amsgrad": "no maximum of the second moments is kept; use torch.optim.AdamW with GradQueue",
+    "differentiable": "a step is not recorded by autograd; use torch's optimizer with GradQueue",
+    "capturable": "no CUDA graph has captured a step so far; run step() outside of graphs",
+}
 
 
 def _number(name: str, value: Any, least: float) -> Iterator[str]:

@@ -12,7 +12,7 @@ from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.batches import Batch, State
-from gq_triton.optim.checks import number_problems, rate_problems
+from gq_triton.optim.checks import number_problems, rate_problems, torch_problems
 from gq_triton.optim.saved import MOMENTUM_BUFFER
 from gq_triton.options import LawKeywords, LawOptions, shown, takes
 
@@ -44,6 +44,8 @@ class GQSGD(GradQueueOptimizer):
         nesterov: look one momentum step ahead.
         dampening: share of the gradient that does not enter the momentum.
         maximize: ascend instead of descend.
+        foreach, fused: taken as in torch, without effect: a step is one fused pass in any case.
+        differentiable: as in torch, but True is refused.
         **options: those of ``LawOptions``.
 
     Raises:
@@ -60,23 +62,28 @@ class GQSGD(GradQueueOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
         dampening: float = 0.0,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         **options: Unpack[LawKeywords],
     ) -> None:
         own = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov,
-            "dampening": dampening, "maximize": maximize,
+            "dampening": dampening, "maximize": maximize, "foreach": foreach,
+            "differentiable": differentiable, "fused": fused,
         }  # fmt: skip
         super().__init__(params, own, options)
 
     def _problems(self, group: dict[str, Any]) -> Iterator[str]:
         yield from rate_problems(group, "lr", "weight_decay")
+        yield from torch_problems(group)
         numbers = [
             *number_problems(group, "momentum", least=0),
             *number_problems(group, "dampening"),

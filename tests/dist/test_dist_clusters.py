@@ -44,7 +44,7 @@ def test_slices(ranks, check, world_size):
 
 def test_options_that_cannot_hold():
     model = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="need n_clusters"):
+    with pytest.raises(ValueError, match="needs n_clusters"):
         GradQueueState(model, features="0")
     with pytest.raises(ValueError, match="needs features"):
         GradQueueState(model, n_clusters=2)

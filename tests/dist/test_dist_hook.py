@@ -163,7 +163,7 @@ def test_saving_does_not_change_the_digest():
 def test_options_that_cannot_hold():
     cases: list[tuple[dict[str, Any], str]] = [
         ({"n_clusters": 4}, "n_clusters needs features"),
-        ({"features": "0"}, "features and clusterer need n_clusters"),
+        ({"features": "0"}, "features needs n_clusters"),
         ({"verify_every": -1}, "verify_every must be an integer >= 0, got -1"),
         ({"rho": 0.5}, "rho must be a finite number >= 1"),
         ({"queue_length": 0}, "queue_length must be an integer >= 1"),

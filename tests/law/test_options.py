@@ -35,7 +35,8 @@ DOORS = {
     register: ON_RANKS,
 }
 # Keywords of a door itself, which torch.optim has too.
-OWN = {GQSGD: {"dampening", "maximize"}, GQAdamW: {"maximize"}}
+SWITCHES = {"maximize", "foreach", "differentiable", "fused"}
+OWN = {GQSGD: {"dampening", *SWITCHES}, GQAdamW: {"capturable", *SWITCHES}}
 
 
 @pytest.mark.parametrize(("kind", "keywords"), PAIRS.items(), ids=lambda kind: kind.__name__)
@@ -114,11 +115,27 @@ def test_problems_of_the_law_and_of_the_clusters_come_together():
         GradQueue(model(), n_clusters=2, features="", population_power=-1, rho=0)
 
 
-@pytest.mark.parametrize("name", ["features", "clusterer"])
-def test_what_describes_samples_needs_a_number_of_clusters(name):
-    value = {"features": "", "clusterer": lambda features: features}[name]
-    with pytest.raises(ValueError, match="features and clusterer need n_clusters"):
-        GradQueue(model(), **{name: value})
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": ""},
+        {"clusterer": lambda features: features},
+        {"mode": "microbatch"},
+        {"population_power": 0.0},
+        {"centroid_scale": "standard_error"},
+    ],
+    ids=str,
+)
+def test_an_option_of_clusters_needs_a_number_of_clusters(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} needs n_clusters: say how many clusters"):
+        GradQueue(model(), **options)
+    with pytest.raises(ValueError, match=f"features and {name} need n_clus|features needs n_clus"):
+        GradQueue(model(), **{"features": ""} | options)
+
+
+def test_what_describes_the_loop_or_is_the_default_needs_no_clusters():
+    GradQueue(model(), accumulation_steps=4, loss_reduction="sum", population_power=1)
 
 
 def test_the_default_of_min_queue_length_gives_way_to_a_short_queue():
