@@ -9,10 +9,10 @@ from torch import Tensor
 from gq_triton.engines import engine
 from gq_triton.saved.rules import Also, ListOf, OneOf, check
 
-__all__ = ["Buckets", "Rooms"]
+__all__ = ["BucketBuffers", "Buckets"]
 
 
-class Rooms:
+class BucketBuffers:
     """Buffers by bucket, kept from step to step: on the CPU fresh memory pages cost time."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Rooms:
         """
         key = tuple(names)
         if key not in self.held:
-            others = {k: room for k, room in self.held.items() if set(k).isdisjoint(key)}
+            others = {k: kept for k, kept in self.held.items() if set(k).isdisjoint(key)}
             self.held = {**others, key: make()}
         return self.held[key]
 

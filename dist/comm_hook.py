@@ -6,7 +6,8 @@ checks a hook's annotations at registration, and would take their text for a wro
 
 from typing_extensions import Unpack
 
-from gq_triton.dist.state import NOT_ON_RANKS, GradQueueState, HookOptions, StateKeywords
+from gq_triton.dist.options import NOT_ON_RANKS, HookOptions, StateKeywords
+from gq_triton.dist.state import GradQueueState
 from gq_triton.dist.wrappers import find_ddp
 from gq_triton.options import ClusterOptions, LawOptions, takes
 

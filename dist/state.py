@@ -4,13 +4,11 @@ import hashlib
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
@@ -18,21 +16,14 @@ from gq_triton.claims import HOOK, claim
 from gq_triton.describe import changed, described
 from gq_triton.dist.buckets import Buckets
 from gq_triton.dist.losses import MeanLoss
+from gq_triton.dist.options import NOT_ON_RANKS, HookOptions, StateKeywords
 from gq_triton.dist.routes import Context, match
 from gq_triton.dist.together import together
 from gq_triton.dist.verify import check_same
 from gq_triton.dist.wrappers import carries, ddp_carrying, find_ddp
+from gq_triton.loss_scale import GradScale, ScalerWatch
 from gq_triton.names import bare, parameter_names
-from gq_triton.options import (
-    ClusterOptions,
-    LawKeywords,
-    LawOptions,
-    Options,
-    RankClusterKeywords,
-    option,
-    read,
-    takes,
-)
+from gq_triton.options import ClusterOptions, LawOptions, read, takes
 from gq_triton.queues import Queues
 from gq_triton.saved.rules import COUNTER_LIMIT
 
@@ -44,52 +35,15 @@ BUCKETS = "buckets"
 
 # Options of ``ClusterOptions`` that must be the same on every rank.
 _SHARED = "population_power", "centroid_scale", "accumulation_steps"
-# Options of ``ClusterOptions`` that the hook does not take: DDP averages, so each rank's loss must
-# be a mean; and a hook works inside of ``loss.backward()``, so there is one backward pass.
-NOT_ON_RANKS = "loss_reduction", "mode"
-
-
-def _not_negative(name: str, value: Any) -> str | None:
-    fits = isinstance(value, int) and value >= 0
-    return None if fits else f"{name} must be an integer >= 0, got {value}"
+_SCALED = (
+    "a GradScaler scales the loss, and the hook would queue gradients that carry its scale: pass "
+    "register(model, grad_scaler=scaler)"
+)
 
 
 def _comparable(value: Any) -> Any:
     """Return an option in a form that gives equal options one text: 3 and 3.0, True and 1."""
     return float(value) if isinstance(value, (int, float)) else value
-
-
-@dataclass(frozen=True, kw_only=True)
-class HookOptions(Options):
-    """Options of the DDP hook, in addition to those of the law and of the clusters."""
-
-    shard_queue: bool = option(False, "divide the queue among the ranks.")
-    grad_scaler: GradScaler | None = option(
-        None,
-        "the ``GradScaler`` of the run, which must scale alike on every rank; the queue then holds "
-        "unscaled gradients.",
-    )
-    verify_every: int = option(
-        0,
-        "N compares the ranks' queues at the start of every N-th backward pass and raises a "
-        "RuntimeError that names the first parameter that differs; 0 compares no queues. The "
-        "comparison reads the whole queue. Slices have no copy to compare with: with "
-        "``shard_queue`` the cuts, counters and losses are compared, and with clusters the "
-        "statistics. The options are compared in the first backward pass, whatever N is.",
-        _not_negative,
-    )
-
-
-class HookKeywords(TypedDict, total=False):
-    """The keywords of ``HookOptions``."""
-
-    shard_queue: bool
-    grad_scaler: GradScaler | None
-    verify_every: int
-
-
-class StateKeywords(RankClusterKeywords, LawKeywords, HookKeywords, total=False):
-    """The keywords of ``GradQueueState`` and ``register``."""
 
 
 @takes(ClusterOptions, LawOptions, HookOptions, without=NOT_ON_RANKS)
@@ -187,6 +141,7 @@ class GradQueueState:
         self.buckets = Buckets(params, law.backend)
         self._mean_loss = MeanLoss()
         self._steps = 0
+        self._scaler_watch: ScalerWatch | None = None
         if clusters.n_clusters is not None:
             # From now on backward passes leave weighted gradients.
             self._claim(params, clustered=True)
@@ -424,6 +379,11 @@ class GradQueueState:
             texts = {name: repr(value).encode() for name, value in self._options.items()}
             digests = {name: hashlib.sha256(text).digest() for name, text in texts.items()}
             check_same(digests, self.process_group, device, "the first backward pass", "option")
+            if self.grad_scaler is None:
+                self._scaler_watch = ScalerWatch(self.queues.params.values(), _SCALED)
+        elif self._scaler_watch is not None and self._scaler_watch.done:
+            self._scaler_watch.end()
+            self._scaler_watch = None
         self.route.begin()
         if self.verify_every and self._steps % self.verify_every == 0:
             digests = self.queues.shared_digests()
@@ -433,8 +393,5 @@ class GradQueueState:
 
     def loss_scale(self, device: torch.device) -> Tensor | None:
         """Return the loss scale that the gradients carry, 0-d; None where there is none."""
-        scaler = self.grad_scaler
-        if scaler is None or not scaler.is_enabled():
-            return None
-        scale = scaler._get_scale_async()
+        scale = GradScale(self.grad_scaler)()
         return None if scale is None else scale.to(device, non_blocking=True)

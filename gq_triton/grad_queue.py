@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from gq_triton.claims import ATTACH, claim, release
-from gq_triton.cluster_grad import Clusters, Weigh
+from gq_triton.cluster_grad import Clusters, DeclaredPasses, Weigh
 from gq_triton.describe import changed, described
 from gq_triton.grouping import Groups
+from gq_triton.loss_scale import GradScale, scaler_of
 from gq_triton.names import bare, is_divided, parameter_names
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.options import (
@@ -92,9 +93,14 @@ class GradQueue:
         self._options = changed(clusters, law)
         self._serves: list[str] = []
         self._handle: Handle | None = None
-        self._grad_scale = _GradScale()
+        self._grad_scale = GradScale()
         # By parameter name, the statistics of its last weighting with clusters.
         self._statistics: Mapping[str, Tensor] = {}
+        self._looked = False  # for a GradScaler that attach was not given
+        self._declared = DeclaredPasses(
+            clusters.accumulation_steps,
+            "divide each of a step's A losses by A and give accumulation_steps=A",
+        )
         self._clusters: Clusters | None = None
         params = parameter_names(model)
         if is_divided(model, params):
@@ -231,6 +237,10 @@ class GradQueue:
         # GradScaler sets both for fused optimizers, which unscale gradients and skip steps alone.
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
+        if self._clusters is not None and self._grad_scale.scaler is None and not self._looked:
+            self._looked = True
+            if grad_scale is not None or scaler_of(optimizer) is not None:
+                raise RuntimeError(_SCALED)
         done = self._push_clustered(found_inf)
         batches: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
         for group in optimizer.param_groups:
@@ -260,6 +270,7 @@ class GradQueue:
         if self._clusters is None:
             return set()
         accumulator = self._clusters.accumulator
+        self._declared.check(accumulator.raw.count_passes())
         raw = accumulator.raw.take_all()
         lost = not raw and any(param.grad is not None for param in accumulator.params.values())
         if lost and self._clusters.mode == "microbatch":
@@ -399,14 +410,7 @@ def _refuse_ddp(model: nn.Module, args: Any) -> None:
         )
 
 
-class _GradScale:
-    """The loss scale of the ``GradScaler`` that was given to ``attach``."""
-
-    def __init__(self) -> None:
-        self.scaler: Any = None
-
-    def __call__(self) -> Tensor | None:
-        """Return the scale on its device; None where no scaler is given or it is disabled."""
-        if self.scaler is None or not self.scaler.is_enabled():
-            return None
-        return self.scaler._get_scale_async()
+_SCALED = (
+    "a GradScaler scales the loss, and with clusters GradQueue weights gradients while they carry "
+    "its scale: call remove() on the handle, and attach(optimizer, grad_scaler=scaler)"
+)

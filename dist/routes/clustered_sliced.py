@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 
-from gq_triton.dist.buckets import Rooms
+from gq_triton.dist.buckets import BucketBuffers
 from gq_triton.dist.collectives import completed, reduce_scatter, start_all_gather
 from gq_triton.dist.routes.base import Context, Route
 from gq_triton.dist.routes.clustered import ClusteredRoute
@@ -56,7 +56,7 @@ class ClusteredSlices(SlicedQueues):
         self._known: dict[str, Tensor] = {}
         self._arriving: dict[str, list[dist.Work]] = {}
         # The statistics of a bucket lie side by side, as they are gathered: ``(2, padded size)``.
-        self._rooms = Rooms()
+        self._buffers = BucketBuffers()
 
     def push_slice(
         self,
@@ -116,10 +116,10 @@ class ClusteredSlices(SlicedQueues):
             ops.queue_statistics(ring, self._queued[name], piece, length=length)
             start += ring.shape[1]
         world = dist.get_world_size(group)
-        room = self._rooms.get(names, lambda: mine.new_empty(2, size * world))
-        works = [start_all_gather(part, row, group) for part, row in zip(mine, room, strict=True)]
+        table = self._buffers.get(names, lambda: mine.new_empty(2, size * world))
+        works = [start_all_gather(part, row, group) for part, row in zip(mine, table, strict=True)]
         numels = [self.params[name].numel() for name in names]
-        pieces = room[:, : sum(numels)].split(numels, dim=1)
+        pieces = table[:, : sum(numels)].split(numels, dim=1)
         for name, piece in zip(names, pieces, strict=True):
             self._known[name], self._arriving[name] = piece, works
 
@@ -183,7 +183,7 @@ class ClusteredSlices(SlicedQueues):
         super().load_state_dict(state)
         self._settle(list(self._arriving))
         self._known.clear()
-        self._rooms = Rooms()
+        self._buffers = BucketBuffers()
 
 
 class ClusteredSliced(ClusteredRoute, Sliced):

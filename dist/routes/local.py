@@ -5,7 +5,6 @@ mean. Ranks count by their samples: W ranks with K clusters each are one process
 clusters.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad import Clusters, Weigh
+from gq_triton.cluster_grad.declared import DeclaredPasses
 from gq_triton.cluster_grad.passes import in_backward
-from gq_triton.dist.buckets import Rooms
+from gq_triton.dist.buckets import BucketBuffers
 from gq_triton.dist.routes.base import Context
 from gq_triton.dist.shares import Shares
 from gq_triton.grouping import Groups
@@ -71,8 +71,11 @@ class LocalClusters:
         self.step_begins = True
         self._raw = self._clusters.accumulator.raw
         self._unit = torch.ones(2, dtype=torch.float64)
-        self._rooms = Rooms()
-        self._passes, self._warned = options.accumulation_steps, False
+        self._buffers = BucketBuffers()
+        self._declared = DeclaredPasses(
+            options.accumulation_steps,
+            "run A - 1 of A passes under no_sync() and give accumulation_steps=A",
+        )
         self._clusters.install()
 
     @property
@@ -170,18 +173,10 @@ class LocalClusters:
 
     def _check_passes(self) -> None:
         """Warn, once, where the number of backward passes does not fit ``accumulation_steps``."""
-        wanted, several = self._passes, len(self._raw.passes) > 1
+        happened = len(self._raw.passes)
         self._raw.passes.clear()
-        if self._warned or several == (wanted > 1) or self._context.joining:
-            return
-        self._warned = True
-        happened = "several backward passes have" if several else "one backward pass has"
-        warnings.warn(
-            f"{happened} made this step's gradient, and accumulation_steps is {wanted}: the "
-            "centroids are compared with the queue in another unit; run A - 1 of A passes under "
-            "no_sync() and give accumulation_steps=A",
-            stacklevel=2,
-        )
+        if not self._context.joining:
+            self._declared.check(happened)
 
     def scale_(self, names: Sequence[str], slices: Sequence[Tensor], shares: Shares | None) -> None:
         """Multiply the slices of a bucket by this rank's share in the result.
@@ -210,7 +205,7 @@ class LocalClusters:
         dtype = self._queues.options.queue_dtype or like.dtype
         dtype = like.dtype if dtype == torch.float16 else dtype
         sizes = [params[name].numel() for name in names]
-        bucket = self._rooms.get(
+        bucket = self._buffers.get(
             names, lambda: torch.empty(sum(sizes), dtype=dtype, device=like.device)
         )
         for name, piece in zip(names, bucket.split(sizes), strict=True):

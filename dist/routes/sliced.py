@@ -228,7 +228,7 @@ class SlicedQueues(Queues):
         if ring.numel():
             self._queue[name], self._queued[name] = ring, counter
 
-    def _allocate(self, name: str, device: torch.device) -> None:
+    def _allocate(self, name: str) -> None:
         """Allocate nothing: ``place``, which knows the bucket, does."""
 
     def _counts(self, names: Sequence[str]) -> Tensor:

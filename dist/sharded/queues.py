@@ -120,7 +120,7 @@ class ShardedQueues(Queues):
         for name, cut, columns in unit.columns(names):
             held = local(self.params[name]).numel()
             if held:
-                self._allocate(name, device)
+                self._allocate(name)
                 part = mine[2 * columns.start : 2 * columns.stop].view(2, cut.size)[:, :held]
                 ring, queued = rows(local(self._queue[name])), self._queued[name]
                 ops.queue_statistics(ring, queued, part, length=self.effective_length(device))
@@ -169,8 +169,8 @@ class ShardedQueues(Queues):
             batches.setdefault((shard.device, shard.dtype, stored), []).append(name)
         for names in batches.values():
             shards = [flat(raw[name]) for name in names]
-            for name, shard in zip(names, shards, strict=True):
-                self._allocate(name, shard.device)
+            for name in names:
+                self._allocate(name)
             ops = engine(shards[0].device, self.options.backend)
             least = least_over([self._place.shard])
             accept = accepted(ops.all_finite(shards), found_inf=found_inf, least=least)

@@ -6,8 +6,9 @@ and adds them up before the next parameter's turn.
 """
 
 from gq_triton.cluster_grad.clusters import Clusters
+from gq_triton.cluster_grad.declared import DeclaredPasses
 from gq_triton.cluster_grad.sink import Sink, Taken
 from gq_triton.cluster_grad.step import Step
 from gq_triton.cluster_grad.weigh import Weigh
 
-__all__ = ["Clusters", "Sink", "Step", "Taken", "Weigh"]
+__all__ = ["Clusters", "DeclaredPasses", "Sink", "Step", "Taken", "Weigh"]

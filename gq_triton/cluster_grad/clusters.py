@@ -16,6 +16,7 @@ from gq_triton.cluster_grad.layers.registry import survey
 from gq_triton.cluster_grad.microbatch import backward
 from gq_triton.cluster_grad.sink import Sink
 from gq_triton.cluster_grad.step import Step
+from gq_triton.grouping.feature_layer import check_features
 from gq_triton.grouping.features import (
     first_dimensions,
     first_tensor,
@@ -73,8 +74,7 @@ class Clusters:
                 "n_clusters needs features: the name of the submodule whose output describes a "
                 f'sample, or "{OUTPUT_GRADIENT}"'
             )
-        if features != OUTPUT_GRADIENT and features not in dict(model.named_modules()):
-            raise ValueError(f"features={features!r} is no submodule of the model")
+        check_features(model, features)
         assert options.n_clusters is not None
         self.model, self.features, self.options = model, features, options
         self.mode, self.n_clusters = options.mode, options.n_clusters

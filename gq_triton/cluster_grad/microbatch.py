@@ -25,6 +25,7 @@ def backward(accumulator: Accumulator, losses: Tensor, options: ClusterOptions) 
     if step is None or losses.dim() != 1:
         raise ValueError(f"backward needs the losses (B,) of a forward pass of the model, got "
                          f"{tuple(losses.shape)}")  # fmt: skip
+    accumulator.raw.begin_pass()
     params = [p for p in accumulator.params.values() if p.requires_grad]
     count = 1 if options.loss_reduction == "sum" else len(losses)
     scale = options.accumulation_steps

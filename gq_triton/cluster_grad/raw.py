@@ -104,12 +104,8 @@ class RawGradients:
             groups = [known.whole for known in groups] if fresh.whole else groups
             masses = [(self._number, known.mass) for known in groups]
             earlier = self.kept.get(name)
-            if earlier is not None and isinstance(fresh.goes_on, Tensor):
-                raw = torch.where(fresh.goes_on, earlier + raw, raw)
-            elif earlier is not None and fresh.goes_on:
-                raw = earlier + raw
             if earlier is not None and bool(fresh.goes_on):
-                masses = self._masses[name] + masses
+                raw, masses = earlier + raw, self._masses[name] + masses
             self.kept[name], self._masses[name] = raw, masses
         self._left[name] = id(grad), grad._version
 
@@ -117,6 +113,17 @@ class RawGradients:
         """Return by name the raw gradients of parameters with a ``p.grad``, and forget all."""
         kept, self.kept, self._left, self._masses = self.kept, {}, {}, {}
         return {name: raw for name, raw in kept.items() if self._params[name].grad is not None}
+
+    def count_passes(self) -> int:
+        """Return how many backward passes the raw gradient of a parameter comes from, at most.
+
+        Backward passes through one forward pass, those of several losses, count once.
+        """
+        most = 0
+        for masses in self._masses.values():
+            passes = {number for number, _ in masses}
+            most = max(most, min(len(passes), len({id(mass) for _, mass in masses})))
+        return most
 
     def take(self, name: str) -> Tensor | None:
         """Return the raw gradient of a parameter and forget it; None if it has none."""

@@ -37,8 +37,8 @@ _SHAPE_OPTIONS = "queue_length", "loss_window"
 class Queues:
     """The last L raw gradients of every parameter of a model, and the law that reads them.
 
-    A ring is allocated when its parameter first has a gradient, on the gradient's device and in the
-    parameter's memory order, so that nothing depends on when the model was moved or wrapped.
+    A ring is allocated when its parameter first has a gradient, on its device and in its memory
+    order, so that nothing depends on when the model was moved or wrapped.
 
     Args:
         params: parameters by name.
@@ -81,8 +81,8 @@ class Queues:
         """
         if not names:
             return
-        for name, grad in zip(names, grads, strict=True):
-            self._allocate(name, grad.device)
+        for name in names:
+            self._allocate(name)
         groups = shard_groups(self.params[names[0]])
         finite = engine(grads[0].device, self.options.backend).all_finite(grads)
         accept = accepted(finite, absent=absent, found_inf=found_inf, least=least_over(groups))
@@ -176,7 +176,7 @@ class Queues:
 
     def _read(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return a parameter's ring ``(L, P)`` and its counter, as ``combine`` takes them."""
-        self._allocate(name, device)
+        self._allocate(name)
         return rows(local(self._queue[name])), self._queued[name]
 
     def push(
@@ -229,8 +229,8 @@ class Queues:
             absent: ``(N,)`` bool, which gradients are zeros of a parameter that no rank used; None
                 for none.
         """
-        for name, grad in zip(names, raw, strict=True):
-            self._allocate(name, grad.device)
+        for name in names:
+            self._allocate(name)
         ops = engine(raw[0].device, self.options.backend)
         note_plain_torch(raw[0].device, self.options.backend, raw)
         accept = accepted(ops.all_finite(raw), absent=absent, found_inf=found_inf)
@@ -240,10 +240,10 @@ class Queues:
         owners = [name for name, part in zip(names, statistics, strict=True) for _ in part]
         self._keep_statistics(tuple(names), torch.cat(list(statistics)), owners)
 
-    def _allocate(self, name: str, device: torch.device) -> None:
-        """Allocate a parameter's ring, or bring a loaded one to its device and memory order."""
+    def _allocate(self, name: str) -> None:
+        """Allocate a parameter's ring, or bring one to the parameter's device and order."""
         param, queue = self.params[name], self._queue.get(name)
-        layout = device, param.stride()
+        layout = local(param).device, param.stride()
         if self._layouts.get(name) == layout:
             return
         self._layouts[name] = layout
@@ -359,7 +359,7 @@ class Queues:
         """
         for name, param in self.params.items():
             if param.requires_grad:
-                self._allocate(name, local(param).device)
+                self._allocate(name)
         if self.options.loss_window is not None and self._losses is None:
             self._losses = self._history(next(iter(self.params.values())).device)
 

@@ -8,6 +8,7 @@ from kernel_cases import INTERPRETED, QUIET
 
 from gq_triton import GQSGD, GQAdamW, kernels
 from gq_triton.engines import Engine, compiled, eager
+from gq_triton.law import Law
 from gq_triton.ring import flat
 
 pytestmark = QUIET
@@ -53,3 +54,10 @@ def test_a_parameter_with_holes_is_updated_in_place(backend, make):
             optimizer.step()
     # A few roundings per step differ between the engines; a stale copy would be off by lr.
     torch.testing.assert_close(holes, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_torch_keeps_the_statistics_where_the_gradients_are():
+    grads, queues = [torch.ones(3)], [torch.zeros(2, 3)]
+    with torch.device("meta"):  # where a factory puts a tensor that names no device
+        statistics = eager.weigh_(grads, queues, [torch.zeros((), device="cpu")], None, Law(3.0))
+    assert statistics.device == grads[0].device

@@ -208,10 +208,10 @@ def check_accumulation_has_to_be_announced(rank: int) -> None:
     pair = Pair()
     with pair.ddp.no_sync():
         loss_of(pair.ddp, pair.batch(rank)).backward()
-    with pytest.warns(UserWarning, match="several backward passes have .* accumulation_steps is 1"):
+    with pytest.warns(UserWarning, match="2 backward passes have .* accumulation_steps is 1"):
         loss_of(pair.ddp, pair.batch(rank)).backward()
     pair = Pair(accumulation_steps=2)
-    with pytest.warns(UserWarning, match="one backward pass has .* accumulation_steps is 2"):
+    with pytest.warns(UserWarning, match="1 backward pass has .* accumulation_steps is 2"):
         loss_of(pair.ddp, pair.batch(rank)).backward()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from gq_triton import GQSGD, GQAdamW, GradQueue
 from gq_triton.dist import GradQueueState, register
-from gq_triton.dist.state import NOT_ON_RANKS, HookKeywords, HookOptions, StateKeywords
+from gq_triton.dist.options import NOT_ON_RANKS, HookKeywords, HookOptions, StateKeywords
 from gq_triton.grad_queue import PlugInKeywords
 from gq_triton.options import (
     ClusterKeywords,

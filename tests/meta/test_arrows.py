@@ -24,7 +24,9 @@ PLACES = {
 # __init__. A module belongs to the room with the longest name. Every room may import itself. Rooms
 # that are not in BASE may import those of BASE.
 HOUSE = "gq_triton"
-BASE = {"names", "extras", "options", "law", "ring", "saved", "claims", "describe"}
+BASE = {
+    "names", "extras", "options", "law", "loss_scale", "ring", "saved", "claims", "describe",
+}  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
 DOORS = {HOUSE, "grad_queue", "optim", "dist", "dist.routes", "dist.state"}
@@ -34,6 +36,7 @@ MAY = {
     "claims": set(),
     "describe": {"options", "ring"},
     "extras": set(),
+    "loss_scale": set(),
     "options": set(),
     "law": {"options"},
     "saved": {"options", "ring"},

@@ -159,7 +159,6 @@ def test_every_optimizer_takes_a_step(name):
 
 
 def test_laws_leave_the_global_generator_alone():
-    before = torch.random.get_rng_state()
     net = model()
     before = torch.random.get_rng_state()
     law = AlteredWeights(

@@ -24,6 +24,7 @@ from gq_triton.study.report.verdict import (
     findings,
     task_verdict,
 )
+from gq_triton.study.report.write import _COLUMNS, _row
 from gq_triton.study.run.records import Store
 
 TASK = "digits-longtail"
@@ -241,6 +242,14 @@ def test_a_study_with_one_beta1_has_the_columns_of_the_first_studies():
     assert old.startswith("task,arm,control,batch_size,seed,lr,rho,queue_length,n_clusters,score_n")
     assert new.replace(",beta1,warmup", "") == old
     assert new != old
+
+
+def test_the_median_of_an_even_number_of_seeds_lies_between_the_middle_two():
+    every, store = study(lambda t: 0.0, sizes=(16,), arms=("sgdm",), controls=(), seeds=4)
+    (group,) = collect(every, store)
+    lower, upper = sorted(group.scores)[1:3]
+    assert lower < upper
+    assert _row(group)[_COLUMNS.index("median")] == f"{(lower + upper) / 2:.4f}"
 
 
 def test_a_lower_score_is_better_where_it_is():

@@ -23,7 +23,8 @@ def weigh_(
 ) -> Tensor:
     """Weight gradients in place and queue the raw ones; see ``protocol``."""
     rho, unscale = law.rho, law.unscale
-    statistics = torch.zeros(len(grads), 5, dtype=torch.float64)
+    device = grads[0].device if grads else None
+    statistics = torch.zeros(len(grads), 5, dtype=torch.float64, device=device)
     accept = flags(accepted, len(grads))
     for index, (grad, queue) in enumerate(zip(grads, queues, strict=True)):
         turn = Turn(queue, queued[index], accept[index], law)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gq_triton.commands.files import whole_file
@@ -157,7 +158,7 @@ def _row(group: Group) -> list[str]:
         "" if law is None else str(law.queue_length),
         f"{sum(group.scores) / len(group.scores):.4f}",
         f"{low:.4f} to {high:.4f}",
-        f"{sorted(group.scores)[len(group.scores) // 2]:.4f}",
+        f"{median(group.scores):.4f}",
         f"{steps:.0f}" if math.isfinite(steps) else "not reached",
         f"{steps * trial.batch_size:.0f}" if math.isfinite(steps) else "",
         clock(seconds) if seconds >= 10 and math.isfinite(seconds) else _seconds(seconds),

@@ -1,0 +1,90 @@
+"""The loss scale that gradients carry, and the ``GradScaler`` that nobody was told of."""
+
+import gc
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+__all__ = ["GradScale", "ScalerWatch", "scaler_of"]
+
+
+class GradScale:
+    """The loss scale that gradients carry, by the ``GradScaler`` that makes it.
+
+    Args:
+        scaler: a ``GradScaler``, or None; it may be set later.
+    """
+
+    def __init__(self, scaler: Any = None) -> None:
+        self.scaler = scaler
+
+    def __call__(self) -> Tensor | None:
+        """Return the scale on its device; None where no scaler is given or it is disabled."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        return self.scaler._get_scale_async()
+
+
+def scaler_of(optimizer: Optimizer) -> GradScaler | None:
+    """Return the ``GradScaler`` that is stepping an optimizer; None where none is.
+
+    A scaler leaves no trace on the optimizer, but knows it by ``id`` until ``update()``. So this
+    function looks through all living objects, which takes milliseconds: call it once per run, from
+    a hook of ``step``.
+    """
+    for candidate in gc.get_objects():
+        # type(), because isinstance() would call the __class__ of proxies.
+        if issubclass(type(candidate), GradScaler) and _steps(candidate, optimizer):
+            return candidate
+    return None
+
+
+def _steps(scaler: GradScaler, optimizer: Optimizer) -> bool:
+    return scaler.is_enabled() and id(optimizer) in scaler._per_optimizer_states
+
+
+class ScalerWatch:
+    """A look, in the first step of an optimizer, for a ``GradScaler`` that steps it.
+
+    Args:
+        params: the look is at the first optimizer that steps one of these parameters.
+        message: the sentence of the error.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> watch = ScalerWatch(layer.parameters(), "the scaler was forgotten")
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> torch.optim.SGD(layer.parameters()).step()  # a plain step: nothing is raised
+        >>> watch.done
+        True
+    """
+
+    def __init__(self, params: Iterable[Tensor], message: str) -> None:
+        self.done = False
+        self._ids, self._message = {id(param) for param in params}, message
+        watch = weakref.ref(self)  # torch's global hooks must not keep the parameters' owner alive
+
+        def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            alive = watch()
+            if alive is not None:
+                alive._look(optimizer)
+
+        handle = register_optimizer_step_pre_hook(before_step)
+        self._end = weakref.finalize(self, handle.remove)
+
+    def end(self) -> None:
+        """Take the hook from torch's optimizers; not from inside a step, which iterates over it."""
+        self._end()
+
+    def _look(self, optimizer: Optimizer) -> None:
+        groups = optimizer.param_groups
+        if self.done or not any(id(p) in self._ids for group in groups for p in group["params"]):
+            return
+        self.done = True
+        if scaler_of(optimizer) is not None:
+            raise RuntimeError(self._message)
