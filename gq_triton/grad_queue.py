@@ -25,7 +25,7 @@ from gq_triton.options import (
     takes,
 )
 from gq_triton.queues import Queues
-from gq_triton.ring import flat, local, write_back_
+from gq_triton.ring import flat, local, place_gradients, write_back_
 
 __all__ = ["GradQueue", "Handle"]
 
@@ -215,7 +215,10 @@ class GradQueue:
                     f"use {name} without GradQueue"
                 )
         if not self._own(optimizer):
-            raise ValueError("none of the optimizer's parameters belongs to the model")
+            raise ValueError(
+                "none of the optimizer's parameters belongs to the model: build the GradQueue from "
+                "the model that the optimizer updates, after fully_shard"
+            )
 
     def _own(self, optimizer: Optimizer) -> list[Tensor]:
         """Return the optimizer's parameters that belong to the model."""
@@ -244,6 +247,7 @@ class GradQueue:
         done = self._push_clustered(found_inf)
         batches: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
         for group in optimizer.param_groups:
+            place_gradients(group["params"])
             for param in group["params"]:
                 if param.grad is None or self._names.get(param, "") in done | {""}:
                     continue

@@ -3,7 +3,7 @@
 A ring holds the last L gradients of a parameter; each new gradient replaces the oldest row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ __all__ = [
     "local",
     "new_counter",
     "new_queue",
+    "place_gradients",
     "rows",
     "shard_groups",
     "write_back_",
@@ -53,6 +54,22 @@ def new_counter(like: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of a DTensor that this rank holds; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def place_gradients(params: Iterable[Tensor]) -> None:
+    """Give the gradients of DTensors the placements of their parameters.
+
+    Under sequence parallelism the gradient of a replicated parameter may be a sum whose terms the
+    ranks still hold apart. A weight is no linear function of the gradient: it needs the whole sum.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for param in params:
+        grad = param.grad
+        if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
+            continue
+        if grad.placements != param.placements:
+            param.grad = grad.redistribute(param.device_mesh, param.placements)
 
 
 def rows(queue: Tensor) -> Tensor:

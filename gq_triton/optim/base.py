@@ -27,7 +27,14 @@ from gq_triton.optim.saved import (
 )
 from gq_triton.options import LawOptions, read
 from gq_triton.queues.losses import length_of, new_losses, record_loss
-from gq_triton.ring import least_over, local, new_counter, new_queue, shard_groups
+from gq_triton.ring import (
+    least_over,
+    local,
+    new_counter,
+    new_queue,
+    place_gradients,
+    shard_groups,
+)
 from gq_triton.saved.rules import Record, check
 from gq_triton.saved.state import filled
 
@@ -144,6 +151,8 @@ class GradQueueOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            place_gradients(group["params"])
         known = [self._planned(number) for number in range(len(self.param_groups))]
         self._check_gradients(
             [g for g, f in zip(self.param_groups, known, strict=True) if f is None]
