@@ -1,27 +1,18 @@
 """The checkpoints of a run: the newest two are kept, and one is read if the other is damaged."""
 
-import pickle
 import re
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gq_triton.commands.files import whole_file
+from gq_triton.saved.files import DAMAGE, load_checked
 
 __all__ = ["checkpoints", "load_newest_checkpoint", "save_checkpoint", "step_of"]
 
 KEPT = 2  # checkpoints: one more than needed, since the newest may be damaged
 _CHECKPOINT = re.compile(r"step-\d{8,}\.pt")
-
-
-# Exceptions that the reading of a damaged file has been seen to raise.
-_DAMAGE = (
-    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
-    ImportError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 def save_checkpoint(folder: Path, step: int, content: dict[str, Any]) -> None:
@@ -51,19 +42,10 @@ def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[Pa
     damaged: list[Path] = []
     for path in checkpoints(folder):
         try:
-            return _load_checked(path), damaged
-        except _DAMAGE:
+            return load_checked(path), damaged
+        except DAMAGE:
             damaged.append(path)
     return None, damaged
-
-
-def _load_checked(path: Path) -> dict[str, Any]:
-    """Read a file of ``torch.save`` and check its checksums, which torch writes but ignores."""
-    with zipfile.ZipFile(path) as archive:
-        record = archive.testzip()
-    if record is not None:
-        raise ValueError(f"{path} is damaged in {record}")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

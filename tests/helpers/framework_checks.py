@@ -1,13 +1,13 @@
-"""The checks of Lightning, Accelerate and the Trainer on two ranks; see test_frameworks.py.
+"""The checks of Lightning, Accelerate and the Trainer; see test_frameworks.py.
 
-The examples of docs/frameworks.md are run as they stand there.
+The callbacks of gq_triton.integrations train as docs/frameworks.md shows it.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,18 +16,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from gq_triton import GradQueue
 from gq_triton.dist import register
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "frameworks.md"
 OPTIONS: dict[str, Any] = {"rho": 3.0, "queue_length": 3, "backend": "torch"}
 EPOCH = 5  # steps of each rank
 Result = tuple[nn.Module, Any]  # a GradQueueState, or a GradQueue on one device
 
 
-def example(word: str, **names: Any) -> dict[str, Any]:
-    """Run the page's one code block that contains a word; return the names it leaves."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    (block,) = [block for block in blocks if word in block]
-    exec(compile(block, str(PAGE), "exec"), names)
-    return names
+def clustered(features: str) -> dict[str, Any]:
+    return OPTIONS | {"n_clusters": 2, "features": features}
 
 
 def network() -> nn.Module:
@@ -42,12 +37,14 @@ def samples() -> TensorDataset:
 
 def check_trained(result: Result, start: nn.Module, steps: int) -> None:
     """Assert that every step was queued and weighted, and that the ranks have one queue."""
-    model, state = result
-    digests = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, state.digest())
-    assert len(set(digests)) == 1, "the ranks' queues differ"
-    assert {int(count) for count in state.state_dict()["queued"].values()} == {steps}
-    assert state.metrics()["mean_weight"] != 1
+    model, queue = result
+    digest = queue.digest()
+    if dist.is_initialized():
+        digests = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, digest)
+        assert len(set(digests)) == 1, "the ranks' queues differ"
+    assert {int(count) for count in queue.state_dict()["queued"].values()} == {steps}
+    assert queue.metrics()["mean_weight"] != 1
     before, after = start.state_dict(), model.state_dict()
     assert all(not torch.equal(before[name], after[name]) for name, _ in start.named_parameters())
 
@@ -63,48 +60,74 @@ def check_same(resumed: Result, whole: Result) -> None:
 # --- Lightning
 
 
-def check_lightning(rank: int, folder: str) -> None:
-    whole = lightning_run(folder, epochs=2, path=None)
-    check_trained(whole, network(), 2 * EPOCH)
-    first = Path(folder, "lightning", f"epoch=0-step={EPOCH}.ckpt")
-    resumed = lightning_run(None, epochs=2, path=first)
-    check_trained(resumed, network(), 2 * EPOCH)
-    check_same(resumed, whole)
+def check_lightning(rank: int, folder: str, devices: int = 2) -> None:
+    steps = 2 * EPOCH * 2 // devices
+    for options in (OPTIONS, clustered("net.0")):
+        place = Path(folder, f"lightning{len(options)}")
+        whole = lightning_run(place, None, devices, **options)
+        check_trained(whole, network(), steps)
+        first = place / f"epoch=0-step={steps // 2}.ckpt"
+        resumed = lightning_run(None, first, devices, **options)
+        check_trained(resumed, network(), steps)
+        check_same(resumed, whole)
 
 
-def lightning_run(folder: str | None, epochs: int, path: Path | None, devices: int = 2) -> Result:
+def lightning_run(
+    folder: Path | None, path: Path | None, devices: int, passes: int = 1, **options: Any
+) -> Result:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    from gq_triton.integrations.lightning import GradQueueCallback
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net = network()
 
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-            return self.net(batch[0]).square().mean()
+            # Lightning's users call either.
+            return (self if folder is None else self.net)(batch[0]).square().mean()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
-    callback = example("class GradQueueCallback")["GradQueueCallback"](**OPTIONS)
-    callbacks = [callback]
+    class Log(DummyLogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[set[str]] = []
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            self.seen.append(set(metrics))
+
+    callback, log = GradQueueCallback(**options), Log()
+    callbacks: list[Any] = [callback]
     if folder is not None:
-        callbacks.append(ModelCheckpoint(dirpath=Path(folder, "lightning"), save_top_k=-1))
+        callbacks.append(ModelCheckpoint(dirpath=folder, save_top_k=-1))
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
-        max_epochs=epochs,
+        max_epochs=2,
         callbacks=callbacks,
+        accumulate_grad_batches=passes,
+        log_every_n_steps=2,
         enable_checkpointing=folder is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=False,
+        logger=log,
     )
     module = Module()
     trainer.fit(module, DataLoader(samples(), batch_size=4), ckpt_path=path, weights_only=True)
-    return module.net, callback.state
+    logged = [names for names in log.seen if "grad_queue/mean_weight" in names]
+    steps = trainer.global_step // (2 if path else 1)  # a resumed run does the second half
+    assert len(logged) in (steps // 2, (steps + 1) // 2)
+    assert ("grad_queue/largest_cluster" in logged[0]) == ("n_clusters" in options)
+    return module.net, callback.queue
 
 
 def check_fabric(rank: int, folder: str) -> None:
@@ -141,34 +164,67 @@ def fabric_run(path: Path, resume: bool) -> Result:
 # --- Accelerate
 
 
-def check_accelerate(rank: int, folder: str) -> None:
-    path = Path(folder, "accelerate")
-    whole = accelerate_run(path, resume=False)
-    check_trained(whole, network(), 2 * EPOCH)
-    resumed = accelerate_run(path, resume=True)
-    check_trained(resumed, network(), 2 * EPOCH)
-    check_same(resumed, whole)
+def check_accelerate(rank: int, folder: str, devices: int = 2) -> None:
+    for options in (OPTIONS, clustered("0")):
+        path = Path(folder, f"accelerate{len(options)}")
+        whole = accelerate_run(path, resume=False, **options)
+        check_trained(whole, network(), 2 * EPOCH * 2 // devices)
+        resumed = accelerate_run(path, resume=True, **options)
+        check_trained(resumed, network(), 2 * EPOCH * 2 // devices)
+        check_same(resumed, whole)
 
 
-def accelerate_run(path: Path, resume: bool) -> Result:
+def accelerate_run(path: Path, resume: bool, passes: int = 1, **options: Any) -> Result:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.tracking import GeneralTracker
+
+    from gq_triton.integrations.accelerate import attach, log
+
+    class Log(GeneralTracker):
+        name = "log"
+        requires_logging_directory = False
+        seen: list[set[str]]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = []
+
+        @property
+        def tracker(self) -> Any:
+            return self
+
+        def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+            self.seen.append(set(values))
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            pass
+
+    AcceleratorState._reset_state()  # an Accelerator shares the settings of the one before
+    GradientState._reset_state()
+    tracker = Log()
+    accelerator = Accelerator(gradient_accumulation_steps=passes, log_with=[tracker])
+    accelerator.init_trackers("test")
     net = network()
-    names = example(
-        "Accelerator()",
-        model=net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
-        loader=DataLoader(samples(), batch_size=4),
-    )
-    accelerator = names["accelerator"]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    loader = DataLoader(samples(), batch_size=4)
+    model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    queue = attach(accelerator, model, optimizer, **options)
     if resume:
-        accelerator.load_state(path)
+        accelerator.load_state(str(path))
     for epoch in range(int(resume), 2):
-        for (batch,) in names["loader"]:
-            names["optimizer"].zero_grad()
-            accelerator.backward(names["model"](batch).square().mean())
-            names["optimizer"].step()
+        for (batch,) in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
         if epoch == 0:
-            accelerator.save_state(path)
-    return net, names["state"]
+            accelerator.save_state(str(path))
+        log(accelerator, queue, step=epoch)
+    if accelerator.is_main_process:
+        assert len(tracker.seen) == 2 - int(resume)
+        assert "grad_queue/norm_ratio" in tracker.seen[0]
+    return net, queue
 
 
 # --- Transformers
@@ -188,16 +244,18 @@ class Tokens(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-def check_transformers(rank: int, folder: str) -> None:
-    path = Path(folder, "transformers")
-    whole = trainer_run(path, resume=False)
-    check_trained(whole, gpt(), 2 * EPOCH)
-    for checkpoint in path.glob(f"checkpoint-{2 * EPOCH}") if rank == 0 else ():
-        checkpoint.rename(path / "finished")  # so that the newest is the first epoch's
-    dist.barrier()
-    resumed = trainer_run(path, resume=True)
-    check_trained(resumed, gpt(), 2 * EPOCH)
-    check_same(resumed, whole)
+class Words(nn.Module):
+    """A model of layers that clusters know, with the inputs and outputs of a Trainer's model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body, self.head = nn.Embedding(32, 8), nn.Linear(8, 8), nn.Linear(8, 32)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.body(self.table(input_ids)).tanh())
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
 
 
 def gpt() -> nn.Module:
@@ -210,47 +268,139 @@ def gpt() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def trainer_run(path: Path, resume: bool) -> Result:
+def check_transformers(rank: int, folder: str, devices: int = 2) -> None:
+    steps = 2 * EPOCH * 2 // devices
+    for kind, options in ((gpt, OPTIONS), (Words, clustered("body"))):
+        path = Path(folder, f"transformers{len(options)}")
+        whole = trainer_run(kind(), path, resume=False, **options)
+        check_trained(whole, kind(), steps)
+        for checkpoint in path.glob(f"checkpoint-{steps}") if rank == 0 else ():
+            checkpoint.rename(path / "finished")  # so that the newest is the first epoch's
+        if devices > 1:
+            dist.barrier()
+        resumed = trainer_run(kind(), path, resume=True, **options)
+        check_trained(resumed, kind(), steps)
+        check_same(resumed, whole)
+
+
+def trainer_run(
+    model: nn.Module, path: Path, resume: bool, passes: int = 1, **options: Any
+) -> Result:
     from transformers import Trainer, TrainingArguments
 
-    model = gpt()
-    callback = example("class GradQueueTrainerCallback")["GradQueueTrainerCallback"](**OPTIONS)
+    from gq_triton.integrations.transformers import GradQueueCallback
+
+    callback = GradQueueCallback(**options)
     args = TrainingArguments(
         output_dir=str(path),
         use_cpu=True,
         num_train_epochs=2,
         per_device_train_batch_size=2,
+        gradient_accumulation_steps=passes,
         save_strategy="epoch",
+        logging_steps=2,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
     trainer = Trainer(model=model, args=args, train_dataset=Tokens(), callbacks=[callback])
-    callback.trainer = trainer
     trainer.train(resume_from_checkpoint=resume)
-    return model, callback.state
+    history = trainer.state.log_history
+    ours = [entry["step"] for entry in history if "grad_queue/mean_weight" in entry]
+    assert ours == [entry["step"] for entry in history if "loss" in entry]
+    assert ours
+    return model, callback.queue
 
 
-# --- one device
+# --- one device, or two
 
 
 def alone(rank: int, folder: str) -> None:
-    """Run the examples in a process that belongs to no group: they attach to the optimizer."""
+    """Train in a process that belongs to no group: the callbacks attach to the optimizer."""
     dist.destroy_process_group()
-    runs: dict[str, Callable[[], Result]] = {
-        "lightning": lambda: lightning_run(None, epochs=1, path=None, devices=1),
-        "accelerate": lambda: accelerate_run(Path(folder, "accelerate"), resume=False),
-        "transformers": lambda: trainer_run(Path(folder, "transformers"), resume=False),
-    }
-    for name, run in runs.items():
-        model, state = run()
-        assert isinstance(state, GradQueue), name
-        assert state.metrics()["mean_weight"] != 1, name
-        named = dict(model.named_parameters())
-        assert {key.removeprefix("net.") for key in state.state_dict()["queue"]} == set(named), name
+    check_lightning(rank, folder, devices=1)
+    check_accelerate(rank, folder, devices=1)
+    check_transformers(rank, folder, devices=1)
+    check_accumulation(Path(folder, "passes"))
+    check_refusals(Path(folder))
     # The code that ends the process expects a group.
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def check_accumulation(folder: Path) -> None:
+    """The clusters take the number of accumulated batches from the framework."""
+    runs: dict[str, tuple[Callable[..., Result], str]] = {
+        "lightning": (
+            lambda **options: lightning_run(folder / "a", None, devices=1, passes=2, **options),
+            "net.0",
+        ),
+        "accelerate": (
+            lambda **options: accelerate_run(folder / "b", resume=False, passes=2, **options),
+            "0",
+        ),
+        "transformers": (
+            lambda **options: trainer_run(Words(), folder / "c", False, passes=2, **options),
+            "body",
+        ),
+    }
+    expected = plain_run(passes=2, **clustered("0"))
+    for name, (run, features) in runs.items():
+        model, queue = run(**clustered(features))
+        if name != "transformers":
+            for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+                assert torch.equal(ours, theirs), name
+        assert isinstance(queue, GradQueue), name
+        assert queue._clusters is not None
+        assert queue._clusters.options.accumulation_steps == 2, name
+        assert {int(count) for count in queue.state_dict()["queued"].values()} == {2 * EPOCH}, name
+        with pytest.raises(ValueError, match=r"accumulation_steps=3, but \w+ is 2: leave"):
+            run(**clustered(features), accumulation_steps=3)
+
+
+def plain_run(passes: int, **options: Any) -> nn.Module:
+    """Return the network that a loop without a framework trains."""
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    GradQueue(net, accumulation_steps=passes, **options).attach(optimizer)
+    for number, (batch,) in enumerate(2 * list(DataLoader(samples(), batch_size=4)), 1):
+        (net(batch).square().mean() / passes).backward()
+        if number % passes == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return net
+
+
+def check_refusals(folder: Path) -> None:
+    """What cannot hold is refused in a sentence, before training."""
+    from gq_triton.integrations.lightning import GradQueueCallback as Lightning
+    from gq_triton.integrations.transformers import GradQueueCallback as Transformers
+
+    for kind in (Lightning, Transformers):
+        with pytest.raises(ValueError, match="rho must be"):
+            kind(rho=0.5)
+        with pytest.raises(ValueError, match=r"replaces loss.backward\(\)"):
+            kind(mode="microbatch", n_clusters=2, features="net.0")
+        with pytest.raises(TypeError, match="leave grad_scaler out"):
+            kind(grad_scaler=None)  # pyright: ignore[reportCallIssue]
+        with pytest.raises(RuntimeError, match="the queue exists from the beginning of"):
+            _ = kind().queue
+    with pytest.raises(ValueError, match="features must name a submodule"):
+        Lightning(n_clusters=2, features="output_gradient")
+    # A resumed Trainer finds its own queue, whole and unaltered, or stops.
+    path = folder / f"transformers{len(OPTIONS)}"
+    file = path / f"checkpoint-{4 * EPOCH}" / "grad_queue.pt"
+    whole = file.read_bytes()
+    saved = torch.load(file, weights_only=True)
+    torch.save(saved | {"run": "another"}, file)
+    with pytest.raises(ValueError, match="run must be"):
+        trainer_run(gpt(), path, True, **OPTIONS)
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="is damaged: resume from an earlier"):
+        trainer_run(gpt(), path, True, **OPTIONS)
+    file.unlink()
+    with pytest.raises(ValueError, match="give the folder that resume_from_checkpoint names"):
+        trainer_run(gpt(), path, True, **OPTIONS)
 
 
 def two_ranks(rank: int, folder: str) -> None:

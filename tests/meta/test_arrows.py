@@ -57,6 +57,7 @@ MAY = {
     # A route is given what it needs of the state, and may not import the state.
     "dist.routes": {"dist"} | BELOW,
     "dist.sharded": {"dist"} | BELOW,
+    "integrations": {"commands"} | DOORS,
     HOUSE: {"grad_queue", "optim"},
     # Tasks and training may not import each other.
     "tasks": {"commands"},

@@ -6,10 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from pages import PAGES, ROOT, blocks
 from train_runs import finish, free_port
 
@@ -23,14 +25,13 @@ SHELL = blocks("bash")
 # Blocks that continue earlier code of their page and so cannot run alone, and what tests them.
 FRAGMENTS = {
     "distributed.md:On many ranks:1": "the line of README.md's example for DDP",
-    "frameworks.md:PyTorch Lightning:2": "test_frameworks.py trains so, with the other block",
-    "frameworks.md:Hugging Face Accelerate:1": "test_frameworks.py runs it",
-    "frameworks.md:Transformers Trainer:2": "test_frameworks.py trains so, with the other block",
+    "frameworks.md:PyTorch Lightning:1": "test_frameworks.py trains so",
+    "frameworks.md:Hugging Face Accelerate:1": "test_frameworks.py trains so",
+    "frameworks.md:Transformers Trainer:1": "test_frameworks.py trains so",
+    "frameworks.md:In your own loop:1": "test_figures_go_to_a_writer runs it",
 }
-# Complete blocks that only define what test_frameworks.py trains with on two ranks.
-DEFINITIONS = {"frameworks.md:PyTorch Lightning:1", "frameworks.md:Transformers Trainer:1"}
 
-COMPLETE = [b for b in PYTHON if b.name not in FRAGMENTS and b.name not in DEFINITIONS]
+COMPLETE = [b for b in PYTHON if b.name not in FRAGMENTS]
 ALONE = [b for b in COMPLETE if "init_process_group" not in b.text]
 RANKS = [b for b in COMPLETE if "init_process_group" in b.text]
 
@@ -42,13 +43,43 @@ def by_name(block):
 def test_the_list_of_fragments_is_right():
     unknown = {block.name for block in PYTHON if block.unknown_names()}
     assert unknown == set(FRAGMENTS), "a block reads names it does not define, or no longer does"
-    assert {block.name for block in PYTHON} >= DEFINITIONS
 
 
 @pytest.mark.parametrize("block", ALONE, ids=by_name)
 def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block.tree(), block.page.name, "exec"), {"__name__": "__main__"})
+
+
+def test_figures_go_to_a_writer(monkeypatch):
+    (block,) = [b for b in PYTHON if b.name == "frameworks.md:In your own loop:1"]
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == "runs"
+
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+    # TensorBoard is not installed everywhere; its writer's class stands in.
+    stand_in = types.ModuleType("tensorboard")
+    vars(stand_in)["SummaryWriter"] = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    queue = gq_triton.GradQueue(model, queue_length=3)
+    queue.attach(optimizer)
+
+    def train_step(batch):
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    names = {"loader": torch.randn(5, 8, 4), "train_step": train_step, "queue": queue}
+    exec(compile(block.tree(), block.page.name, "exec"), names)
+    assert len(written) == 5 * 5
+    assert written["grad_queue/mean_weight", 4] != 1
 
 
 @pytest.mark.slow

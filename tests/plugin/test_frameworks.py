@@ -1,6 +1,9 @@
-"""The hook in training frameworks: the examples of docs/frameworks.md, two ranks on the CPU."""
+"""The callbacks in training frameworks, on one process and on two, on the CPU."""
 
+import importlib
 import os
+import sys
+from types import ModuleType
 
 import pytest
 from framework_checks import alone, two_ranks
@@ -41,3 +44,16 @@ def one_process(rank, folder):
 @pytest.mark.slow
 def test_the_examples_run_on_one_device(tmp_path):
     spawn(1, one_process, str(tmp_path), timeout=300.0)
+
+
+@pytest.mark.parametrize("framework", ["accelerate", "lightning", "transformers"])
+def test_a_missing_framework_is_named_with_the_install_line(framework, monkeypatch):
+    for name in ("accelerate", "lightning", "transformers"):
+        monkeypatch.delitem(sys.modules, f"gq_triton.integrations.{name}", raising=False)
+    if framework == "transformers":  # it imports the module of Accelerate's callback, too
+        stand_in = ModuleType("accelerate")
+        monkeypatch.setattr(stand_in, "Accelerator", object, raising=False)
+        monkeypatch.setitem(sys.modules, "accelerate", stand_in)
+    monkeypatch.setitem(sys.modules, framework, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {framework}: pip install "):
+        importlib.import_module(f"gq_triton.integrations.{framework}")
