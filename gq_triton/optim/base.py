@@ -17,6 +17,7 @@ from gq_triton.describe import memory
 from gq_triton.engines import Engine, engine, note_plain_torch
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.optim.batches import QUEUE, QUEUED, Batch, Found, Plan, State
+from gq_triton.optim.measured import Measured, figures, measure
 from gq_triton.optim.saved import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -54,6 +55,8 @@ class GradQueueOptimizer(Optimizer):
     # of an optimizer.
     _step_supports_amp_scaling = True
     _warned_losses = False
+    # Whether each step counts its weights; see metrics.
+    _measures = False
 
     def __init__(self, params: ParamsT, own: dict[str, Any], options: Mapping[str, Any]) -> None:
         """Check and keep the subclass's own options and the given options of the law.
@@ -72,11 +75,12 @@ class GradQueueOptimizer(Optimizer):
             raise
         self._orders: dict[Tensor, tuple[int, ...]] = {}
         self._plans: dict[int, Plan] = {}
+        self._measured: list[Measured] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # The state may now have another memory order than its parameter; see _init.
-        self._orders, self._plans = {}, {}
+        self._orders, self._plans, self._measured = {}, {}, []
 
     def _check(self, group: dict[str, Any]) -> None:
         problems = [*LawOptions.problems(group), *self._problems(group)]
@@ -160,6 +164,7 @@ class GradQueueOptimizer(Optimizer):
         if loss is not None:
             self.record_loss(loss)
         probing = not self.state and self._is_probe()
+        self._measured = []
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for number, group in enumerate(self.param_groups):
             found = known[number]
@@ -177,6 +182,8 @@ class GradQueueOptimizer(Optimizer):
                     nothing = torch.zeros(len(batch.params), dtype=torch.bool, device=device)
                     self._update(ops, batch, nothing, group, law)
                 else:
+                    if self._measures:
+                        self._measured.append(measure(ops, batch, law, group))
                     self._step_batch(ops, batch, group, law)
                 batch.params.write_back()
         return loss
@@ -198,6 +205,40 @@ class GradQueueOptimizer(Optimizer):
             # These gradients are weighted and queued already: the update takes them as they are.
             accept = torch.zeros_like(accept)
         self._update(ops, batch, accept, group, law)
+
+    def metrics(self, per_layer: bool = False) -> dict[str, Any]:
+        """Return figures of the last step's weights, in one transfer to the host.
+
+        The first call switches the counting on: from then on each step reads gradients and queues
+        once more. So call once before training, or before the steps to look at. With sharded
+        parameters every rank must call.
+
+        Args:
+            per_layer: return the first four figures of each parameter by its name.
+
+        Returns:
+            ``mean_weight``; ``norm_ratio``, ``|g*| / |g|``; ``saturated_high`` and
+            ``saturated_low``, the shares of weights at rho and at 1/rho; ``effective_length``, that
+            of the first group. Empty before the first step that counts, and after a step that a
+            loss scaler skipped.
+
+        Warns:
+            UserWarning: the first call came after a step, which was not counted.
+        """
+        if not self._measures:
+            self._measures = True
+            if self.state:
+                warnings.warn(
+                    "metrics() counts the weights of the steps after its first call, so there are "
+                    "no figures yet: call it once before training",
+                    stacklevel=2,
+                )
+        names = {
+            param: name or f"group {number}, parameter {index}"
+            for number, group in enumerate(self.param_groups)
+            for index, (param, name) in enumerate(zip(group["params"], _names(group), strict=True))
+        }
+        return figures(self._measured, lambda param: names[param], per_layer)
 
     def _check_gradients(self, groups: Iterable[dict[str, Any]]) -> None:
         """Raise the error that any group's gradients would raise, before any group steps."""

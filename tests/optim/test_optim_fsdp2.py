@@ -54,12 +54,14 @@ def check_equals_whole(variant, backend, near=1e-12, **options):
     options = {"queue_length": 3, "loss_window": 2, "min_queue_length": 2, **options}
     optimizer = variant.build(sharded.parameters(), backend=backend, **options)
     plain = variant.build(whole.parameters(), backend=backend, **options)
+    assert optimizer.metrics() == plain.metrics() == {}
     for step in range(8):
         for model, either in ((sharded, optimizer), (whole, plain)):
             either.record_loss(backward(model, step))
             either.step()
         left, right = full(sharded.parameters()), full(whole.parameters())
         torch.testing.assert_close(left, right, rtol=near, atol=near)
+        assert optimizer.metrics() == pytest.approx(plain.metrics(), rel=1e-5)
     for shard, param in zip(sharded.parameters(), whole.parameters(), strict=True):
         queue = optimizer.state[shard]["queue"]
         assert isinstance(queue, DTensor)
