@@ -31,7 +31,7 @@ from gq_triton.study.trials.clusterer import StudyClusterer
 from gq_triton.study.trials.training import TrainingRun
 from gq_triton.tasks import STUDY_TASKS, ScoredTask, sample_losses
 
-__all__ = ["launch"]
+__all__ = ["launch", "run_rank"]
 
 
 class _Hook:
@@ -153,13 +153,23 @@ def launch(
     return record
 
 
+def run_rank(trial: Trial, data: Path | None) -> Record:
+    """Return the record of a trial that every rank of the default process group runs.
+
+    Args:
+        trial: the trial.
+        data: folder with the files of tasks that need some.
+    """
+    task: ScoredTask = STUDY_TASKS[trial.task].load(trial.seed, data)
+    return _RankRun(trial, task).record()
+
+
 def _main(path: str, folder: str, data: str | None = None) -> None:
     trial = Trial.of(json.loads(Path(path).read_text(encoding="utf-8")))
     take_device(trial.device, int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if trial.device == "cpu" else "nccl")
     try:
-        task: ScoredTask = STUDY_TASKS[trial.task].load(trial.seed, Path(data) if data else None)
-        record = _RankRun(trial, task).record()
+        record = run_rank(trial, Path(data) if data else None)
         if dist.get_rank() == 0:
             Store(Path(folder)).add(record)
         dist.barrier()
