@@ -83,17 +83,21 @@ def check_same_as_whole(rank: int) -> None:
     variants: list[dict[str, Any]] = [
         dict(bucket_cap_mb=TINY),
         dict(bucket_cap_mb=25, gradient_as_bucket_view=True),
-        dict(bucket_cap_mb=TINY, static_graph=True),
-        dict(bucket_cap_mb=TINY, find_unused_parameters=True),
     ]
+    if dist.get_world_size() == 2:
+        # They decide when DDP makes its buckets, whatever the number of ranks that share each.
+        variants += [
+            dict(bucket_cap_mb=TINY, static_graph=True),
+            dict(bucket_cap_mb=TINY, find_unused_parameters=True),
+        ]
     for variant in variants:
         state, parts = both(wide_mlp, steps(8), **variant)
         assert state.metrics()["mean_weight"] != 1
         assert_divided(parts)
     both(convolutions, steps(8, images))
     both(wide_mlp, steps(8), {"match_norm": True}, exact=False)
-    both(wide_mlp, steps(8), {"rho": 1.0})
     if dist.get_world_size() == 2:
+        both(wide_mlp, steps(8), {"rho": 1.0})
         for static_graph in (False, True):
             both(MixedTypes, steps(6, batch), {"verify_every": 1}, static_graph=static_graph)
         both(lambda: mlp(torch.bfloat16), steps(6, half_batch))
