@@ -56,6 +56,7 @@ class ScalerWatch:
         message: the sentence of the error.
 
     Example:
+        >>> import torch
         >>> layer = torch.nn.Linear(2, 2)
         >>> watch = ScalerWatch(layer.parameters(), "the scaler was forgotten")
         >>> layer(torch.ones(1, 2)).sum().backward()

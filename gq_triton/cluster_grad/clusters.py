@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gq_triton.cluster_grad.accumulate import Accumulator
 from gq_triton.cluster_grad.compiled_ops import begin, capture, end, prepare_for_compile, watch
+from gq_triton.cluster_grad.copies import recorded, without_trace
 from gq_triton.cluster_grad.install import convert
 from gq_triton.cluster_grad.layers.registry import survey
 from gq_triton.cluster_grad.microbatch import backward
@@ -180,8 +181,10 @@ class Clusters:
                 see = partial(self._see_second, name)
                 handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
         handles.append(self.model.register_forward_hook(self._leave, always_call=True))
+        show_all = without_trace(self.model)
 
         def undo() -> None:
+            show_all()
             for handle in handles:
                 handle.remove()
             if restore is not None:
@@ -219,12 +222,14 @@ class Clusters:
         if self._ownerless and not torch.compiler.is_compiling():
             return self.uninstall()
         accumulator = self.accumulator
-        if torch.is_grad_enabled() and module is self.model:
+        if torch.is_grad_enabled() and module is self.model and not recorded():
             accumulator.token = begin(accumulator.clock, accumulator.number)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         accumulator = self.accumulator
         if accumulator.token is None or not torch.is_grad_enabled() or module is not self.model:
+            return None
+        if recorded():
             return None
         end(accumulator.clock, accumulator.token)
         if not torch.compiler.is_compiling() and accumulator.step is not None:
@@ -243,7 +248,9 @@ class Clusters:
 
     def _capture(self, channels_first: bool, module: nn.Module, args: Any, output: Any) -> None:
         accumulator, tensor = self.accumulator, first_tensor(output)
-        if accumulator.token is not None and tensor is not None and module is self._layer:
+        if accumulator.token is None or recorded():
+            return
+        if tensor is not None and module is self._layer:
             if self._sizes_only:
                 tensor = tensor.flatten(1)[:, :0]
             capture(accumulator.clock, accumulator.token, tensor, channels_first)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gq_triton.cluster_grad.compiled_ops import use
+from gq_triton.cluster_grad.copies import recorded
 from gq_triton.cluster_grad.layers.registry import SITE, Layer, trains
 from gq_triton.cluster_grad.passes import OUTSIDE
 from gq_triton.cluster_grad.site import Collector, Site
@@ -22,7 +23,8 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if site is None:  # undone while the layer was being called
         return type(module).forward(module, *args, **kwargs)
     collector, graded = site.collector, torch.is_grad_enabled()
-    if site.module is not module or not trains(module):  # a copy of the model, a frozen layer
+    # In a copy of the model, a frozen layer, or a recording the layer is torch's own.
+    if site.module is not module or not trains(module) or recorded():
         return type(module).forward(module, *args, **kwargs)
     token = collector.token
     if token is not None:
