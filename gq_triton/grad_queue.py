@@ -26,6 +26,7 @@ from gq_triton.options import (
 )
 from gq_triton.queues import Queues
 from gq_triton.ring import flat, local, place_gradients, write_back_
+from gq_triton.wrappers import innermost, refuse_wrappers
 
 __all__ = ["GradQueue", "Handle"]
 
@@ -156,7 +157,7 @@ class GradQueue:
             ValueError: the gradients would be weighted twice, or none of the optimizer's parameters
                 belongs to the model.
         """
-        optimizer = _innermost(optimizer)
+        optimizer = innermost(optimizer)
         self._check_optimizer(optimizer)
         if self._clusters and self._handle is not None:
             raise ValueError("with clusters a GradQueue serves one optimizer: call remove() first")
@@ -183,7 +184,7 @@ class GradQueue:
         if self._clusters is not None:
             restore = self._clusters.install()
             self._clusters.end_with(before_step)
-            guard = self._clusters.model.register_forward_pre_hook(_refuse_ddp)
+            guard = self._clusters.model.register_forward_pre_hook(refuse_wrappers)
 
         def undo() -> None:
             hook.remove()
@@ -394,24 +395,6 @@ class GradQueue:
         self._queues.load_state_dict(state)
         if self._clusters is not None:
             self._clusters.load_state_dict(clusters)
-
-
-def _innermost(optimizer: Any) -> Any:
-    """Return the optimizer inside all wrappers that keep it under ``.optimizer``."""
-    inner = getattr(optimizer, "optimizer", None)
-    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
-
-
-def _refuse_ddp(model: nn.Module, args: Any) -> None:
-    """Refuse a forward pass inside DDP where a plug-in with clusters is attached to the model."""
-    if torch.compiler.is_compiling():
-        return
-    if DistributedDataParallel._get_active_ddp_module() is not None:
-        raise RuntimeError(
-            "the model was wrapped in DistributedDataParallel after GradQueue.attach, so every "
-            "rank would queue its own gradients only: call remove() on the handle, and use "
-            "gq_triton.dist.register(ddp, n_clusters=..., features=...)"
-        )
 
 
 _SCALED = (

@@ -26,6 +26,7 @@ PLACES = {
 HOUSE = "gq_triton"
 BASE = {
     "names", "extras", "options", "law", "loss_scale", "ring", "saved", "claims", "describe",
+    "wrappers",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
@@ -37,6 +38,7 @@ MAY = {
     "describe": {"options", "ring"},
     "extras": set(),
     "loss_scale": set(),
+    "wrappers": set(),
     "options": set(),
     "law": {"options"},
     "saved": {"options", "ring"},

@@ -168,6 +168,17 @@ def test_a_scaler_that_register_was_not_given(options):
         dist.destroy_process_group()
 
 
+def test_copies_of_data_parallel_are_refused():
+    """Else their gradients would be weighted as one batch, without a word."""
+    net = model()
+    handle = GradQueue(net, **CLUSTERS).attach(sgd(net))
+    copy = net._replicate_for_data_parallel()  # what DataParallel does for each GPU
+    with pytest.raises(RuntimeError, match="DataParallel runs copies of the model"):
+        copy(torch.ones(2, 3))
+    handle.remove()
+    net._replicate_for_data_parallel()(torch.ones(2, 3))
+
+
 class Named(nn.Module):
     """A model with layers in containers, and one layer under two names."""
 

@@ -28,7 +28,7 @@ __all__ = ["BATCH_NORM", "GROUP_NORM", "LAYER_NORM", "RMS_NORM"]
 Running = tuple[Tensor | None, Tensor | None, bool, float, float]
 
 
-def _weighted(
+def _given(
     site: Site, step: Step, wanted: list[int], sums: tuple[Tensor, Tensor | None]
 ) -> list[Tensor | None]:
     """Give the sums of scale (0) and shift (1), which ``sums`` holds as (shift, scale)."""
@@ -61,7 +61,7 @@ def _by_position(
     known = {name: _wide(value).reshape(batch, -1) for name, value in statistics.items()}
     ops = engine(grad.device, site.collector.backend)
     sums = ops.position_sums(dy, groups.order, groups.offsets, x=x, **known)
-    return _weighted(site, step, wanted, sums)
+    return _given(site, step, wanted, sums)
 
 
 def _by_channel(
@@ -75,7 +75,7 @@ def _by_channel(
     dy, x = (t.reshape(*t.shape[:2], -1) for t in (grad, x))
     ops = engine(grad.device, site.collector.backend)
     sums = ops.channel_sums(dy, *order, x=x, mean=_wide(mean), rstd=_wide(rstd))
-    return _weighted(site, step, wanted, sums)
+    return _given(site, step, wanted, sums)
 
 
 def _wide(statistic: Tensor) -> Tensor:
