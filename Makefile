@@ -10,6 +10,9 @@ OLDEST := .venv-oldest
 # Processes that share the tests; each takes one core and up to 2 GB. Three were slower on two cores.
 WORKERS ?= 2
 SHARED = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+RUFF = echo "ruff: lint and format, a second" && $(BIN)/ruff check . && $(BIN)/ruff format --check .
+# pyright is told not to look for newer releases of itself: the version is pinned.
+PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-fast test-docs test-oldest lint format build clean
@@ -48,9 +51,16 @@ train: $(READY)
 	  launch/train.py --task digits --out $$out
 
 # A file stays with one worker, and the longest files begin first: tests/conftest.py sorts them.
-test: lint
-	@echo "pytest: all tests with $(WORKERS) workers, 11 minutes on two cores"
-	@$(BIN)/pytest $(SHARED)
+# Tests often wait for processes that they start, so pyright runs beside them, and reports at the end.
+test: $(READY)
+	@$(RUFF)
+	@echo "pytest: all tests with $(WORKERS) workers, 11 minutes on two cores; pyright runs beside them"
+	@types=$$(mktemp); $(PYRIGHT) > $$types 2>&1 & pyright=$$!; \
+	trap 'kill $$pyright' INT TERM; \
+	$(BIN)/pytest $(SHARED); tests=$$?; \
+	wait $$pyright; checked=$$?; \
+	echo "pyright:"; cat $$types; rm $$types; \
+	exit $$((tests || checked))
 
 test-fast: $(READY)
 	@echo "pytest: the quick tests with $(WORKERS) workers, about 2.5 minutes on two cores"
@@ -75,13 +85,10 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c constraints-oldest.txt -e ".[test]"
 	@touch $@
 
-# pyright is told not to look for newer releases of itself: the version is pinned.
 lint: $(READY)
-	@echo "ruff: lint and format, a second"
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
+	@$(RUFF)
 	@echo "pyright: types, up to a minute"
-	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	@$(PYRIGHT)
 
 format: $(READY)
 	@echo "ruff: rewrites imports and layout, a second"
