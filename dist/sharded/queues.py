@@ -81,6 +81,14 @@ class ShardedQueues(Queues):
             value = self._place.add_up_(value.reshape(1).clone()) / self._place.world
         super().record_loss(value)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with a ring for every trainable parameter, as a checkpoint needs it.
+
+        ``torch.distributed.checkpoint`` loads into tensors of the new run, before its first step.
+        """
+        self.init_state()
+        return super().state_dict()
+
     def _read(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return the statistics ``(2, P)`` of a whole parameter; every rank must call."""
         if name not in self._known:

@@ -4,6 +4,9 @@ import pytest
 import torch
 from sharded_cluster_cases import Twins, Words
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Shard
 
 UNEVEN = [6, 9, 4, 7]
@@ -134,3 +137,84 @@ def check_output_gradient(rank):
 
 def test_features_that_the_backward_pass_gives(ranks):
     ranks(2).run(check_output_gradient)
+
+
+def saved(twins):
+    model, optimizer = get_state_dict(twins.sharded, twins.optimizer)
+    return {"model": model, "optimizer": optimizer, "queue": twins.queue}
+
+
+def save_run(rank, shape, folder):
+    twins = Twins(rank, shape, sizes=[6, 6, 4, 4][: torch.Size(shape).numel()])
+    twins.run(steps=4)
+    save(saved(twins), checkpoint_id=folder)
+
+
+def load_run(rank, shape, sizes, folder):
+    """Go on with another mesh; compare with one process that has seen the same samples."""
+    twins = Twins(rank, shape, sizes=sizes)
+    state = saved(twins)
+    load(state, checkpoint_id=folder)
+    set_state_dict(
+        twins.sharded,
+        twins.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    assert all(int(n) == 4 for n in twins.queue.state_dict()["queued"].values())
+    with torch.no_grad():
+        for _, one, other in twins.pairs():
+            other.copy_(full(one))
+            # The other process starts from the queue and the momentum of this one.
+            twins.other.state[other]["momentum_buffer"] = full(
+                twins.optimizer.state[one]["momentum_buffer"]
+            )
+    mine = twins.queue.state_dict()
+    whole = {**mine, "queue": {n: full(ring) for n, ring in mine["queue"].items()}, "clusters": {}}
+    twins.plain.load_state_dict(whole)
+    twins.run(first=4, steps=4)
+    assert twins.plain.metrics()["mean_weight"] != 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "sizes"),
+    [((2,), (3,), [4, 5, 6]), ((2, 2), (2,), [6, 6]), ((2,), (2, 2), [3, 4, 5, 6])],
+    ids=["2 to 3", "2x2 to 2", "2 to 2x2"],
+)
+def test_a_checkpoint_goes_on_in_another_mesh(ranks, tmp_path, before, after, sizes):
+    ranks(torch.Size(before).numel()).run(save_run, before, str(tmp_path))
+    ranks(torch.Size(after).numel()).run(load_run, after, sizes, str(tmp_path))
+
+
+def check_resumed(rank, folder):
+    """Without a clusterer of the user k-means goes on bit for bit."""
+    options = {"clusterer": None}
+
+    def steps(twins, first, last):
+        for step in range(first, last):
+            twins.optimizer.zero_grad()
+            twins.loss(twins.sharded, twins.batch(step, rank)).backward()
+            twins.optimizer.step()
+
+    twins = Twins(rank, (2,), options=options)
+    steps(twins, 0, 4)
+    save(saved(twins), checkpoint_id=folder)
+    steps(twins, 4, 7)
+    other = Twins(rank, (2,), options=options)
+    state = saved(other)
+    load(state, checkpoint_id=folder)
+    set_state_dict(
+        other.sharded,
+        other.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    steps(other, 4, 7)
+    for one, two in zip(twins.sharded.parameters(), other.sharded.parameters(), strict=True):
+        assert torch.equal(full(one), full(two))
+    assert twins.queue.digest() == other.queue.digest()
+
+
+def test_a_resumed_run_continues_bit_for_bit(ranks, tmp_path):
+    ranks(2).run(check_resumed, str(tmp_path))

@@ -100,7 +100,8 @@ class Twins:
         self.divide(self.sharded)
         options: dict[str, Any] = {"features": "norm", "queue_length": 3, "backend": "torch"}
         options |= self.options
-        self.queue = GradQueue(self.sharded, n_clusters=CLUSTERS, clusterer=group_of, **options)
+        mine = {"n_clusters": CLUSTERS, "clusterer": group_of}
+        self.queue = GradQueue(self.sharded, **{**mine, **options})
         every = {"n_clusters": CLUSTERS * world, "clusterer": self.groups_of_all}
         self.plain = GradQueue(self.whole, **{**options, **every})
         self.optimizer = self.make(self.sharded)
