@@ -57,6 +57,7 @@ class ShardedRaw(RawGradients):
         # Whole raw gradients of this rank: of layers whose weighted one has not reached the leaf
         # yet, and of those that wait for the reduction.
         self._given: dict[str, Tensor] = {}
+        self._origins: dict[str, list[tuple[int, Tensor]]] = {}
         self._waiting: dict[str, Tensor] = {}
         self._adds: dict[str, bool] = {}
         # Parameters of one unit whose weighted gradients have just been reduced.
@@ -99,6 +100,7 @@ class ShardedRaw(RawGradients):
         self._raw_share[name] = share
         given = self._given.get(name)
         self._given[name] = raw if given is None else given + raw
+        self._origins.setdefault(name, []).append((self._number, step.groups.mass))
 
     def note(self, name: str) -> None:
         """Have a raw gradient wait for the reduction: the leaf has just got the weighted one."""
@@ -108,7 +110,10 @@ class ShardedRaw(RawGradients):
         waiting = self._waiting.get(name)
         if waiting is None:
             self._adds[name] = self._goes_on(name)
+            if not self._adds[name]:
+                self._masses[name] = []
         self._waiting[name] = raw if waiting is None else waiting + raw
+        self._masses[name] += self._origins.pop(name)
 
     def _goes_on(self, name: str) -> bool:
         """Return whether ``p.grad`` still holds the gradients of earlier reductions."""
@@ -164,7 +169,7 @@ class ShardedRaw(RawGradients):
 
     def end_pass(self) -> None:
         """Reduce what is left, and forget gradients that the backward pass has not given."""
-        self._given = {}
+        self._given, self._origins = {}, {}
         if in_backward():
             # fully_shard may end its last units in a callback that comes after this one.
             engine = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
@@ -203,5 +208,5 @@ class ShardedRaw(RawGradients):
 
     def take_all(self) -> dict[str, Tensor]:
         """Return by name the shards of parameters with a ``p.grad``, and forget all."""
-        kept, self.kept, self._left = self.kept, {}, {}
+        kept, self.kept, self._left, self._masses = self.kept, {}, {}, {}
         return {name: raw for name, raw in kept.items() if self._params[name].grad is not None}

@@ -93,9 +93,10 @@ def test_block_runs_on_two_ranks(block, tmp_path, monkeypatch):
     envs = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     done = finish([[sys.executable, str(script)]] * 2, envs, timeout=120)
     assert [code for code, _ in done] == [0, 0], "\n".join(said for _, said in done)
-    digests = [said.split()[-1] for _, said in done]  # both scripts print rank and digest
-    assert len(digests[0]) == 64
-    assert digests[0] == digests[1]
+    # Every script prints its rank and something that is the same on all ranks.
+    one, other = (said.split()[-1] for _, said in done)
+    assert len(one) == 64 or "digest()" not in block.text
+    assert one == other
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=by_name)
