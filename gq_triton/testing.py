@@ -202,6 +202,7 @@ def server() -> "ForkServerContext | SpawnContext":
 def _be_rank(pipe: Connection, rank: int, world_size: int, folder: str) -> None:
     """Be one process of ``Ranks``: run what comes through the pipe until its other end closes."""
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported stays; each collection would look through all of it
     code = 0
     with open(Path(folder, f"rank{rank}.txt"), "w") as report:
         try:

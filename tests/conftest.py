@@ -1,5 +1,6 @@
 """Set-up shared by all tests."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -94,6 +95,15 @@ def ranks():
     yield of
     for one in started.values():
         one.close()
+
+
+def pytest_collection_finish():
+    """Keep what was imported out of every garbage collection: it is most of the heap, and stays.
+
+    Many tests collect garbage to see what a deleted object leaves behind.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 LEFT_OUT = pytest.StashKey[int]()
