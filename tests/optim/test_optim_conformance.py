@@ -16,7 +16,6 @@ from optim_cases import (
     all_variants,
     assert_same,
     both_optimizers,
-    copies,
     parameters,
     set_gradients,
     small_parameters,
@@ -119,113 +118,6 @@ def test_the_backends_agree(variant):
         train(variant.build(params, backend=backend), params, 12)
         ends.append(values(params))
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
-
-
-@both_optimizers
-@all_backends
-def test_options_may_differ_per_group(variant, backend):
-    """Each group equals a separate optimizer; a group may also be added later."""
-    changes = [
-        {"rho": 1.5, "queue_length": 2, "min_queue_length": 1},
-        {"lr": 0.02, "weight_decay": 0.3, "queue_dtype": torch.bfloat16},
-        {"backend": "torch", "match_norm": True, "queue_length": 4},
-        {"maximize": True, "loss_window": 2},
-    ]
-    together = [parameters(seed=seed) for seed in range(len(changes))]
-    alone = [copies(params) for params in together]
-    groups = [{"params": p, **c} for p, c in zip(together, changes, strict=True)]
-    optimizer = variant.build(groups[:3], backend=backend)
-    others = [
-        variant.build(p, **{"backend": backend, **c}) for p, c in zip(alone, changes, strict=True)
-    ]
-    for step in range(9):
-        if step == 2:
-            optimizer.add_param_group(groups[3])
-        count = 4 if step >= 2 else 3
-        optimizer.record_loss(9.0 - step)
-        for params, single, other in zip(
-            together[:count], alone[:count], others[:count], strict=True
-        ):
-            set_gradients(params, step)
-            set_gradients(single, step)
-            other.record_loss(9.0 - step)
-            other.step()
-        optimizer.step()
-    assert_same([values(p) for p in together], [values(p) for p in alone])
-
-
-def schedulers():
-    lr = torch.optim.lr_scheduler
-    return {
-        "lambda": lambda o: lr.LambdaLR(o, lambda step: 0.9**step),
-        "one-cycle": lambda o: lr.OneCycleLR(o, max_lr=0.2, total_steps=20),
-        "cosine": lambda o: lr.CosineAnnealingLR(o, T_max=7),
-    }
-
-
-@both_optimizers
-@all_backends
-@pytest.mark.parametrize("scheduler", schedulers().values(), ids=schedulers())
-def test_schedulers_drive_the_learning_rate_and_the_momentum(variant, backend, scheduler):
-    """Learning rate, momentum and betas act as in torch; with the law on, as in the oracle."""
-    for rho in (1.0, 3.0):
-        ours, theirs = small_parameters(torch.float64), small_parameters(torch.float64)
-        optimizer = variant.build(ours, rho=rho, backend=backend)
-        plain = variant.plain(theirs)
-        pairs = [(ours, optimizer, scheduler(optimizer)), (theirs, plain, scheduler(plain))]
-        rings = [reference.Ring(5) for _ in theirs]
-        for step in range(15):
-            for params, either, schedule in pairs:
-                gradients = set_gradients(params, step)
-                if either is plain:
-                    for param, raw, ring in zip(params, gradients, rings, strict=True):
-                        param.grad = reference.weighted_gradient(raw, ring.newest(), rho=rho)
-                        ring.push(raw)
-                either.step()
-                schedule.step()
-        tolerance = 0 if rho == 1 else 1e-12
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-@both_optimizers
-@all_backends
-def test_the_learning_rate_may_be_a_tensor(variant, backend):
-    for dtype in (torch.float32, torch.float64):
-        ours, theirs = small_parameters(), small_parameters()
-        rate = torch.tensor(0.05, dtype=dtype)
-        optimizer = variant.build(ours, rho=1.0, lr=rate, backend=backend)
-        plain = variant.plain(theirs, lr=rate.clone())
-        for step in range(6):
-            if step == 3:
-                optimizer.param_groups[0]["lr"].fill_(0.01)
-                plain.param_groups[0]["lr"].fill_(0.01)
-            for params, either in ((ours, optimizer), (theirs, plain)):
-                set_gradients(params, step)
-                either.step()
-        assert_same(ours, theirs)
-
-
-@both_optimizers
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_and_closures(variant, set_to_none):
-    ours, theirs = small_parameters(), small_parameters()
-
-    def closure_of(optimizer, params):
-        def closure():
-            optimizer.zero_grad(set_to_none=set_to_none)
-            assert torch.is_grad_enabled()
-            loss = torch.cat([(p - 1).square().flatten() for p in params]).sum()
-            loss.backward()
-            return loss
-
-        return closure
-
-    optimizer, plain = variant.build(ours, rho=1.0), variant.plain(theirs)
-    for _ in range(4):
-        loss, expected = (o.step(closure_of(o, p)) for o, p in ((optimizer, ours), (plain, theirs)))
-        assert_same(loss, expected)
-    assert_same(ours, theirs)
-    assert optimizer.step() is None
 
 
 @both_optimizers
