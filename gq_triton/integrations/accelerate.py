@@ -7,14 +7,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from gq_triton.dist import GradQueueState
 from gq_triton.dist.state import HookOptions
 from gq_triton.dist.wrappers import find_ddp
-from gq_triton.grad_queue import GradQueue
 from gq_triton.integrations.connect import (
     NOT_TAKEN,
     Connection,
     ConnectKeywords,
+    Weighing,
     check_options,
     is_of,
     missing,
@@ -38,7 +37,7 @@ def attach(
     model: nn.Module,
     optimizer: Optimizer,
     **options: Unpack[ConnectKeywords],
-) -> GradQueue | GradQueueState:
+) -> Weighing:
     """Weight the gradients of a prepared model; save and load the queue with the accelerator.
 
     On one process the queue is attached to the optimizer, under DDP the hook is registered.
@@ -52,7 +51,8 @@ def attach(
         **options: those of ``ClusterOptions``, ``LawOptions`` and ``HookOptions``.
 
     Returns:
-        The ``GradQueue``, or under DDP the ``GradQueueState``.
+        The ``GradQueue``, or under DDP the ``GradQueueState``; the optimizer itself where it is a
+        ``GQSGD`` or ``GQAdamW``, which weights and is saved without this call.
 
     Raises:
         ValueError: the options, the accelerator's settings or its kind of parallelism do not fit.
@@ -76,7 +76,8 @@ def attach(
         setting="gradient_accumulation_steps",
         scaler=accelerator.scaler,
     )
-    accelerator.register_for_checkpointing(connection.queue)
+    if connection.saved_here:
+        accelerator.register_for_checkpointing(connection.queue)
     return connection.queue
 
 
@@ -92,7 +93,7 @@ def check_synchronization(accelerator: Any, ddp: nn.Module | None, passes: int) 
 
 def log(
     accelerator: Accelerator,
-    queue: GradQueue | GradQueueState,
+    queue: Weighing,
     step: int | None = None,
     *,
     per_layer: bool = False,

@@ -11,12 +11,15 @@ from gq_triton.dist import GradQueueState, register
 from gq_triton.dist.state import NOT_ON_RANKS, HookOptions
 from gq_triton.extras import how_to_install
 from gq_triton.grad_queue import GradQueue, Handle
+from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.options import ClusterKeywords, ClusterOptions, LawKeywords, LawOptions, read
+from gq_triton.wrappers import innermost
 
 __all__ = [
     "NOT_TAKEN",
     "ConnectKeywords",
     "Connection",
+    "Weighing",
     "check_options",
     "is_of",
     "missing",
@@ -27,6 +30,10 @@ __all__ = [
 NOT_TAKEN = "grad_scaler", "mode"
 # Options that say nothing where there is one process.
 _RANKS_ONLY = "shard_queue", "verify_every"
+
+
+# What weights the gradients.
+Weighing = GradQueue | GradQueueState | GradQueueOptimizer
 
 
 class ConnectKeywords(ClusterKeywords, LawKeywords, total=False):
@@ -69,6 +76,9 @@ def is_of(framework: str, error: ModuleNotFoundError) -> bool:
 class Connection:
     """A ``GradQueue`` that is attached, or a ``GradQueueState`` that is registered.
 
+    Where the run's optimizer is a ``GQSGD`` or ``GQAdamW``, which weights by itself and is saved by
+    the framework, the connection only reads its figures.
+
     Args:
         model: the bare model.
         ddp: the DDP module around it, or None.
@@ -106,7 +116,19 @@ class Connection:
                     f"accumulation_steps out, it follows {setting}"
                 )
         self._handles: list[Handle] = []
-        self.queue: GradQueue | GradQueueState
+        self.queue: Weighing
+        found = [innermost(optimizer) for optimizer in optimizers]
+        own = [optimizer for optimizer in found if isinstance(optimizer, GradQueueOptimizer)]
+        if own:
+            if options or len(found) > 1:
+                raise ValueError(
+                    f"{type(own[0]).__name__} weights its gradients itself: give the options to "
+                    "the optimizer, which must be the run's only one; without options its figures "
+                    "are logged"
+                )
+            self.queue = own[0]
+            self.queue._measures = True  # as the first call of metrics() does
+            return
         if ddp is not None:
             _check_on_ranks(given)
             self.queue = register(ddp, grad_scaler=scaler, **_without(given, NOT_ON_RANKS))
@@ -118,8 +140,13 @@ class Connection:
                 "on FSDP2"
             )
         self.queue = GradQueue(model, **_without(given, _RANKS_ONLY))
-        for optimizer in optimizers:
+        for optimizer in found:
             self._handles.append(self.queue.attach(optimizer, grad_scaler=scaler))
+
+    @property
+    def saved_here(self) -> bool:
+        """Whether the callback saves the queue; an optimizer's is saved with the optimizer."""
+        return not isinstance(self.queue, GradQueueOptimizer)
 
     @property
     def on_ranks(self) -> GradQueueState | None:
@@ -145,7 +172,7 @@ def _check_on_ranks(options: Mapping[str, Any]) -> None:
         )
 
 
-def scalars(queue: GradQueue | GradQueueState, per_layer: bool = False) -> dict[str, float]:
+def scalars(queue: Weighing, per_layer: bool = False) -> dict[str, float]:
     """Return the figures of the last step as single numbers, as trackers take them.
 
     Under DDP with ``shard_queue`` or clusters every rank must call.

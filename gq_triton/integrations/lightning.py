@@ -6,14 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from gq_triton.dist import GradQueueState
 from gq_triton.dist.state import HookOptions
 from gq_triton.dist.wrappers import find_ddp
-from gq_triton.grad_queue import GradQueue
 from gq_triton.integrations.connect import (
     NOT_TAKEN,
     Connection,
     ConnectKeywords,
+    Weighing,
     check_options,
     is_of,
     missing,
@@ -36,7 +35,8 @@ __all__ = ["GradQueueCallback"]
 class GradQueueCallback(Callback):
     """A callback that weights gradients, logs what the law did, and saves the queue.
 
-    On one process the queue is attached to the optimizers, under DDP the hook is registered.
+    On one process the queue is attached to the optimizers, under DDP the hook is registered. Of
+    ``GQSGD`` and ``GQAdamW`` the callback only logs the figures.
     Checkpoints hold the queue. Accumulation, loss and loss scale follow the trainer. Figures go
     through ``log_dict`` every ``log_every_n_steps`` steps, as ``grad_queue/mean_weight`` and so on.
 
@@ -69,7 +69,7 @@ class GradQueueCallback(Callback):
         self._seen = 0
 
     @property
-    def queue(self) -> GradQueue | GradQueueState:
+    def queue(self) -> Weighing:
         """What weights the gradients, from the beginning of ``fit`` on."""
         if self._connection is None:
             raise RuntimeError("the queue exists from the beginning of Trainer.fit on")
@@ -79,17 +79,7 @@ class GradQueueCallback(Callback):
         """Attach, or register under DDP, and load the saved queue."""
         self._end()
         ddp = find_ddp(trainer.strategy)
-        passes = trainer.accumulate_grad_batches
-        scheduler = getattr(trainer, "accumulation_scheduler", None)
-        schedule = getattr(scheduler, "scheduling", {})
-        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, GradientAccumulationScheduler):
-                schedule = callback.scheduling
-        if self._clustered and len(set(schedule.values())) > 1:
-            raise ValueError(
-                "with clusters the number of accumulated batches must stay the same: leave out "
-                "GradientAccumulationScheduler, or n_clusters"
-            )
+        passes = self._passes(trainer)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and passes > 1 and ddp is None and self._options.get("loss_window"):
             raise ValueError(
@@ -109,14 +99,27 @@ class GradQueueCallback(Callback):
         if self._clustered and ddp is None:
             self._undo = _call_through(pl_module, "training_step")
         saved, self._saved = self._saved, None
-        if saved is not None:
+        if saved is not None and self._connection.saved_here:
             self._connection.queue.load_state_dict(saved)
-        elif trainer.ckpt_path is not None:
+        elif trainer.ckpt_path is not None and self._connection.saved_here:
             raise ValueError(
                 f"{trainer.ckpt_path} holds no queue, so training would not go on as it was: load "
                 "the weights alone, or train without this callback"
             )
         self._seen = trainer.global_step
+
+    def _passes(self, trainer: Trainer) -> int:
+        """Return the number of backward passes of a step, which with clusters may not change."""
+        counts = {trainer.accumulate_grad_batches}
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, GradientAccumulationScheduler):
+                counts = set(callback.scheduling.values())
+        if self._clustered and len(counts) > 1:
+            raise ValueError(
+                "with clusters the number of accumulated batches must stay the same: leave out "
+                "GradientAccumulationScheduler, or n_clusters"
+            )
+        return max(counts)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -125,7 +128,8 @@ class GradQueueCallback(Callback):
         if self._connection is None or self._options.get("loss_window") is None:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if self._connection.on_ranks is None and scaler is None:
+        closure = scaler is None and pl_module.automatic_optimization
+        if self._connection.on_ranks is None and closure:
             return  # the optimizer's closure returns the loss
         value = loss.detach() * trainer.accumulate_grad_batches
         scale = None if scaler is None or not scaler.is_enabled() else scaler._get_scale_async()
@@ -159,7 +163,8 @@ class GradQueueCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the queue for the checkpoint; every rank must call, as Lightning does."""
-        return {} if self._connection is None else self._connection.queue.state_dict()
+        saves = self._connection is not None and self._connection.saved_here
+        return self.queue.state_dict() if saves else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved queue until training begins; only then is there a model to load it for."""

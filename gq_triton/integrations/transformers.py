@@ -9,15 +9,14 @@ import torch
 from typing_extensions import Unpack
 
 from gq_triton.commands.files import whole_file
-from gq_triton.dist import GradQueueState
 from gq_triton.dist.state import HookOptions
 from gq_triton.dist.wrappers import carries, find_ddp
-from gq_triton.grad_queue import GradQueue
 from gq_triton.integrations.accelerate import check_synchronization
 from gq_triton.integrations.connect import (
     NOT_TAKEN,
     Connection,
     ConnectKeywords,
+    Weighing,
     check_options,
     is_of,
     missing,
@@ -52,7 +51,8 @@ _KEY = "grad_queue"
 class GradQueueCallback(TrainerCallback):
     """A callback that weights gradients, logs what the law did, and saves the queue.
 
-    On one process the queue is attached to the optimizer, under DDP the hook is registered. Every
+    On one process the queue is attached to the optimizer, under DDP the hook is registered. Of
+    ``GQSGD`` and ``GQAdamW`` the callback only logs the figures. Every
     checkpoint folder gets a file ``grad_queue.pt``, which a resumed run loads. Accumulation and
     loss scale follow the trainer. Figures go through ``Trainer.log`` at every logging step, as
     ``grad_queue/mean_weight`` and so on.
@@ -88,7 +88,7 @@ class GradQueueCallback(TrainerCallback):
         self._run = ""
 
     @property
-    def queue(self) -> GradQueue | GradQueueState:
+    def queue(self) -> Weighing:
         """What weights the gradients, from the beginning of ``train`` on."""
         if self._connection is None:
             raise RuntimeError("the queue exists from the beginning of Trainer.train on")
@@ -121,7 +121,8 @@ class GradQueueCallback(TrainerCallback):
                 setting="gradient_accumulation_steps",
                 scaler=trainer.accelerator.scaler,
             )
-        if state.global_step > 0:
+        assert self._connection is not None
+        if state.global_step > 0 and self._connection.saved_here:
             self._load(args, state)
         self._run = uuid.uuid4().hex
         _notes(state)[_KEY] = {"run": self._run}
@@ -153,7 +154,7 @@ class GradQueueCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the queue into the checkpoint folder."""
-        if args.save_only_model or self._connection is None:
+        if args.save_only_model or self._connection is None or not self._connection.saved_here:
             return
         saved = self.queue.state_dict()  # on every rank: with slices or clusters it communicates
         if args.should_save:

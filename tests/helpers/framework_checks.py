@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from gq_triton import GradQueue
+from gq_triton import GQSGD, GradQueue
 from gq_triton.dist import register
 
 OPTIONS: dict[str, Any] = {"rho": 3.0, "queue_length": 3, "backend": "torch"}
@@ -73,7 +74,12 @@ def check_lightning(rank: int, folder: str, devices: int = 2) -> None:
 
 
 def lightning_run(
-    folder: Path | None, path: Path | None, devices: int, passes: int = 1, **options: Any
+    folder: Path | None,
+    path: Path | None,
+    devices: int,
+    passes: int = 1,
+    optimizer: Any = torch.optim.SGD,
+    **options: Any,
 ) -> Result:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -94,7 +100,7 @@ def lightning_run(
             return (self if folder is None else self.net)(batch[0]).square().mean()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            return optimizer(self.parameters(), lr=0.1, momentum=0.9)
 
     class Log(DummyLogger):
         def __init__(self) -> None:
@@ -128,6 +134,27 @@ def lightning_run(
     assert len(logged) in (steps // 2, (steps + 1) // 2)
     assert ("grad_queue/largest_cluster" in logged[0]) == ("n_clusters" in options)
     return module.net, callback.queue
+
+
+def check_losses(rank: int) -> None:
+    """``loss_window`` is fed by the callback as a loop of one's own feeds it."""
+    options: dict[str, Any] = OPTIONS | {"loss_window": 2}
+    model, state = lightning_run(None, None, devices=2, **options)
+    net = network()
+    ddp = DistributedDataParallel(net)
+    expected = register(ddp, **options)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    sampler: DistributedSampler[Any] = DistributedSampler(samples())  # as Lightning adds it
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for (batch,) in DataLoader(samples(), batch_size=4, sampler=sampler):
+            optimizer.zero_grad()
+            loss = ddp(batch).square().mean()
+            expected.record_loss(loss)
+            loss.backward()
+            optimizer.step()
+    assert torch.equal(state.state_dict()["losses"], expected.state_dict()["losses"])
+    assert all(map(torch.equal, model.parameters(), net.parameters()))
 
 
 def check_fabric(rank: int, folder: str) -> None:
@@ -323,6 +350,12 @@ def alone(rank: int, folder: str) -> None:
     check_transformers(rank, folder, devices=1)
     check_accumulation(Path(folder, "passes"))
     check_refusals(Path(folder))
+    # Of an optimizer of this package the callback logs the figures, and takes no options.
+    _, optimizer = lightning_run(None, None, devices=1, optimizer=GQSGD)
+    assert isinstance(optimizer, GQSGD)
+    assert optimizer.metrics()["mean_weight"] != 1
+    with pytest.raises(ValueError, match="GQSGD weights its gradients itself"):
+        lightning_run(None, None, devices=1, optimizer=GQSGD, rho=2.0)
     # The code that ends the process expects a group.
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -405,6 +438,7 @@ def check_refusals(folder: Path) -> None:
 
 def two_ranks(rank: int, folder: str) -> None:
     check_lightning(rank, folder)
+    check_losses(rank)
     check_fabric(rank, folder)
     check_accelerate(rank, folder)
     check_transformers(rank, folder)
