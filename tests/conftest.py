@@ -36,16 +36,19 @@ if INTERPRETED:
 
 # The longest files, longest first: a long file that begins late would let one worker run alone.
 LONGEST = [
-    "test_dist_clusters.py",
     "test_restart.py",
     "test_kernel_compile.py",
-    "test_dist_shard.py",
+    "test_dist_clusters.py",
     "test_study_command.py",
+    "test_dist_shard.py",
+    "test_optim_batches.py",
+    "test_train.py",
     "test_cluster_compile.py",
-    "test_frameworks.py",
     "test_dist_hook.py",
     "test_multi_node.py",
-    "test_train.py",
+    "test_study_ranks.py",
+    "test_documentation.py",
+    "test_frameworks.py",
     "test_optim_fsdp2.py",
 ]
 

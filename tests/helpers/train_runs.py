@@ -118,7 +118,7 @@ def start_and_listen(
         for rank in range(ranks):
             env = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             log = Path(folder, f"{rank}.txt")
-            task = (str(script), [str(arg) for arg in args], env, str(log))
+            task = (str(script), [str(arg) for arg in args], env, str(log), os.getcwd())
             process = server().Process(target=_be_script, args=task)
             process.start()
             stack.callback(process.kill)
@@ -129,8 +129,9 @@ def start_and_listen(
         return [(process.exitcode, log.read_text()) for process, log in done]
 
 
-def _be_script(script: str, args: list[str], env: dict[str, str], log: str) -> None:
-    """Be ``python script args``, with both streams in a file."""
+def _be_script(script: str, args: list[str], env: dict[str, str], log: str, folder: str) -> None:
+    """Be ``python script args`` in a folder, with both streams in a file."""
+    os.chdir(folder)
     out = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from pages import PAGES, ROOT, blocks
-from train_runs import finish, free_port
+from train_runs import start_and_listen
 
 import gq_triton
 import gq_triton.dist
@@ -88,10 +88,7 @@ def test_block_runs_on_two_ranks(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = Path("script.py")
     script.write_text(block.text)
-    # The variables that torchrun sets for its processes; to start them without it saves seconds.
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    envs = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    done = finish([[sys.executable, str(script)]] * 2, envs, timeout=120)
+    done = start_and_listen(2, script, timeout=120)
     assert [code for code, _ in done] == [0, 0], "\n".join(said for _, said in done)
     # Every script prints its rank and something that is the same on all ranks.
     one, other = (said.split()[-1] for _, said in done)
