@@ -5,6 +5,7 @@ Shapes: P elements of a parameter, W ranks that divide it, S elements of the lar
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -140,11 +141,22 @@ class Layout:
         place: the processes.
         units: by parameter name, the unit that it belongs to.
         members: by FSDP module, its parameters: the module that holds it, the attribute, the name.
+        owners: by parameter name, the FSDP module.
     """
 
     place: Place
     units: Mapping[str, Unit]
     members: Mapping[nn.Module, list[tuple[nn.Module, str, str]]]
+    owners: Mapping[str, nn.Module]
+
+    def divisor(self, name: str) -> float:
+        """Return the number by which ``fully_shard`` divides a sum of gradients over the ranks."""
+        # The state has one group of parameters before torch 2.11, and then a list of them.
+        owner: Any = self.owners[name]
+        state = owner._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        factor = getattr(groups[0], "gradient_divide_factor", None)
+        return float(self.place.world if factor is None else factor)
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -208,6 +220,7 @@ def layout_of(model: nn.Module, params: Mapping[str, Tensor]) -> Layout:
         place,
         {name: unit for unit in units.values() for name in unit.cuts},
         members,
+        owners,
     )
 
 

@@ -64,14 +64,16 @@ class ShardedRaw(RawGradients):
         self._reduced: list[str] = []
         self._changed: list[str] = []
         self._shares: weakref.WeakKeyDictionary[Step, list[float]] = weakref.WeakKeyDictionary()
-        self._raw_share: dict[str, float] = {}
+        # By parameter name: the share in its last raw gradient, and the sum of the ranks' units.
+        self._counts: dict[str, tuple[float, float]] = {}
 
     def _share(self, step: Step) -> list[float]:
         """Return what this rank counts in a forward pass; every rank must call.
 
         Returns:
             The factors of a weighted gradient, of a raw one, and of one that was weighted as one
-            cluster. ``fully_shard`` divides the sum over the ranks of a weighted gradient by W.
+            cluster; and the sum of all ranks' units (``Groups.unit``), by which a sum over the
+            ranks is larger than a mean over their samples.
         """
         if step not in self._shares:
             groups, place = step.groups, self._layout.place
@@ -85,7 +87,7 @@ class ShardedRaw(RawGradients):
             # A mean loss has unit 1. A summed loss counts by its number of samples already.
             even = units / unit
             shares = [(power, powers, even), (mass, masses, 1.0), (whole, wholes, even)]
-            self._shares[step] = [c * a / b if b > 0 else 0.0 for a, b, c in shares]
+            self._shares[step] = [c * a / b if b > 0 else 0.0 for a, b, c in shares] + [units]
         return self._shares[step]
 
     def counted(self, step: Step, gradient: Tensor, whole: bool = False) -> Tensor:
@@ -95,9 +97,9 @@ class ShardedRaw(RawGradients):
 
     def add(self, step: Step, name: str, raw: Tensor, whole: bool = False) -> None:
         """Keep a raw gradient until ``note`` is told that the leaf has the weighted one."""
-        share = self._share(step)[1]
+        _, share, _, units = self._share(step)
         raw = raw * (share / step.groups.unit)
-        self._raw_share[name] = share
+        self._counts[name] = share, units
         given = self._given.get(name)
         self._given[name] = raw if given is None else given + raw
         self._origins.setdefault(name, []).append((self._number, step.groups.mass))
@@ -189,10 +191,14 @@ class ShardedRaw(RawGradients):
         tables = torch.zeros(len(names), 5, dtype=torch.float64, device=self.kept[names[0]].device)
         grads = [local(self._grad(name)) for name in names]
         for row, name, grad in zip(tables, names, grads, strict=True):
-            row[0], row[1] = square_norm(self.kept[name], scale), square_norm(grad, scale)
+            share, units = self._counts.get(name, (0.0, place.world))
+            # fully_shard has divided the sum over the ranks; the raw gradient is a mean.
+            unit = units / self._layout.divisor(name)
+            row[0] = square_norm(self.kept[name], scale)
+            row[1] = square_norm(grad, scale) / unit**2
             seen = self._statistics.get(name)
             if seen is not None:
-                row[2:] = seen[:, 2:].sum(dim=0) * self._raw_share[name]
+                row[2:] = seen[:, 2:].sum(dim=0) * share
         if self._queues.options.match_norm:
             squares = tables[:, :2].clone()
             dist.all_reduce(squares, group=place.shard)

@@ -61,7 +61,8 @@ class Images(nn.Module):
 
 def group_of(features):
     """Return a cluster for every sample that depends on nothing but the sample."""
-    return (features.sum(dim=1) * 7).floor().long().remainder(CLUSTERS)
+    places = torch.arange(1, features.shape[1] + 1, dtype=features.dtype)
+    return (features @ places * 3 + 0.5).floor().long().remainder(CLUSTERS)
 
 
 @dataclass
