@@ -60,9 +60,10 @@ class Images(nn.Module):
 
 
 def group_of(features):
-    """Return a cluster for every sample that depends on nothing but the sample."""
+    """Return a cluster for every sample that depends on the sample alone, not on its scale."""
     places = torch.arange(1, features.shape[1] + 1, dtype=features.dtype)
-    return (features @ places * 3 + 0.5).floor().long().remainder(CLUSTERS)
+    where = features @ places / features.norm(dim=1)
+    return (where * 3 + 0.5).floor().long().remainder(CLUSTERS)
 
 
 @dataclass
