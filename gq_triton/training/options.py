@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gq_triton.commands.refusal import Parser, Refusal
-from gq_triton.options import LONGEST
+from gq_triton.options import LONGEST, ClusterOptions, LawOptions, Options, help_of
 from gq_triton.saved.rules import Also, Flag, Integer, Maybe, Number, OneOf, Record, Rule, Text
 
 __all__ = ["DEFAULTS", "choose_settings", "parse_options", "settings_rule"]
@@ -166,49 +166,20 @@ def parse_options(argv: Sequence[str] | None, tasks: Collection[str]) -> dict[st
     )
 
     queue = parser.add_argument_group("Grad Queue")
-    option(
-        queue,
-        "--n-clusters",
-        "clusters per process whose mean gradients are weighted one by one; none: the mean "
-        "gradient of the global batch is weighted",
-        type=_or_none(_whole(1)),
-        metavar="K",
-    )
-    option(
-        queue,
-        "--features",
-        "layer whose output k-means clusters, with --n-clusters",
-        default="the task's own",
-        metavar="LAYER",
-    )
-    option(queue, "--queue-length", "past gradients kept per element", type=int, metavar="L")
-    option(
-        queue,
-        "--min-queue-length",
-        "lower bound of the effective length",
-        type=int,
-        metavar="N",
-    )
-    option(
-        queue,
-        "--rho",
-        "weights are clipped to 1/rho and rho; 1 switches Grad Queue off",
-        type=_number,
-    )
-    option(
-        queue,
-        "--loss-window",
-        "losses per window of the rule that adapts the effective length; none: always L",
-        type=_or_none(_whole(1)),
-        metavar="N",
-    )
-    option(
-        queue,
-        "--match-norm",
-        "give each weighted gradient the norm of the raw one",
-        default="no",
-        action=argparse.BooleanOptionalAction,
-    )
+
+    def own(kind: type[Options], flag: str, default: str | None = None, **rest: Any) -> None:
+        """Add an option of Grad Queue, whose sentence is that of every other door."""
+        sentence = help_of(kind, flag.removeprefix("--").replace("-", "_"))
+        spoken = sentence.replace("`", "").replace("None", "none").rstrip(".")
+        option(queue, flag, spoken, default, **rest)
+
+    own(ClusterOptions, "--n-clusters", type=_or_none(_whole(1)), metavar="K")
+    own(ClusterOptions, "--features", default="the task's own", metavar="LAYER")
+    own(LawOptions, "--queue-length", type=int, metavar="L")
+    own(LawOptions, "--min-queue-length", type=int, metavar="N")
+    own(LawOptions, "--rho", type=_number)
+    own(LawOptions, "--loss-window", type=_or_none(_whole(1)), metavar="N")
+    own(LawOptions, "--match-norm", default="no", action=argparse.BooleanOptionalAction)
     return vars(parser.parse_args(argv))
 
 
