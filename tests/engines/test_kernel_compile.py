@@ -16,15 +16,16 @@ pytestmark = pytest.mark.slow
 
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-# Triton caches compiled kernels. The key covers the source of the kernel and of all that it calls,
-# the types, the target, the options and Triton's version: the next run compiles changed ones only.
-CACHE = Path(__file__).resolve().parents[2] / ".pytest_cache" / "triton"
 
 
-def lines_of(script, cache):
-    """Return the lines that a script prints in a process without the Triton interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
+def lines_of(script, **variables):
+    """Return the lines that a script prints in a process without the Triton interpreter.
+
+    Triton caches compiled kernels in the user's folder, so that all checkouts share them. The key
+    covers the source of the kernel and of all that it calls, the types, the target, the options
+    and Triton's version: the next run compiles changed ones only.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     command = [sys.executable, str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -34,7 +35,7 @@ def lines_of(script, cache):
 @cache
 def compiled():
     """Return one dict per kernel, case and architecture."""
-    return [json.loads(line) for line in lines_of(SCRIPT, CACHE)]
+    return [json.loads(line) for line in lines_of(SCRIPT)]
 
 
 def select(*, kernels=None, case=None, archs=NVIDIA):
@@ -141,5 +142,7 @@ for factor in ("3.0", "5.0", "3.0"):
 def test_a_kernel_whose_helper_changed_is_compiled_anew_and_kept(tmp_path):
     script = tmp_path / "changes.py"
     script.write_text(CHANGES)
-    found = [json.loads(line) for line in lines_of(script, tmp_path / "cache")]
+    found = [
+        json.loads(line) for line in lines_of(script, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    ]
     assert found == [[True, False, 1], [False, True, 2], [True, False, 2]]
