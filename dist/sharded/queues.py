@@ -186,4 +186,5 @@ class ShardedQueues(Queues):
             counters = [self._queued[name] for name in names]
             ops.push_(shards, rings, counters, accept, grad_scale=grad_scale)
             table = self._place.add_up_(torch.cat([statistics[name] for name in names]))
-            self._keep_statistics(tuple(names), table)
+            owners = [name for name in names for _ in statistics[name]]
+            self._keep_statistics(tuple(names), table, owners)

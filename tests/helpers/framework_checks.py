@@ -3,6 +3,7 @@
 The callbacks of gq_triton.integrations train as docs/frameworks.md shows it.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,7 +312,7 @@ def check_transformers(rank: int, folder: str, devices: int = 2) -> None:
 
 
 def trainer_run(
-    model: nn.Module, path: Path, resume: bool, passes: int = 1, **options: Any
+    model: nn.Module, path: Path, resume: bool | str, passes: int = 1, **options: Any
 ) -> Result:
     from transformers import Trainer, TrainingArguments
 
@@ -431,6 +432,10 @@ def check_refusals(folder: Path) -> None:
     file.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="is damaged: resume from an earlier"):
         trainer_run(gpt(), path, True, **OPTIONS)
+    # A folder that was moved out of output_dir is named twice.
+    moved = shutil.move(path / f"checkpoint-{2 * EPOCH}", folder / "moved")
+    _, queue = trainer_run(gpt(), folder / "other", str(moved), **OPTIONS, resume_from=moved)
+    assert {int(count) for count in queue.state_dict()["queued"].values()} == {4 * EPOCH}
     file.unlink()
     with pytest.raises(ValueError, match="give the folder that resume_from_checkpoint names"):
         trainer_run(gpt(), path, True, **OPTIONS)

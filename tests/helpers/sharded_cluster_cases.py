@@ -174,6 +174,11 @@ class Twins:
         for name in mine.keys() - set(but):
             value = mine[name]
             assert abs(value - theirs[name]) <= 1e-9 * abs(theirs[name]), (name, mine, theirs)
+        layers = self.plain.metrics(per_layer=True)
+        for layer, own in self.queue.metrics(per_layer=True).items():
+            for name in own.keys() - set(but):
+                error = abs(own[name] - layers[layer][name])
+                assert error <= 1e-9 * abs(layers[layer][name]), (layer, name)
 
     def run(self, first=0, steps=6, near=1e-10):
         for step in range(first, first + steps):
