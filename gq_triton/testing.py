@@ -29,7 +29,8 @@ __all__ = ["Ranks", "assert_ulps", "spawn", "ulp_distance", "weight_ulps"]
 
 
 # Modules that the fork server imports once, when it starts; all ranks are forked from that server.
-PRELOAD = ["torch", "torch._dynamo", "gq_triton.dist"]
+# One that is not installed is left out: the compiled engine needs Numba.
+PRELOAD = ["torch", "torch._dynamo", "gq_triton.dist", "gq_triton.engines.compiled"]
 
 
 def weight_ulps(rho: float, length: int) -> float:
