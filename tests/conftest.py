@@ -28,7 +28,7 @@ sys.path[:] = [entry for entry in _path if Path(entry).resolve() != ROOT]
 if importlib.util.find_spec("gq_triton") is None:
     sys.path[:] = _path
 
-if INTERPRETED:
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
     import quick_interpreter  # after the path is put right
 
     quick_interpreter.install()
