@@ -15,6 +15,7 @@ __all__ = [
     "in_use",
     "least_over",
     "local",
+    "mean_over_ranks",
     "new_counter",
     "new_queue",
     "place_gradients",
@@ -70,6 +71,22 @@ def place_gradients(params: Iterable[Tensor]) -> None:
             continue
         if grad.placements != param.placements:
             param.grad = grad.redistribute(param.device_mesh, param.placements)
+
+
+def mean_over_ranks(loss: Tensor | float, param: Tensor) -> Tensor | float:
+    """Return the mean of a loss over the ranks that share a parameter; all of them must call.
+
+    Args:
+        loss: this rank's loss, one number.
+        param: the parameter; the loss is returned as it is unless this is a DTensor.
+    """
+    if not isinstance(param, DTensor):
+        return loss
+    value = torch.as_tensor(loss).detach()
+    total = value.to(param.to_local().device, torch.float64, copy=True)
+    for dimension in range(param.device_mesh.ndim):
+        dist.all_reduce(total, group=param.device_mesh.get_group(dimension))
+    return total / param.device_mesh.size()
 
 
 def rows(queue: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gq_triton.dist.collectives import start_all_gather
 from gq_triton.dist.sharded.layout import Layout, Unit, place_of
@@ -16,7 +17,7 @@ from gq_triton.engines import engine
 from gq_triton.law import accepted
 from gq_triton.options import LawOptions
 from gq_triton.queues import Queues
-from gq_triton.ring import flat, least_over, local, rows
+from gq_triton.ring import flat, least_over, local, mean_over_ranks, rows
 
 __all__ = ["ShardedQueues"]
 
@@ -73,13 +74,9 @@ class ShardedQueues(Queues):
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Record the mean over all ranks of this step's unscaled loss; every rank must call."""
-        if self.options.loss_window is None:
-            return
-        device = local(next(iter(self.params.values()))).device
-        value = torch.as_tensor(loss).detach().to(device, torch.float64)
-        if value.numel() == 1:
-            value = self._place.add_up_(value.reshape(1).clone()) / self._place.world
-        super().record_loss(value)
+        if self.options.loss_window is not None:
+            sharded = next(p for p in self.params.values() if isinstance(p, DTensor))
+            super().record_loss(mean_over_ranks(loss, sharded))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with a ring for every trainable parameter, as a checkpoint needs it.

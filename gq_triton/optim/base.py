@@ -31,6 +31,7 @@ from gq_triton.queues.losses import length_of, new_losses, record_loss
 from gq_triton.ring import (
     least_over,
     local,
+    mean_over_ranks,
     new_counter,
     new_queue,
     place_gradients,
@@ -127,11 +128,15 @@ class GradQueueOptimizer(Optimizer):
         """Record the unscaled loss of the coming step for the effective length.
 
         A call is needed only with ``loss_window``, and only where ``step`` gets no closure. The
-        loss stays on its device; the host does not wait for it.
+        loss stays on its device; the host does not wait for it. Where parameters are sharded the
+        mean over the ranks counts, and every rank must call.
 
         Args:
             loss: one number, 0-d or one element.
         """
+        params = [p for group in self.param_groups for p in group["params"]]
+        if params and any(group["loss_window"] is not None for group in self.param_groups):
+            loss = mean_over_ranks(loss, params[0])
         for group in self.param_groups:
             window = group["loss_window"]
             if window is None or not group["params"]:

@@ -79,6 +79,7 @@ def check_loss(rank, kind, case):
     assert twins.plain.metrics()["mean_weight"] != 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "case"), LOSSES.values(), ids=LOSSES)
 def test_losses_that_are_no_plain_mean(ranks, kind, case):
     ranks(2).run(check_loss, kind, case)
