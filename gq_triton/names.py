@@ -8,6 +8,9 @@ from torch.distributed.tensor import DTensor
 
 __all__ = ["bare", "is_divided", "parameter_names"]
 
+# What torch.compile and the wrapper of activation checkpointing put into names.
+_WRAPPED = "_orig_mod", "_checkpoint_wrapped_module"
+
 
 def bare(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` wrapped, or the module itself."""
@@ -18,8 +21,9 @@ def bare(model: nn.Module) -> nn.Module:
 def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return all parameters by the name they have in the bare model.
 
-    ``torch.compile`` puts ``_orig_mod.`` into the names and wrappers put ``module.`` before them.
-    Both are removed, so that a saved queue does not depend on how the model was wrapped.
+    ``torch.compile`` and activation checkpointing put parts of their own into the names, and
+    wrappers put ``module.`` before them. All are removed, so that a saved queue does not depend on
+    how the model was wrapped.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -27,7 +31,7 @@ def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     named = {
-        ".".join(part for part in name.split(".") if part != "_orig_mod"): parameter
+        ".".join(part for part in name.split(".") if part not in _WRAPPED): parameter
         for name, parameter in model.named_parameters()
     }
     while named and all(name.startswith("module.") for name in named):
