@@ -242,4 +242,10 @@ def _mesh(name: str, param: Tensor, owners: Mapping[str, nn.Module]) -> DeviceMe
             f"{name} is divided by parallelize_module (placements {tuple(param.placements)}), and "
             "clusters need whole layers, as fully_shard alone gives them: leave n_clusters out"
         )
+    wanted, found = param.device_mesh.device_type, param.device.type
+    if found not in (wanted, "meta"):
+        raise ValueError(
+            f"{name} lies on {found} and is used on {wanted} (CPUOffloadPolicy), and clusters need "
+            "the queue where the layers are: leave the policy or n_clusters out"
+        )
     return param.device_mesh

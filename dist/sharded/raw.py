@@ -66,6 +66,8 @@ class ShardedRaw(RawGradients):
         self._shares: weakref.WeakKeyDictionary[Step, list[float]] = weakref.WeakKeyDictionary()
         # By parameter name: the share in its last raw gradient, and the sum of the ranks' units.
         self._counts: dict[str, tuple[float, float]] = {}
+        # An empty tensor of the type of this backward pass's raw gradients, once there is one.
+        self._like: Tensor | None = None
 
     def _share(self, step: Step) -> list[float]:
         """Return what this rank counts in a forward pass; every rank must call.
@@ -99,7 +101,7 @@ class ShardedRaw(RawGradients):
         """Keep a raw gradient until ``note`` is told that the leaf has the weighted one."""
         _, share, _, units = self._share(step)
         raw = raw * (share / step.groups.unit)
-        self._counts[name] = share, units
+        self._counts[name], self._like = (share, units), raw.new_empty(0)
         given = self._given.get(name)
         self._given[name] = raw if given is None else given + raw
         self._origins.setdefault(name, []).append((self._number, step.groups.mass))
@@ -138,9 +140,9 @@ class ShardedRaw(RawGradients):
         names, self._reduced = self._reduced, []
         unit, place = self._layout.units[names[0]], self._layout.place
         columns = list(unit.columns(names))
-        known = next((self._waiting[name] for name in names if name in self._waiting), None)
+        known = self._like
         if known is None:
-            return  # no forward pass of the model, so no sample is known
+            return  # the gradients come from no forward pass of the model: no sample is known
         dtype = self._queues.options.queue_dtype or known.dtype
         dtype = known.dtype if dtype == torch.float16 else dtype  # it still carries the loss scale
         width = columns[-1][2].stop
@@ -165,7 +167,8 @@ class ShardedRaw(RawGradients):
                 shard = self.kept[name] + shard
             self.kept[name] = shard
             grad = param.grad
-            assert grad is not None
+            if grad is None:
+                continue  # a hook of the user has taken it
             self._left[name] = id(grad), grad._version
             self._changed.append(name)
 
@@ -183,14 +186,24 @@ class ShardedRaw(RawGradients):
     def _finish(self) -> None:
         if self._reduced:
             self._reduce()
+        self._like = None
         self._queues.end_pass()
-        names, self._changed = self._changed, []
-        if not names:
-            return
+        grads = {name: self._params[name].grad for name in self._changed}
+        shards = {name: local(grad) for name, grad in grads.items() if grad is not None}
+        self._changed = []
+        if shards:
+            self._note_norms(shards)
+
+    def _note_norms(self, grads: Mapping[str, Tensor]) -> None:
+        """Note the statistics of reduced gradients; match their norms where that is asked for.
+
+        Args:
+            grads: this rank's shards of the weighted gradients by name.
+        """
         scale, place = self._grad_scale(), self._layout.place
-        tables = torch.zeros(len(names), 5, dtype=torch.float64, device=self.kept[names[0]].device)
-        grads = [local(self._grad(name)) for name in names]
-        for row, name, grad in zip(tables, names, grads, strict=True):
+        device = next(iter(grads.values())).device
+        tables = torch.zeros(len(grads), 5, dtype=torch.float64, device=device)
+        for row, (name, grad) in zip(tables, grads.items(), strict=True):
             share, units = self._counts.get(name, (0.0, place.world))
             # fully_shard has divided the sum over the ranks; the raw gradient is a mean.
             unit = units / self._layout.divisor(name)
@@ -202,17 +215,13 @@ class ShardedRaw(RawGradients):
         if self._queues.options.match_norm:
             squares = tables[:, :2].clone()
             dist.all_reduce(squares, group=place.shard)
-            match_norm_(grads, tables, squares)
+            match_norm_(list(grads.values()), tables, squares)
         # All copies of a shard count its norms.
         tables[:, :2] /= place.copies
-        self.tables.update(zip(names, tables.split(1), strict=True))
-
-    def _grad(self, name: str) -> Tensor:
-        grad = self._params[name].grad
-        assert grad is not None
-        return grad
+        self.tables.update(zip(grads, tables.split(1), strict=True))
 
     def take_all(self) -> dict[str, Tensor]:
         """Return by name the shards of parameters with a ``p.grad``, and forget all."""
         kept, self.kept, self._left, self._masses = self.kept, {}, {}, {}
+        in_use(*kept.values())  # they were made in a stream of FSDP2
         return {name: raw for name, raw in kept.items() if self._params[name].grad is not None}
