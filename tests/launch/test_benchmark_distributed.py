@@ -46,15 +46,29 @@ def test_ratios_are_those_of_a_turn(module):
     assert cells == ["K", "4.0", "2.00", "1.00 to 3.00", "3.000", "1.500"]
 
 
+def table_of(output: str) -> dict[str, list[str]]:
+    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in output.splitlines() if line[:1] == "│"]
+    return {cells[0]: cells[1:] for cells in rows}
+
+
+@pytest.mark.slow
+def test_fsdp2_with_clusters_sends_three_more_numbers_per_element(module):
+    done = run("--wrap", "fsdp", "--steps", "1", "--batch", "4", "--cases", "clusters")
+    assert done.returncode == 0, done.stderr
+    table = table_of(done.stdout)
+    assert list(table) == ["plain FSDP2", "n_clusters=4, features=features"]
+    size = sum(param.nbytes for param in module.MODELS["small"]().parameters()) / 2**20
+    plain, clustered = (float(cells[4]) for cells in table.values())
+    # Two ranks send half of each payload: mean, 1 / sigma and the raw gradient.
+    assert clustered - plain == pytest.approx(1.5 * size, rel=0.02)
+
+
 @pytest.mark.slow
 def test_two_ranks_print_one_table(module):
     done = run("--steps", "1", "--batch", "4", "--backend", "torch")
     assert done.returncode == 0, done.stderr
     assert len(re.findall("ratio to plain DDP", done.stdout)) == 1
-    rows = [
-        re.split(r"\s*│\s*", line)[1:-1] for line in done.stdout.splitlines() if line[:1] == "│"
-    ]
-    table = {cells[0]: cells[1:] for cells in rows}
+    table = table_of(done.stdout)
     assert list(table) == [
         "plain DDP",
         "n_clusters=None",
