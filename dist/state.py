@@ -2,7 +2,7 @@
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from gq_triton.claims import HOOK, claim
+from gq_triton.cluster_grad import Check
 from gq_triton.describe import changed, described
 from gq_triton.dist.buckets import Buckets
 from gq_triton.dist.losses import MeanLoss
@@ -217,6 +218,24 @@ class GradQueueState:
         """Samples in each cluster of this rank's last batch."""
         last = self.route.last_groups()
         return None if last is None else last.sizes
+
+    def report(self) -> dict[str, str]:
+        """Return, by parameter name, how this rank's last gradient was handled."""
+        return self.route.report()
+
+    def check(self, batch: Any, loss: Callable[[Any], Tensor] | None = None) -> Check:
+        """Show, before training, how the gradient of every parameter will be found.
+
+        Runs a batch of this rank forward and backward, without the other ranks; with
+        ``centroid_scale="standard_error"`` every rank must call. See ``GradQueue.check``.
+
+        Raises:
+            ValueError: there are no clusters.
+            RuntimeError: with ``strict=True``, where gradients are not known by cluster.
+        """
+        ddp = self.ddp
+        with nullcontext() if ddp is None else ddp.no_sync():
+            return self.route.check(batch, loss)
 
     @property
     def ddp(self) -> DistributedDataParallel | None:

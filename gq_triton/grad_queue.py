@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from gq_triton.claims import ATTACH, claim, release
-from gq_triton.cluster_grad import Clusters, DeclaredPasses, Weigh
+from gq_triton.cluster_grad import Check, Clusters, DeclaredPasses, Weigh, check_batch
 from gq_triton.describe import changed, described
 from gq_triton.grouping import Groups
 from gq_triton.loss_scale import GradScale, scaler_of
@@ -345,6 +345,38 @@ class GradQueue:
                 for p, name in self._names.items()
             }
         return self._clusters.report()
+
+    def check(self, batch: Any, loss: Callable[[Any], Tensor] | None = None) -> Check:
+        """Show, before training, how the gradient of every parameter will be found.
+
+        Runs one batch forward and backward. Nothing is queued, and the model keeps its gradients,
+        buffers and random numbers.
+
+        Args:
+            batch: the arguments of the model: a mapping by name, a tuple or list, or the only one.
+            loss: returns the loss of the model's output; by default the output's own ``loss``, or
+                the mean square of its tensors.
+
+        Returns:
+            A table, to be printed: of each parameter its name, elements, and the words of
+            ``report()``.
+
+        Raises:
+            ValueError: there are no clusters.
+            RuntimeError: with ``strict=True``, where gradients are not known by cluster.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.PReLU(3))
+            >>> queue = GradQueue(model, n_clusters=2, features="0")
+            >>> print(queue.check(torch.ones(8, 4)))
+            0.weight            12  clusters (Linear)
+            0.bias               3  clusters (Linear)
+            1.weight             3  clusters (expanded in PReLU)
+            100.0% of the trainable elements are clustered
+        """
+        if self._clusters is None:
+            raise ValueError("check needs n_clusters: without clusters every gradient is one")
+        return check_batch(self._clusters, batch, loss)
 
     def set_sample_weights(self, weights: Tensor | None) -> None:
         """Set how much each sample of the coming batches counts in the loss.

@@ -111,6 +111,11 @@ def _queue_dtype(name: str, value: Any) -> str | None:
 _backend = _one_of(*BACKENDS)
 
 
+def _zero_or_one(name: str, value: Any) -> str | None:
+    fits = type(value) is int and value in (0, 1)
+    return None if fits else f"{name} must be 0 or 1, got {shown(value)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """A group of options, checked when it is built.
@@ -246,9 +251,16 @@ class ClusterOptions(Options):
         _one_of(*MODES),
     )
     strict: bool = option(
-        True,
-        "refuse trainable layers that one backward pass cannot cluster; False weights them as one "
-        "cluster and says so once.",
+        False,
+        "raise an error, in the first backward pass that shows it, where a parameter's gradient is "
+        "not known by cluster; False weights that of the whole batch and says so once.",
+    )
+
+    batch_dim: int = option(
+        0,
+        "the dimension of the samples in the model's inputs and in ``features``: 1 for a model "
+        "whose tensors are time-major, ``(T, B, ...)``.",
+        _zero_or_one,
     )
 
     @classmethod
@@ -279,6 +291,7 @@ class RankClusterKeywords(TypedDict, total=False):
     centroid_scale: str
     accumulation_steps: int
     strict: bool
+    batch_dim: int
 
 
 class ClusterKeywords(RankClusterKeywords, total=False):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from gq_triton.cluster_grad import Check
 from gq_triton.dist.buckets import Buckets
 from gq_triton.dist.collectives import completed
 from gq_triton.dist.losses import MeanLoss
@@ -137,6 +138,21 @@ class Route:
     def metrics(self, per_layer: bool = False) -> dict[str, Any]:
         """Return what the law did in the last step; empty before the first one."""
         return self.queues.metrics(per_layer)
+
+    def report(self) -> dict[str, str]:
+        """Return, by parameter name, how the parameter's gradient is handled."""
+        return {
+            name: "whole batch" if param.requires_grad else "frozen"
+            for name, param in self.queues.params.items()
+        }
+
+    def check(self, batch: Any, loss: Callable[[Any], Tensor] | None) -> Check:
+        """Return how a batch shows that each gradient is found.
+
+        Raises:
+            ValueError: there are no clusters.
+        """
+        raise ValueError("check needs n_clusters: without clusters every gradient is one")
 
     def last_groups(self) -> Groups | None:
         """Return the clusters of this rank's last batch; None where there are none."""

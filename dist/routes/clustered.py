@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 
+from gq_triton.cluster_grad import Check
 from gq_triton.dist.routes.base import Context, Route
 from gq_triton.dist.routes.local import LocalClusters
 from gq_triton.dist.shares import Shares
@@ -99,6 +100,14 @@ class ClusteredRoute(Route):
         """Load the state of this rank's k-means."""
         super().resume(state)
         self.local.load(state.get(CLUSTERS, []))
+
+    def report(self) -> dict[str, str]:
+        """Return, by parameter name, how the last gradient was handled or the first will be."""
+        return self.local.report()
+
+    def check(self, batch: Any, loss: Callable[[Any], Tensor] | None) -> Check:
+        """Return how a batch shows that each gradient is found."""
+        return self.local.check(batch, loss)
 
     def last_groups(self) -> Groups | None:
         """Return the clusters of this rank's last batch."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad import Clusters, Weigh
+from gq_triton.cluster_grad import Check, Clusters, Weigh, check_batch
 from gq_triton.cluster_grad.declared import DeclaredPasses
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.dist.buckets import BucketBuffers
@@ -89,6 +89,10 @@ class LocalClusters:
     def report(self) -> dict[str, str]:
         """Return by parameter name how its gradient is handled."""
         return self._clusters.report()
+
+    def check(self, batch: Any, loss: Callable[[Any], Tensor] | None) -> Check:
+        """Return how a batch shows that each gradient is found."""
+        return check_batch(self._clusters, batch, loss)
 
     @property
     def last(self) -> Groups | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.cluster_grad.raw import RawGradients
@@ -79,8 +79,17 @@ class Accumulator:
         # A compiled graph holds these in place of the accumulator: see compiled_ops.py.
         self.number, self.clock = new_number(self), torch.zeros(1, dtype=torch.int64)
         self.token: Tensor | None = None
+        self.batch, self.inputs, self.paused = 1, frozenset[int](), False
+        self.batch_dim = 0
         self.raw = RawGradients(self.params, self._first_step) if raw is None else raw
         self.known_by_cluster: dict[str, bool] = {}
+        self.reasons: dict[str, str] = {}
+        # Called with the names of parameters that were taken as one cluster's; finds a way to know
+        # some of them by cluster from now on, and returns the others.
+        self.mend: Callable[[list[str]], list[str]] | None = None
+        self.strict = False
+        # By parameter name, the class of the layer that sums its gradients.
+        self.kinds: dict[str, str] = {}
         self._assign = assign
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._markers: dict[Any, Tensor] = {}
@@ -88,7 +97,7 @@ class Accumulator:
         self._covered = list(covered)
         self._unwatched = list(self._covered)
         self._hooks: list[Any] = []
-        self._told: set[str] = set()
+        self.told: set[str] = set()
         # State of the running backward pass: gradients that wait for a parameter's hook, gradients
         # that the sink took as one cluster's, and the forward passes it goes through.
         self._waiting: dict[str, _Waiting] = {}
@@ -110,7 +119,7 @@ class Accumulator:
                 raise RuntimeError("the GradQueue of this model is gone: keep it while training")
             return alive._assign(step)
 
-        self.step = Step(assign)
+        self.step = Step(assign, batch_dim=self.batch_dim)
         return self.step
 
     @property
@@ -144,22 +153,26 @@ class Accumulator:
         if name in self._unwatched:
             self._watch()
 
-    def trainable(self, module: nn.Module) -> list[str]:
-        """Return the names of a layer's own parameters that need a gradient.
+    def trainable(self, params: Iterable[Tensor]) -> list[str]:
+        """Return the names of those parameters that need a gradient.
 
         Raises:
-            RuntimeError: the layer has another parameter than when the clusters were installed.
+            RuntimeError: a parameter is another than when the clusters were installed.
         """
-        params = [param for param in module.parameters(recurse=False) if param.requires_grad]
-        for param in params:
+        needed = [param for param in params if param.requires_grad]
+        for param in needed:
             if param not in self.names:
                 raise RuntimeError(
-                    f"a {type(module).__name__} has a parameter of shape {tuple(param.shape)} that "
-                    "its GradQueue does not know, replaced later or given by functional_call: "
-                    "build the GradQueue after the last change of the model, or call remove() on "
-                    "its handle first"
+                    f"the model has a parameter of shape {tuple(param.shape)} that its GradQueue "
+                    "does not know, replaced later or given by functional_call: build the "
+                    "GradQueue after the last change of the model, or call remove() on its handle "
+                    "first"
                 )
-        return [self.names[param] for param in params]
+        return [self.names[param] for param in needed]
+
+    def take_unknown(self, param: Tensor, reason: str) -> None:
+        """Note why a parameter's gradient is not known by cluster in this backward pass."""
+        self.reasons[self.names[param]] = reason
 
     def uses(self, step: Step, param: Tensor) -> int:
         """Return how often a parameter was used in a forward pass."""
@@ -245,6 +258,10 @@ class Accumulator:
             name: the parameter's name.
             total: the sum that autograd has formed, with markers in place of layers' gradients.
         """
+        if self.paused:  # a backward pass within a module that runs as a whole
+            return None
+        if total.layout != torch.strided or total.is_complex():
+            return None  # refused, in words, by what queues gradients
         waiting = self._waiting.pop(name, None)
         parts: list[tuple[Step, Taken]] = []
         if waiting is not None:
@@ -328,21 +345,42 @@ class Accumulator:
         for step in self._steps:
             step.finishing = False
             step.partial.clear()
-        whole = [name for name in self._whole if name not in self._told]
+        whole = [name for name in self._whole if name not in self.told]
+        traced = any(step.traced for step in self._steps)
         self.raw.end_pass()
         self._steps, self._waiting, self._whole, self._running = [], {}, {}, False
+        if whole and not traced and self.mend is not None:
+            whole = self.mend(whole)
+        if whole and self.strict:
+            raise RuntimeError(
+                f"strict=True, and these parameters are not known by cluster: {self._listed(whole)}"
+            )
         if whole:
-            self.warn_whole(whole, "part of their gradient came past their layer")
+            self.warn_whole(whole)
 
-    def warn_whole(self, names: list[str], why: str, stacklevel: int = 3) -> None:
+    def why_whole(self, name: str) -> str:
+        """Return why a parameter's last gradient was taken as one cluster's."""
+        kind = self.kinds.get(name)
+        return self.reasons.get(
+            name, f"used past {kind}" if kind else "used where the samples cannot be told apart"
+        )
+
+    def _listed(self, names: list[str]) -> str:
+        """Return parameters with the reasons why they are taken as one cluster's."""
+        by_reason: dict[str, list[str]] = {}
+        for name in names:
+            by_reason.setdefault(self.why_whole(name), []).append(name)
+        return "; ".join(f"{', '.join(named)} ({why})" for why, named in by_reason.items())
+
+    def warn_whole(self, names: list[str]) -> None:
         """Warn that parameters are weighted as one cluster, with their share of the model."""
-        self._told.update(names)
+        self.told.update(names)
         trainable = sum(param.numel() for param in self.params.values() if param.requires_grad)
         share = sum(self.params[name].numel() for name in names) / max(trainable, 1)
         warnings.warn(
-            f"weighted without clusters, as one batch, because {why}: {', '.join(names)} "
-            f"({share:.0%} of the trainable elements)",
-            stacklevel=stacklevel,
+            f"weighted without clusters, as one batch: {self._listed(names)}; {share:.0%} of the "
+            "trainable elements",
+            stacklevel=3,
         )
 
     def add(self, step: Step, param: Tensor, sums: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from gq_triton.cluster_grad.accumulate import Accumulator
 from gq_triton.cluster_grad.compiled_ops import begin, capture, end, prepare_for_compile, watch
 from gq_triton.cluster_grad.copies import recorded, without_trace
-from gq_triton.cluster_grad.install import convert
-from gq_triton.cluster_grad.layers.registry import survey
+from gq_triton.cluster_grad.install import Conversion
+from gq_triton.cluster_grad.layers.registry import Layer, survey
+from gq_triton.cluster_grad.layers.slices import SLICES, parameters_of
 from gq_triton.cluster_grad.microbatch import backward
 from gq_triton.cluster_grad.sink import Sink
+from gq_triton.cluster_grad.standins.standin import plain, without_stand_ins
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.feature_layer import check_features
 from gq_triton.grouping.features import (
     first_dimensions,
     first_tensor,
     is_spatial,
+    tensors_in,
     with_first_tensor,
 )
 from gq_triton.grouping.groups import Groups
@@ -53,8 +56,11 @@ class Clusters:
             kept.
         accumulator: makes the accumulator, called as ``Accumulator``.
 
+    Attributes:
+        owners: by parameter name, the module that uses the parameter, and how.
+
     Raises:
-        ValueError: an option that cannot hold, or a layer that is refused.
+        ValueError: an option that cannot hold.
     """
 
     def __init__(
@@ -87,29 +93,65 @@ class Clusters:
         self._sizes_only = sizes_only
         self._names = names
         self.layers = survey(model) if self.mode == "one_backward" else []
-        # By parameter name, the class of the layer that sums its gradient by cluster.
-        self._kinds = {
-            names[param]: type(layer.module).__name__
-            for layer in self.layers
-            for param in layer.module.parameters(recurse=False)
-            if layer.family is not None and param in names
+        self.owners = dict(self._held(names))
+        self.accumulator = accumulator(sink, names, self.owners, self.assign)
+        self.accumulator.strict, self.accumulator.batch_dim = options.strict, options.batch_dim
+        self.accumulator.kinds = {
+            name: type(layer.module).__name__
+            for name, layer in self.owners.items()
+            if layer.family is not None
         }
-        self.accumulator = accumulator(sink, names, self._kinds, self.assign)
-        unknown = [layer for layer in self.layers if layer.family is None and layer.trainable]
-        if unknown and options.strict:
-            listed = ", ".join(f"{a.name or 'model'} ({type(a.module).__name__})" for a in unknown)
-            raise ValueError(
-                f"one backward pass cannot cluster these trainable layers: {listed}; freeze them, "
-                'use mode="microbatch", or strict=False to weight them without clusters'
-            )
-        if unknown:
-            plain = [name for name, how in self.report().items() if how.startswith("plain")]
-            self.accumulator.warn_whole(plain, "no known layer alone holds them", stacklevel=5)
+        clusters = weakref.ref(self)
+
+        def mend(whole: list[str]) -> list[str]:
+            alive = clusters()
+            return whole if alive is None else alive._mend(whole)
+
+        self.accumulator.mend = mend
         self.sample_weights: Tensor | None = None
         self.last: Step | None = None
+        # How many calls of the model run, one within the other.
+        self._depth = 0
         self._warned = False
         # The owner of what is installed is gone.
         self._ownerless = False
+
+    def _held(self, names: dict[Tensor, str]) -> Iterator[tuple[str, Layer]]:
+        """Yield parameters' names with the module that holds them, families last."""
+        for layer in sorted(self.layers, key=lambda layer: layer.family is not None):
+            whole = layer.family is not None and layer.family.runs_whole
+            for param in layer.module.parameters(recurse=whole):
+                if param in names:
+                    yield names[param], layer
+
+    def _mend(self, whole: list[str]) -> list[str]:
+        """Run modules as a whole from now on, for parameters that were taken as one cluster's.
+
+        Args:
+            whole: the names of the parameters.
+
+        Returns:
+            The names for which no module can.
+        """
+        modules, left = dict(self.model.named_modules()), []
+        chosen: dict[str, Layer] = {}
+        for name in whole:
+            owner, reason = self.owners[name], self.accumulator.reasons.get(name)
+            path = owner.name
+            if owner.family is SLICES or (owner.family is not None and reason is not None):
+                path = _caller(path, modules)
+            elif owner.family is not None:
+                path = ""  # the parameter is used past its layer, perhaps by another module
+            if path:
+                chosen[path] = Layer(path, modules[path], SLICES, parameters_of(modules[path]))
+            else:
+                left.append(name)
+        for path, layer in chosen.items():
+            if not any(path.startswith(f"{other}.") for other in chosen):
+                self._convert(layer)
+                inside = [name for name in self.owners if name.startswith(f"{path}.")]
+                self.owners.update(dict.fromkeys(inside, layer))
+        return left
 
     def _new_kmeans(self) -> KMeans:
         # A loss scaler may let gradients at the output overflow. Such a step is skipped, so its
@@ -171,13 +213,15 @@ class Clusters:
             earlier.uninstall()  # its plug-in or hook is gone, or is replaced
         accumulator = self.accumulator
         prepare_for_compile()
-        restore = convert(self.layers, accumulator) if self.mode == "one_backward" else None
-        handles = [self.model.register_forward_pre_hook(self._enter)]
+        conversion = Conversion(self.layers if self.mode == "one_backward" else [], accumulator)
+        self._convert = conversion.convert
+        handles = [self.model.register_forward_pre_hook(self._enter, with_kwargs=True)]
         if self.features != OUTPUT_GRADIENT:
             layer = self._layer = self.model.get_submodule(self.features)
             handles.append(layer.register_forward_hook(partial(self._capture, is_spatial(layer))))
         for name, module in self.model.named_modules():
-            if getattr(module, "batch_first", True) is False:
+            # A model may say batch_first=False of what is inside it.
+            if name and getattr(module, "batch_first", True) is False:
                 see = partial(self._see_second, name)
                 handles.append(module.register_forward_pre_hook(see, with_kwargs=True))
         handles.append(self.model.register_forward_hook(self._leave, always_call=True))
@@ -187,16 +231,21 @@ class Clusters:
             show_all()
             for handle in handles:
                 handle.remove()
-            if restore is not None:
-                restore()
+            conversion.undo()
             accumulator.release()
             vars(self.model).pop(_INSTALLED, None)
             self.uninstall = _nothing
 
         vars(self.model)[_INSTALLED] = self
+        self._depth = 0
         self.uninstall = undo
         self._ownerless = False
         return undo
+
+    @property
+    def installed(self) -> bool:
+        """Whether the model's backward passes use the sink's gradients."""
+        return vars(self.model).get(_INSTALLED) is self
 
     def end_with(self, owner: object) -> None:
         """Undo the present installation when its owner is gone: something else may train the model.
@@ -218,24 +267,40 @@ class Clusters:
 
         weakref.finalize(owner, end).atexit = False
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._ownerless and not torch.compiler.is_compiling():
             return self.uninstall()
         accumulator = self.accumulator
+        if module is self.model:
+            # A forward pass may call the model, as a training_step of Lightning does.
+            self._depth += 1
+            if self._depth > 1:
+                return
         if torch.is_grad_enabled() and module is self.model and not recorded():
+            given, dim = tensors_in((args, kwargs)), self.options.batch_dim
+            sizes = [tensor.shape[dim] for tensor in given if tensor.dim() > dim]
+            accumulator.batch = sizes[0] if sizes and sizes[0] else 1
+            if not torch.compiler.is_compiling():
+                accumulator.inputs = frozenset(tensor.data_ptr() for tensor in given)
             accumulator.token = begin(accumulator.clock, accumulator.number)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         accumulator = self.accumulator
+        if module is self.model:
+            self._depth -= 1
+            if self._depth:
+                return None
         if accumulator.token is None or not torch.is_grad_enabled() or module is not self.model:
             return None
         if recorded():
             return None
         end(accumulator.clock, accumulator.token)
-        if not torch.compiler.is_compiling() and accumulator.step is not None:
-            accumulator.step.outputs = first_dimensions(output)
+        if not torch.compiler.is_compiling():
+            output = without_stand_ins(output)
+            if accumulator.step is not None:
+                accumulator.step.outputs = first_dimensions(output)
         if self.features != OUTPUT_GRADIENT:
-            return None
+            return None if torch.compiler.is_compiling() else output
         return with_first_tensor(output, partial(watch, token=accumulator.token))
 
     def _see_second(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -247,7 +312,7 @@ class Clusters:
             step.second[name] = tuple(tensor.shape)
 
     def _capture(self, channels_first: bool, module: nn.Module, args: Any, output: Any) -> None:
-        accumulator, tensor = self.accumulator, first_tensor(output)
+        accumulator, tensor = self.accumulator, plain(first_tensor(output))
         if accumulator.token is None or recorded():
             return
         if tensor is not None and module is self._layer:
@@ -300,28 +365,24 @@ class Clusters:
         if self.mode == "microbatch":
             how = dict.fromkeys(self._names.values(), "clusters (microbatch)")
         else:
-            how = self._planned()
+            how = {name: self._tier(self.owners[name]) for name in self._names.values()}
         for name, known in self.accumulator.known_by_cluster.items():
-            kind = self._kinds[name]
-            how[name] = f"clusters ({kind})" if known else f"whole batch (used past {kind})"
+            if not known:
+                how[name] = f"whole batch ({self.accumulator.why_whole(name)})"
         frozen = {name: "frozen" for p, name in self._names.items() if not p.requires_grad}
         return how | frozen
 
-    def _planned(self) -> dict[str, str]:
-        """Return, by parameter name, ``clusters`` where all layers that hold it sum by cluster."""
-        how: dict[str, str] = {}
-        for layer in sorted(self.layers, key=lambda layer: layer.family is None):
-            kind = type(layer.module).__name__
-            known = layer.family is not None
-            for param in layer.module.parameters(recurse=False):
-                if param in self._names:
-                    name = self._names[param]
-                    how[name] = f"clusters ({kind})" if known else f"plain ({kind})"
-        return how
+    def _tier(self, layer: Layer) -> str:
+        kind = type(layer.module).__name__
+        if layer.family is SLICES:
+            return f"clusters ({kind} run again)"
+        return (
+            f"clusters ({kind})" if layer.family is not None else f"clusters (expanded in {kind})"
+        )
 
     def covered(self) -> set[str]:
         """Return the names of the parameters that clusters cover, frozen ones included."""
-        return set(self._names.values()) if self.mode == "microbatch" else set(self._kinds)
+        return set(self._names.values())
 
     def backward(self, losses: Tensor) -> None:
         """Run K backward passes, one per cluster, and leave the weighted sum in ``p.grad``.
@@ -333,6 +394,15 @@ class Clusters:
             ValueError: there was no forward pass, or there is not one loss per sample.
         """
         backward(self.accumulator, losses, self.options)
+
+
+def _caller(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return the nearest module around one that is called itself; empty for the model."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path and type(modules[path]).forward is not nn.Module.forward:
+            break
+    return path
 
 
 def _uneven(state: Mapping[str, Any]) -> str | None:

@@ -8,9 +8,10 @@ to a *clock*, a tensor: only for that write does the compiler keep them, and the
 compiled graph the functions are called directly.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from gq_triton.cluster_grad import passes
 
 __all__ = [
+    "Untraced",
+    "autocast_of",
     "begin",
     "capture",
     "end",
@@ -25,6 +28,7 @@ __all__ = [
     "param_grads",
     "prepare_for_compile",
     "traced_whole",
+    "unordered",
     "use",
     "watch",
 ]
@@ -47,6 +51,14 @@ def exact(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def autocast_of(device: str) -> Callable[[], Any]:
+    """Return what enters the autocast of now again, in a backward pass that runs code again."""
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext
+    dtype = torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype)
+
+
 _whole: list[Callable[..., Any]] = []
 
 
@@ -56,14 +68,31 @@ def traced_whole(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+class Untraced:
+    """A function that compiled graphs call as it is; used as a decorator."""
+
+    _all: ClassVar[list["Untraced"]] = []
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.run = self._function = function
+        self._all.append(self)
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Tell Dynamo not to look into the functions."""
+        for one in cls._all:
+            one.run = torch.compiler.disable(one._function)
+
+
 def prepare_for_compile() -> None:
-    """Tell Dynamo which functions are marked.
+    """Tell Dynamo which functions are marked, and which it must not look into.
 
     The call imports Dynamo, so it comes when clusters are installed, not when this package is
     imported. Torch's optimizers import Dynamo anyway.
     """
     for function in _whole:
         torch.compiler.allow_in_graph(function)
+    Untraced.prepare()
 
 
 _library = torch.library.Library("gq_triton", "DEF")
@@ -92,6 +121,9 @@ _end_op = _operation("end(Tensor(a!) clock, Tensor token) -> ()", passes.end, _n
 _use_op = _operation(
     "use(Tensor(a!) clock, Tensor token, Tensor site, bool graded) -> ()", passes.use, _nothing
 )
+_unordered_op = _operation(
+    "unordered(Tensor(a!) clock, Tensor token, Tensor site) -> ()", passes.unordered, _nothing
+)
 _capture_op = _operation(
     "capture(Tensor(a!) clock, Tensor token, Tensor features, bool channels_first) -> ()",
     passes.capture,
@@ -107,9 +139,13 @@ _watch_op = _operation(
 def _traced_param_grads(
     token: Tensor, site: Tensor, tensors: list[Tensor], params: list[Tensor], wanted: list[int]
 ) -> list[Tensor]:
-    passes.param_grads(token, site, tensors, wanted, traced=True)
+    grads, whole = passes.param_grads(token, site, tensors, wanted, traced=True)
     # A graph expects gradients in the layout that it was traced with.
-    return [torch.zeros_like(param) for param in params]
+    result = [torch.zeros_like(param) for param in params]
+    for zeros, grad in zip(result, grads, strict=True):
+        if whole and grad is not None:
+            zeros.copy_(grad)
+    return result
 
 
 _param_grads_op = _operation(
@@ -137,6 +173,11 @@ def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:
         RuntimeError: gradients are wanted, but no forward pass of the model runs.
     """
     (_use_op if torch.compiler.is_compiling() else passes.use)(clock, token, site, graded)
+
+
+def unordered(clock: Tensor, token: Tensor, site: Tensor) -> None:
+    """Note that a layer saw rows of which it is not known to which samples they belong."""
+    (_unordered_op if torch.compiler.is_compiling() else passes.unordered)(clock, token, site)
 
 
 def capture(clock: Tensor, token: Tensor, features: Tensor, channels_first: bool) -> None:
@@ -194,12 +235,9 @@ def param_grads(ctx: Any, *tensors: Tensor) -> list[Tensor | None]:
     if torch.compiler.is_compiling() or type(token) is not Tensor:
         grads = _param_grads_op(token, site, list(tensors), params, wanted)
     elif torch.is_grad_enabled():
-        raise RuntimeError(
-            "clustered gradients cannot be differentiated again: leave out create_graph=True, or "
-            'use GradQueue(mode="microbatch")'
-        )
+        raise RuntimeError(passes.AGAIN)
     else:
-        grads = passes.param_grads(token, site, list(tensors), wanted)
+        grads = passes.param_grads(token, site, list(tensors), wanted)[0]
     for position, grad in zip(wanted, grads, strict=True):
         result[position] = grad
     return result

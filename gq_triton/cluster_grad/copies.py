@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gq_triton.cluster_grad.site import SITE
+
 __all__ = ["recorded", "without_trace"]
 
 # Every attribute of a module that this package sets, besides forward(), begins with it.
@@ -50,10 +52,13 @@ def _state(module: nn.Module) -> Any:
     state = vars(module) if of_class is None else of_class(module)
     if not isinstance(state, dict):
         return state
+    converted = state.get(SITE)
     state = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
     state.pop(_GETSTATE, None)
     if _is_ours(state.get("forward")):
         del state["forward"]
+        if converted is not None and converted.inner is not None:
+            state["forward"] = converted.inner
     ours = {key for name in _HOOKS for key, hook in state.get(name, {}).items() if _is_ours(hook)}
     for name, hooks in state.items():
         # Beside the hooks lie flags by the same keys, such as _forward_hooks_with_kwargs.

@@ -1,70 +1,264 @@
-"""The conversion of a model's layers, which then sum their gradients by cluster."""
+"""The conversion of a model's modules, which then sum their gradients by cluster."""
 
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gq_triton.cluster_grad.compiled_ops import use
+from gq_triton.cluster_grad.compiled_ops import Untraced, unordered, use
 from gq_triton.cluster_grad.copies import recorded
-from gq_triton.cluster_grad.layers.registry import SITE, Layer, trains
+from gq_triton.cluster_grad.layers.conv import CONV
+from gq_triton.cluster_grad.layers.embedding import EMBEDDING
+from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
+from gq_triton.cluster_grad.layers.order import in_order
+from gq_triton.cluster_grad.layers.registry import Layer
 from gq_triton.cluster_grad.passes import OUTSIDE
-from gq_triton.cluster_grad.site import Collector, Site
+from gq_triton.cluster_grad.site import SITE, Collector, Family, Site
+from gq_triton.cluster_grad.standins.meet import EXPANDED, LOOKED_UP
+from gq_triton.cluster_grad.standins.origin import SAME, Origin, Root
+from gq_triton.cluster_grad.standins.standin import StandIn, stand_in, with_samples
 
-__all__ = ["convert"]
+__all__ = ["Conversion"]
+
+
+class _Converted:
+    """What a converted module's ``forward`` needs to know.
+
+    Args:
+        collector: the receiver of the sums.
+        layer: the module, its name and how its gradients are summed.
+        inner: the ``forward`` that the instance had of its own, or None.
+    """
+
+    def __init__(
+        self, collector: Collector, layer: Layer, inner: Callable[..., Any] | None
+    ) -> None:
+        self.collector, self.module, self.name = collector, layer.module, layer.name
+        self.family, self.inner = layer.family, inner
+        self.attributes = [name for name, _ in layer.module.named_parameters(recurse=False)]
+        self.site: Site | None = None
+        if layer.family is not None:
+            names = layer.attributes or ("weight", "bias")
+            self.site = Site(collector, layer.name, layer.module, layer.family, names)
+        # The sites of each parameter alone, by the kind of operation that meets it with samples.
+        self.alone: dict[str, list[Site]] = {}
+        self.keys: dict[str, dict[str, Tensor]] = {}
+        for attribute in self.attributes:
+            param = layer.module._parameters[attribute]
+            kinds: dict[str, Family] = {"expanded": EXPANDED}
+            if param is not None and param.dim() == 2:
+                kinds |= {
+                    "linear": LINEAR,
+                    "product": CONV1D,
+                    "embedding": EMBEDDING,
+                    "looked up": LOOKED_UP,
+                }
+            if param is not None and param.dim() > 2:
+                kinds |= {"convolution": CONV}
+            sites = {
+                kind: Site(collector, layer.name, layer.module, family, [attribute])
+                for kind, family in kinds.items()
+            }
+            self.alone[attribute] = list(sites.values())
+            self.keys[attribute] = {kind: site.key for kind, site in sites.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Converted":
+        """Return the object itself: a copy of the model has no clusters."""
+        return self
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a layer, with clustered gradients if this forward pass will have a backward pass."""
+    """Run a module, with clustered gradients if this forward pass will have a backward pass."""
     # The compiler of torch 2.8 does not know vars(module).
-    site: Site | None = getattr(module, SITE, None)
-    if site is None:  # undone while the layer was being called
+    own: _Converted | None = getattr(module, SITE, None)
+    if own is None:  # undone while the layer was being called
         return type(module).forward(module, *args, **kwargs)
-    collector, graded = site.collector, torch.is_grad_enabled()
-    # In a copy of the model, a frozen layer, or a recording the layer is torch's own.
-    if site.module is not module or not trains(module) or recorded():
-        return type(module).forward(module, *args, **kwargs)
-    token = collector.token
-    if token is not None:
-        use(collector.clock, token, site.key, graded)
-    elif graded:
-        raise RuntimeError(OUTSIDE.format(site.name))
-    if token is None or not graded:
-        return type(module).forward(module, *args, **kwargs)
+    collector, graded, token = own.collector, torch.is_grad_enabled(), own.collector.token
+    # A copy of the model, a recording, a frozen layer, a part of a module that runs as a whole.
+    if own.module is not module or collector.paused or recorded() or not _trains(module, own):
+        return _unchanged(module, own, args, kwargs)
+    if token is None and graded and own.site is not None:
+        raise RuntimeError(OUTSIDE.format(own.name))
+    if token is None:
+        return _unchanged(module, own, args, kwargs)
+    given = any(isinstance(value, StandIn) for value in (*args, *kwargs.values()))
+    if own.site is not None and own.site.runs_whole:
+        use(collector.clock, token, own.site.key, graded)
+        if not graded:
+            return _unchanged(module, own, args, kwargs)
+        return _as_whole.run(module, own, token, args, kwargs)
+    if own.site is None or given:
+        return _stood_in(module, own, token, args, kwargs)
+    return _in_family(module, own, token, args, kwargs)
+
+
+def _in_family(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+    """Run a layer of a known kind."""
+    site, collector = own.site, own.collector
+    assert site is not None
     if site.input_name in kwargs:
         args = (*args, kwargs.pop(site.input_name))
-    return site.family.forward(module, (token, site.key), *args, **kwargs)
+    x = args[0] if args else None
+    turned = isinstance(x, Tensor) and _time_major(x, own)
+    if isinstance(x, Tensor):
+        x = x.transpose(0, 1) if turned else x
+        if own.family is EMBEDDING and not turned and not _by_sample(x, collector):
+            return _looked_up(module, own, token, x)
+        args = (x, *args[1:])
+    graded = torch.is_grad_enabled()
+    use(collector.clock, token, site.key, graded)
+    if not graded:
+        out = _unchanged(module, own, args, kwargs)
+    else:
+        if isinstance(x, Tensor) and not _ordered(x, collector):
+            unordered(collector.clock, token, site.key)
+        out = site.family.forward(module, (token, site.key), *args, **kwargs)
+    return out.transpose(0, 1) if turned else out
 
 
-def convert(layers: list[Layer], collector: Collector) -> Callable[[], None]:
-    """Make layers compute clustered gradients; return a function that undoes it.
+def _time_major(x: Tensor, own: _Converted) -> bool:
+    """Return whether the samples are the second dimension of a layer's input."""
+    if not own.collector.batch_dim:
+        return False
+    dims = 2 if own.family is EMBEDDING else 3
+    return x.dim() >= dims and x.shape[1] == own.collector.batch
 
-    Classes, names and ``state_dict`` keys stay: only ``forward`` and a site are set on the
-    instance.
+
+@Untraced  # it compares random states, and may run the module again
+def _as_whole(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+    """Run a module whose gradients by cluster come from runs of the whole module."""
+    assert own.site is not None
+    rows = own.collector.batch
+    args = tuple(with_samples(value, rows) for value in args)
+    kwargs = {name: with_samples(value, rows) for name, value in kwargs.items()}
+    return own.site.family.forward(module, (token, own.site.key), *args, **kwargs)
+
+
+def _trains(module: nn.Module, own: _Converted) -> bool:
+    """Return whether a parameter of the module itself needs a gradient."""
+    whole = own.site is not None and own.site.runs_whole
+    return any(param.requires_grad for param in module.parameters(recurse=whole))
+
+
+def _unchanged(module: nn.Module, own: _Converted, args: Any, kwargs: Any) -> Any:
+    """Run the module's own ``forward``."""
+    if own.inner is not None:
+        return own.inner(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
+
+
+def _ordered(x: Tensor, collector: Collector) -> bool:
+    """Return whether the rows of a layer's input are those of the samples, in their order."""
+    batch = collector.batch
+    if x.dim() == 0 or x.shape[0] == batch or torch.compiler.is_compiling():
+        return True
+    if x.shape[0] == 0 or x.shape[0] % batch:
+        return False
+    return in_order(x, batch) if x.requires_grad else x.data_ptr() in collector.inputs
+
+
+def _by_sample(indices: Tensor, collector: Collector) -> bool:
+    """Return whether each sample looks up rows of its own.
+
+    Indices of as many dimensions as those of positions, which all samples share, may have the same
+    shape. The model's own inputs are told from them by their memory.
+    """
+    batch, dims = collector.batch, indices.dim()
+    if dims == 0 or indices.shape[0] == 0 or indices.shape[0] % batch:
+        return False
+    if not torch.compiler.is_compiling() and indices.data_ptr() in collector.inputs:
+        return True
+    return dims > 1 and indices.shape[0] == batch and indices.shape[1] != batch
+
+
+def _origin(own: _Converted, token: Tensor, root: Root, start: Tensor, link: str) -> Origin:
+    collector = own.collector
+    # Operations that meet samples in the second dimension are not followed.
+    batch = 0 if collector.batch_dim else collector.batch
+    return Origin(token, collector.clock, batch, collector.inputs, (root,), (start,), link)
+
+
+def _looked_up(module: nn.Module, own: _Converted, token: Tensor, indices: Tensor) -> Any:
+    """Look up rows that all samples share, which become a stand-in."""
+    rows = type(module).forward(module, indices)
+    attribute = own.attributes[0]
+    param = module._parameters[attribute]
+    assert param is not None
+    root = Root(own.keys[attribute], param, indices)
+    return stand_in(rows, _origin(own, token, root, rows, SAME))
+
+
+def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+    """Run a module's own ``forward`` on stand-ins of its parameters."""
+    attributes = vars(module)
+    placed = []
+    for attribute in own.attributes:
+        param = module._parameters[attribute]
+        if param is not None and param.requires_grad and attribute not in attributes:
+            start = param.view(param.shape)
+            root = Root(own.keys[attribute], param)
+            # An attribute of the instance hides the parameter, which stays where it is.
+            attributes[attribute] = stand_in(start, _origin(own, token, root, start, SAME))
+            placed.append(attribute)
+    try:
+        return _unchanged(module, own, args, kwargs)
+    finally:
+        for attribute in placed:
+            del attributes[attribute]
+
+
+class Conversion:
+    """The conversion of modules, so that they compute clustered gradients.
+
+    Classes, names and ``state_dict`` keys stay: only ``forward`` and an attribute are set on the
+    instances.
+
+    Args:
+        layers: the modules.
+        collector: the receiver of the sums.
 
     Raises:
-        ValueError: another plug-in has converted one of the layers.
+        ValueError: another plug-in has converted one of the modules.
     """
-    for layer in layers:
-        site = vars(layer.module).get(SITE)
-        # A copy of a model has the sites of its original, which do not count.
-        if site is not None and site.module is layer.module:
-            raise ValueError(
-                f"another GradQueue computes the clustered gradients of {layer.name or 'the model'}"
-                " already: call remove() on its handle first"
-            )
-    changed: list[nn.Module] = []
-    for layer in layers:
-        if layer.family is not None:
-            # One function for all layers: those of one kind share their compiled graph.
-            vars(layer.module)[SITE] = Site(collector, layer.name, layer.module, layer.family)
-            layer.module.forward = MethodType(_forward, layer.module)
-            changed.append(layer.module)
 
-    def undo() -> None:
-        for module in changed:
-            del module.forward, vars(module)[SITE]
+    def __init__(self, layers: list[Layer], collector: Collector) -> None:
+        for layer in layers:
+            own = vars(layer.module).get(SITE)
+            # A copy of a model has what its original had, which does not count.
+            if own is not None and own.module is layer.module:
+                raise ValueError(
+                    "another GradQueue computes the clustered gradients of "
+                    f"{layer.name or 'the model'} already: call remove() on its handle first"
+                )
+        self._collector = collector
+        # The forward that an instance had of its own, by module.
+        self._changed: dict[nn.Module, Callable[..., Any] | None] = {}
+        # Graphs of earlier forward passes still ask for these.
+        self._replaced: list[_Converted] = []
+        for layer in layers:
+            self.convert(layer)
 
-    return undo
+    def convert(self, layer: Layer) -> None:
+        """Convert a module, or convert it in another way than before."""
+        attributes = vars(layer.module)
+        own = attributes.get(SITE)
+        if layer.module in self._changed:
+            assert own is not None
+            self._replaced.append(own)
+        else:
+            # A copy of a model has the forward of its original.
+            self._changed[layer.module] = None if own is not None else attributes.get("forward")
+        attributes[SITE] = _Converted(self._collector, layer, self._changed[layer.module])
+        # One function for all modules: those of one kind share their compiled graph.
+        attributes["forward"] = MethodType(_forward, layer.module)
+
+    def undo(self) -> None:
+        """Give all modules back what they had."""
+        for module, inner in self._changed.items():
+            del vars(module)["forward"], vars(module)[SITE]
+            if inner is not None:
+                vars(module)["forward"] = inner
+        self._changed.clear()
+        self._replaced.clear()

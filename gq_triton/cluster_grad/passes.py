@@ -5,16 +5,34 @@ as long as the token.
 """
 
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from gq_triton.cluster_grad.site import collector_of, new_number, site_of
+from gq_triton.cluster_grad.site import Block, Site, UnknownRows, collector_of, new_number, site_of
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.features import pooled
+from gq_triton.ring import flat
 
-__all__ = ["OUTSIDE", "begin", "capture", "end", "in_backward", "param_grads", "use", "watch"]
+__all__ = [
+    "AGAIN",
+    "OUTSIDE",
+    "begin",
+    "capture",
+    "end",
+    "enter",
+    "in_backward",
+    "param_grads",
+    "unordered",
+    "use",
+    "watch",
+]
 
+AGAIN = (
+    "clustered gradients cannot be differentiated again: leave out create_graph=True, or use "
+    'GradQueue(mode="microbatch")'
+)
 OUTSIDE = (
     "{} was called outside the model's own forward(), where its samples are not clustered: "
     'call the model, or use GradQueue(mode="microbatch")'
@@ -62,16 +80,24 @@ def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:
     if in_backward() and not (step is not None and step.hidden):
         return
     if step is not None and step.open:
-        for name in where.collector.trainable(where.module):
+        for name in where.trainable():
             step.uses[name] = step.uses.get(name, 0) + 1
     elif graded:
         raise RuntimeError(OUTSIDE.format(where.name))
+
+
+def unordered(clock: Tensor, token: Tensor, site: Tensor) -> None:
+    """Note that a layer saw rows of which it is not known to which samples they belong."""
+    step = _steps.get(int(token))
+    if step is not None:
+        step.unordered.add(int(site))
 
 
 def capture(clock: Tensor, token: Tensor, features: Tensor, channels_first: bool) -> None:
     """Keep the features ``(B, ...)`` of a step's samples."""
     step = _steps.get(int(token))
     if step is not None and step.open and (step.hidden or not in_backward()):
+        features = _samples_first(features, step)
         step.features = pooled(features.detach(), channels_first)
         step.shape = tuple(features.shape)
 
@@ -80,21 +106,21 @@ def watch(grad: Tensor, token: Tensor) -> Tensor:
     """Keep the gradient at the model's output as the features of the step's samples; return it."""
     step = _steps[int(token)]
     if step.known_groups is None:
-        step.features = pooled(grad.detach(), channels_first=grad.dim() > 3)
+        samples = _samples_first(grad, step)
+        step.features = pooled(samples.detach(), channels_first=grad.dim() > 3)
     return grad
 
 
-def param_grads(
-    token: Tensor, site: Tensor, tensors: list[Tensor], wanted: list[int], traced: bool = False
-) -> list[Tensor | None]:
-    """Collect the sums of a layer's gradients; return what its backward pass returns for them.
+def _samples_first(features: Tensor, step: Step) -> Tensor:
+    """Return features ``(B, ...)`` from those of a model whose batch is the second dimension."""
+    return features.transpose(0, 1) if step.batch_dim and features.dim() > 2 else features
 
-    Args:
-        token: the token of the forward pass.
-        site: the key of the layer's site.
-        tensors: the tensors from which the layer's family computes its gradients.
-        wanted: positions among the layer's ``(weight, bias)``.
-        traced: whether a compiled graph calls.
+
+def enter(token: Tensor, site: Tensor) -> tuple[Site, Step]:
+    """Note that the backward pass of a step has reached a site; return both.
+
+    Raises:
+        RuntimeError: the plug-in was removed.
     """
     where, step = site_of(site), _steps.get(int(token))
     if where is None or step is None:
@@ -102,5 +128,60 @@ def param_grads(
     # Layers that this backward pass recomputes from here on belong to this step.
     where.collector.token = token
     where.collector.enter_pass(step)
+    return where, step
+
+
+def param_grads(
+    token: Tensor, site: Tensor, tensors: list[Tensor], wanted: list[int], traced: bool = False
+) -> tuple[list[Tensor | None], bool]:
+    """Collect the sums of a layer's gradients; return what its backward pass returns for them.
+
+    Args:
+        token: the token of the forward pass.
+        site: the key of the layer's site.
+        tensors: the tensors from which the layer's family computes its gradients.
+        wanted: positions among the site's parameters.
+        traced: whether a compiled graph calls.
+
+    Returns:
+        For each wanted parameter its gradient, or what the site returned for the sums; and whether
+        these are gradients, because it is not known to which samples the rows belong.
+    """
+    where, step = enter(token, site)
     step.traced = step.traced or traced
-    return where.family.gradients(where, step, tensors, wanted)
+    try:
+        if int(site) in step.unordered:
+            raise UnknownRows(f"{where.name or 'the model'} saw rows in no known order")
+        return where.family.gradients(where, step, tensors, wanted), False
+    except UnknownRows as problem:
+        for position in wanted:
+            where.collector.take_unknown(where.param(position), str(problem))
+        gradients = where.family.gradients(_Whole(where), step.of_unknown(), tensors, wanted)
+        return gradients, True
+
+
+class _Whole(Site):
+    """A site that returns the whole gradient of its parameters, which no sink takes."""
+
+    def __init__(self, site: Site) -> None:
+        vars(self).update(vars(site))
+        self._site = site
+
+    def param(self, position: int) -> Tensor:
+        """Return the parameter at a position."""
+        return self._site.param(position)
+
+    def used_once(self, step: Step, position: int) -> bool:
+        """Return False: the sums must be those of the whole parameter."""
+        return False
+
+    def give(
+        self, step: Step, position: int, blocks: Iterator[Block], dtype: torch.dtype
+    ) -> Tensor:
+        """Return the gradient of a parameter, in its shape and type."""
+        param = self._site.param(position)
+        whole = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        out = flat(whole, like=param)
+        for start, stop, sums in blocks:
+            out[start:stop] = sums[0]
+        return whole.to(param.dtype)

@@ -51,6 +51,8 @@ class RawGradients:
         # For each forward pass that a raw gradient comes from: the number of its backward pass, and
         # the mass of its samples (Groups.mass).
         self._masses: dict[str, list[tuple[int, Tensor]]] = {}
+        # The same without masses: a forward pass is known by a tensor of its groups.
+        self._forwards: dict[str, list[tuple[int, Tensor]]] = {}
         # Gradients and number of the running backward pass.
         self._fresh: dict[str, _Fresh] = {}
         self._number = 0
@@ -103,23 +105,29 @@ class RawGradients:
             raw, groups = fresh.raw, [step.groups for step in fresh.steps]
             groups = [known.whole for known in groups] if fresh.whole else groups
             masses = [(self._number, known.mass) for known in groups]
+            forwards = [(self._number, step.groups.one_cluster) for step in fresh.steps]
             earlier = self.kept.get(name)
             if earlier is not None and bool(fresh.goes_on):
                 raw, masses = earlier + raw, self._masses[name] + masses
+                forwards = self._forwards[name] + forwards
+            self._forwards[name] = forwards
             self.kept[name], self._masses[name] = raw, masses
         self._left[name] = id(grad), grad._version
 
     def take_all(self) -> dict[str, Tensor]:
         """Return by name the raw gradients of parameters with a ``p.grad``, and forget all."""
         kept, self.kept, self._left, self._masses = self.kept, {}, {}, {}
+        self._forwards = {}
         return {name: raw for name, raw in kept.items() if self._params[name].grad is not None}
 
     def count_passes(self) -> int:
-        """Return how many backward passes the raw gradient of a parameter comes from, at most.
+        """Return how many backward passes the raw gradients come from.
 
         Backward passes through one forward pass, those of several losses, count once.
         """
-        most = 0
+        # A parameter may be reached by one of the passes only.
+        forwards = [forward for name in self.kept for forward in self._forwards.get(name, [])]
+        most = min(len({number for number, _ in forwards}), len({id(f) for _, f in forwards}))
         for masses in self._masses.values():
             passes = {number for number, _ in masses}
             most = max(most, min(len(passes), len({id(mass) for _, mass in masses})))

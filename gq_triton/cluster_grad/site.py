@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,16 +12,20 @@ from torch import Tensor, nn
 from gq_triton.cluster_grad.step import Step
 
 __all__ = [
+    "SITE",
     "Block",
     "Call",
     "Collector",
     "Family",
     "Site",
+    "UnknownRows",
     "collector_of",
     "new_number",
     "site_of",
 ]
 
+# The attribute of a module that holds what its clustered forward needs, while that is installed.
+SITE = "_gq_triton_site"
 # The token of the forward pass and the key of the layer's site.
 Call = tuple[Tensor, Tensor]
 # Part of a parameter, in its memory order: first element, end, sums by cluster (K, end - first).
@@ -32,16 +36,28 @@ _collectors: "weakref.WeakValueDictionary[int, Collector]" = weakref.WeakValueDi
 _sites: "weakref.WeakValueDictionary[int, Site]" = weakref.WeakValueDictionary()
 
 
+class UnknownRows(Exception):
+    """It is not known to which samples the rows of a tensor belong."""
+
+
 class Collector(Protocol):
     """A receiver of layers' sums, which also follows the model's forward and backward passes.
 
     Attributes:
         backend: the engine that forms the layers' sums.
+        batch: the number of samples of the current forward pass, as the model's inputs show it.
+        batch_dim: the dimension of the samples in the model's inputs.
+        inputs: the addresses of the model's inputs.
+        paused: whether modules run unchanged, as parts of a module that runs as a whole.
         clock: the tensor to which operations without a result write in a compiled graph.
         token: the token of the current forward pass, or None.
     """
 
     backend: str
+    batch: int
+    batch_dim: int
+    inputs: frozenset[int]
+    paused: bool
     clock: Tensor
     token: Tensor | None
 
@@ -53,8 +69,12 @@ class Collector(Protocol):
         """Note that the running backward pass computes a step's gradients."""
         ...
 
-    def trainable(self, module: nn.Module) -> list[str]:
-        """Return the names of a layer's own parameters that need a gradient."""
+    def trainable(self, params: Iterable[Tensor]) -> list[str]:
+        """Return the names, in the model, of those parameters that need a gradient."""
+        ...
+
+    def take_unknown(self, param: Tensor, reason: str) -> None:
+        """Note why a parameter's gradient is not known by cluster in this backward pass."""
         ...
 
     def uses(self, step: Step, param: Tensor) -> int:
@@ -85,11 +105,13 @@ class Family(NamedTuple):
             among ``(weight, bias)`` to the site's collector and returns what the collector returns.
             ``tensors`` are those that the layer's backward pass gave to ``param_grads``.
         accepts: called with a layer; returns whether its options allow sums by cluster.
+        runs_whole: whether the module runs as one, with all its submodules.
     """
 
     forward: Callable[..., Tensor]
     gradients: Callable[["Site", Step, list[Tensor], list[int]], list[Tensor | None]]
     accepts: Callable[[nn.Module], bool] = lambda module: True
+    runs_whole: bool = False
 
 
 class Site:
@@ -113,12 +135,19 @@ class Site:
         attributes: Sequence[str] = ("weight", "bias"),
     ) -> None:
         self.collector, self.name, self.module, self.family = collector, name, module, family
-        self.attributes = tuple(attributes)
+        self.attributes = tuple(name for name in attributes if _holds(module, name))
+        # What the family knows of the module or of a call besides its tensors.
+        self.options: Any = None
         # The name of the input in the module's own forward().
         self.input_name = [*inspect.signature(type(module).forward).parameters, "", ""][1]
         # A tensor is an input of a compiled graph, so layers of one kind share their graph.
         self.key = torch.tensor(next(_numbers))
         _sites[int(self.key)] = self
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether the module runs as one, with all its submodules."""
+        return self.family.runs_whole
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
         """Return the site itself: a copy of the model has no clusters."""
@@ -133,7 +162,8 @@ class Site:
 
     def trainable(self) -> list[str]:
         """Return the names, in the model, of the site's parameters that need a gradient."""
-        return self.collector.trainable(self.module)
+        params = [self.param(position) for position in range(len(self.attributes))]
+        return self.collector.trainable(params)
 
     def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return memory for sums ``(K, elements)``, valid until the next call."""
@@ -152,6 +182,11 @@ class Site:
     def give_rows(self, step: Step, position: int, rows: Tensor, sums: Tensor) -> Tensor | None:
         """Give the sums of some rows of a table that is used once; return what ``give`` returns."""
         return self.collector.give_rows(step, self.param(position), rows, sums)
+
+
+def _holds(module: nn.Module, attribute: str) -> bool:
+    path, _, name = attribute.rpartition(".")
+    return module.get_submodule(path)._parameters.get(name) is not None
 
 
 def new_number(collector: Collector | None = None) -> int:

@@ -1,7 +1,7 @@
 """The step: the record of one forward pass, from which its backward pass finds the clusters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -34,12 +34,14 @@ class Step:
 
     Attributes:
         assign: returns the clusters of a step.
+        batch_dim: the dimension of the samples in the model's inputs and features.
         features: ``(B, F)``, known after the forward pass or at the start of the backward pass.
         shape: the shape of the features before the mean over positions.
         outputs: the first dimensions of the tensors that the model returned; empty for a compiled
             model.
         second: by layer name, the input shapes of layers whose batch is the second dimension.
         uses: by parameter name, how often the forward pass used the parameter.
+        unordered: the numbers of the sites that saw rows in no known order.
         partial: by parameter name, the sums of parameters that are used several times.
         open: whether the forward pass still runs.
         hidden: whether the forward pass was first seen inside a backward pass, as with a reentrant
@@ -49,11 +51,13 @@ class Step:
     """
 
     assign: Callable[["Step"], Groups]
+    batch_dim: int = 0
     features: Tensor | None = None
     shape: tuple[int, ...] = ()
     outputs: list[int] = field(default_factory=list)
     second: dict[str, tuple[int, ...]] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)
+    unordered: set[int] = field(default_factory=set)
     partial: dict[str, Partial] = field(default_factory=dict)
     open: bool = True
     hidden: bool = False
@@ -73,19 +77,23 @@ class Step:
         """The clusters if they have been found already, else None."""
         return self._groups
 
+    def of_unknown(self) -> "Step":
+        """Return a step of one sample, to which all rows of a tensor belong."""
+        return replace(self, _groups=self.groups.unknown)
+
     def check_batch(self, name: str) -> None:
         """Raise a RuntimeError where the forward pass shows that samples lie along dimension 1.
 
         Args:
             name: the submodule whose output the features are; empty for the model itself.
         """
-        if len(self.shape) < 3 or self.shape[0] == self.shape[1]:
+        if self.batch_dim or len(self.shape) < 3 or self.shape[0] == self.shape[1]:
             return
         samples, second = self.shape[:2]
         seen = f"the features, output of {name or 'the model'}, have shape {self.shape}"
         advice = (
-            "a time-major batch cannot be clustered: give the model (B, T, ...), or use "
-            'GradQueue(mode="microbatch") with features of one vector per sample'
+            "a time-major batch cannot be clustered: declare it with batch_dim=1, or "
+            "give the model (B, T, ...)"
         )
         for layer, shape in self.second.items():
             if shape[:2] == (samples, second):

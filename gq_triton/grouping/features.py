@@ -7,7 +7,14 @@ from typing import Any
 from einops import reduce
 from torch import Tensor, nn
 
-__all__ = ["first_dimensions", "first_tensor", "is_spatial", "pooled", "with_first_tensor"]
+__all__ = [
+    "first_dimensions",
+    "first_tensor",
+    "is_spatial",
+    "pooled",
+    "tensors_in",
+    "with_first_tensor",
+]
 
 
 def pooled(features: Tensor, channels_first: bool) -> Tensor:
@@ -49,6 +56,13 @@ def _values(output: Any) -> list[Any]:
     # An iterator, which has no length, must be left for the caller to consume.
     listed = hasattr(values, "__iter__") and hasattr(values, "__len__")
     return list(values) if listed and not isinstance(values, str) else []
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors with a dimension in a model's arguments, in their order."""
+    if isinstance(value, Tensor):
+        return [value] if value.dim() else []
+    return [tensor for entry in _values(value) for tensor in tensors_in(entry)]
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -140,6 +140,31 @@ class Groups:
         )
 
     @cached_property
+    def unknown(self) -> "Groups":
+        """One sample in one cluster: all rows of a tensor whose rows belong to unknown samples."""
+        first = torch.zeros_like(self.labels[:1])
+        return dataclasses.replace(
+            self, labels=first, order=first, sizes=[1], members=(first == 0)[None]
+        )
+
+    def per_row(self, rows: int) -> "Groups":
+        """Return the groups of rows, of which each sample has the same number in a row.
+
+        Args:
+            rows: the number of rows, a multiple of B.
+        """
+        each = rows // self.labels.numel()
+        if each == 1:
+            return self
+        return dataclasses.replace(
+            self,
+            labels=self.labels.repeat_interleave(each),
+            order=self.rows(each)[0],
+            sizes=[size * each for size in self.sizes],
+            members=self.members.repeat_interleave(each, dim=1),
+        )
+
+    @cached_property
     def offsets(self) -> Tensor:
         """``(K + 1,)`` int64: cluster k has the samples ``order[offsets[k]:offsets[k + 1]]``."""
         ends = list(itertools.accumulate(self.sizes, initial=0))

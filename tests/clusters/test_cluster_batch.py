@@ -62,8 +62,7 @@ def test_a_time_major_model_with_an_output_per_sample_is_refused():
 def test_a_layer_that_declares_its_batch_second_is_believed():
     for time_major in (False, True):
         model = Recurrent(time_major)
-        with pytest.warns(UserWarning, match=r"gru\.weight_ih_l0"):
-            keep = attached(model, strict=False)
+        keep = attached(model, strict=True)
         out = model(torch.randn(*((TIME, BATCH) if time_major else (BATCH, TIME)), 4))
         if not time_major:
             out.square().mean().backward()

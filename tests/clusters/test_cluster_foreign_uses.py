@@ -134,12 +134,18 @@ def test_uses_past_the_layer_make_a_parameter_one_cluster(case, compiled):
 
 @pytest.mark.parametrize("options", [{}, {"centroid_scale": "standard_error"}])
 def test_a_scaled_embedding_tied_to_the_head(options):
-    with pytest.warns(UserWarning, match=r"without clusters.*table\.weight"):
-        judge = judged(Tied, ["table.weight"], strict=False, **options)
-    assert judge.queue.report()["table.weight"] == "plain (ScaledEmbedding)"
+    judge = judged(Tied, [], strict=True, **options)
     judge.steps(judge.run, batches())
     judge.assert_queued()
-    assert judge.queue.report()["table.weight"] == "whole batch (used past Linear)"
+    assert judge.queue.report()["table.weight"] == "clusters (Linear)"
+
+
+def test_strict_refuses_what_is_not_known_by_cluster_in_the_first_backward_pass():
+    judge = judged(NeverCalled, [], strict=True)
+    with pytest.raises(
+        RuntimeError, match=r"strict=True.*head\.bias, head\.weight \(used past Linear"
+    ):
+        judge.run(judge.model, batches(1)[0]).mean().backward()
 
 
 def test_a_penalty_on_the_weights_belongs_to_no_cluster():

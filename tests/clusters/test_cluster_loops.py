@@ -140,42 +140,6 @@ def test_a_skipped_step_leaves_no_trace_in_the_queue():
         torch.testing.assert_close(newest, judge.rings[name].gradients[-1], rtol=1e-9, atol=1e-12)
 
 
-def test_layers_that_cannot_are_refused_by_name_or_weighted_whole():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.features = nn.Linear(6, 6)
-            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-            self.up = nn.ConvTranspose1d(6, 6, 1)
-
-        def forward(self, x):
-            x = self.features(x)[:, None]
-            return self.up(self.attention(x, x, x)[0].transpose(1, 2))[..., 0]
-
-    message = r"attention \(MultiheadAttention\).*up \(ConvTranspose1d\)"
-    with pytest.raises(ValueError, match=message):
-        GradQueue(Model(), n_clusters=5, features="features")
-    model = make(kind=Model)
-    with pytest.warns(UserWarning, match=r"attention\.in_proj_weight"):
-        judge = Judge(model, LABELS, 5, strict=False)
-    twin = make(kind=Model)
-    whole = torch.optim.SGD(twin.parameters(), lr=0.05)
-    GradQueue(twin, queue_length=3).attach(whole)
-    for batch in batches():
-        judge.sync()
-        twin.load_state_dict(model.state_dict())
-        expected = judge.expected(square(judge.twin, batch))
-        for m, o in ((model, judge.optimizer), (twin, whole)):
-            o.zero_grad()
-            square(m, batch).mean().backward()
-        judge.compare({n: g for n, g in expected.items() if n.startswith("features")}, 1e-10)
-        for o in (judge.optimizer, whole):
-            o.step()
-        torch.testing.assert_close(model.attention.in_proj_weight.grad,
-                                   twin.attention.in_proj_weight.grad)  # fmt: skip
-    assert judge.queue.report()["attention.in_proj_weight"] == "plain (MultiheadAttention)"
-
-
 def test_removing_restores_the_model():
     model = make(kind=GPT)
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
@@ -204,12 +168,6 @@ def test_a_copy_of_the_model_is_plain():
         square(m, tokens).mean().backward()
     for actual, expected in zip(copied.parameters(), judge.twin.parameters(), strict=True):
         assert torch.equal(actual.grad, expected.grad)
-
-
-def test_a_weight_made_of_others_is_refused():
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
-    with pytest.raises(ValueError, match="cannot cluster"):
-        GradQueue(model, n_clusters=2, features="0")
 
 
 def test_match_norm_keeps_every_parameters_norm():

@@ -195,12 +195,21 @@ class TimeFirst(nn.Module):
         return self.head(self.features(x).expand(18, 9, 6)).mean(dim=0)
 
 
-@pytest.mark.parametrize("kind", [lambda: Positions((18,)), lambda: Positions((1, 18)), TimeFirst])
-def test_rows_that_are_not_sample_after_sample_are_refused(kind):
-    model = make(kind)
-    plug(model)
-    with pytest.raises(RuntimeError, match="first dimension"):
+@pytest.mark.parametrize("kind", [lambda: Positions((18,)), lambda: Positions((1, 18))])
+def test_positions_of_all_samples_are_clustered(kind):
+    judge = Judge(make(kind), LABELS, 5, strict=True)
+    judge.steps(square, batches())
+
+
+def test_rows_that_are_not_sample_after_sample_are_one_cluster():
+    model = make(TimeFirst)
+    queue, _, _ = plug(model)
+    with pytest.warns(
+        UserWarning, match=r"head\.weight, head\.bias \(head saw rows in no known order"
+    ):
         square(model, batches(1)[0]).mean().backward()
+    assert queue.report()["head.weight"].startswith("whole batch (head saw rows in no known order")
+    assert queue.report()["features.weight"] == "clusters (Linear)"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -31,7 +31,7 @@ BASE = {
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
 DOORS = {HOUSE, "grad_queue", "optim", "dist", "dist.routes", "dist.state"}
-BELOW = {"cluster_grad", "cluster_grad.layers"} | QUEUES
+BELOW = {"cluster_grad", "cluster_grad.layers", "cluster_grad.standins"} | QUEUES
 MAY = {
     "names": set(),
     "claims": set(),
@@ -52,6 +52,7 @@ MAY = {
     "cluster_grad": BELOW,
     # A layer gives its sums to a sink, and may not know of queues.
     "cluster_grad.layers": {"cluster_grad", "grouping"} | ENGINES,
+    "cluster_grad.standins": {"cluster_grad", "cluster_grad.layers", "grouping"} | ENGINES,
     "optim": QUEUES,
     "grad_queue": {"optim", "dist.sharded"} | BELOW,
     "dist": {"dist.routes", "dist.state"} | BELOW,
@@ -60,7 +61,7 @@ MAY = {
     "dist.routes": {"dist"} | BELOW,
     "dist.sharded": {"dist"} | BELOW,
     "integrations": {"commands"} | DOORS,
-    HOUSE: {"grad_queue", "optim"},
+    HOUSE: {"grad_queue", "optim", "cluster_grad"},
     # Tasks and training may not import each other.
     "tasks": {"commands"},
     "training": {"commands"} | DOORS,

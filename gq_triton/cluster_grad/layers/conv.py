@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
-from gq_triton.cluster_grad.layers.rows import accumulation_type, launches_cost
+from gq_triton.cluster_grad.layers.rows import accumulation_type, check_rows, launches_cost
 from gq_triton.cluster_grad.site import Block, Call, Family, Site
 from gq_triton.cluster_grad.step import Step
 from gq_triton.engines import engine
 from gq_triton.ring import flat
 
-__all__ = ["CONV"]
+__all__ = ["CONV", "convolved"]
 
 _OPS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -60,12 +60,8 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Give the sums of a convolution's weight and bias."""
     grad, x = tensors
-    groups, result = step.groups, []
-    if len(x) != groups.labels.numel():
-        raise RuntimeError(
-            f"{site.name} saw {len(x)} samples, {groups.labels.numel()} were clustered: its first "
-            'dimension must be the batch; use GradQueue(mode="microbatch") for this model'
-        )
+    check_rows(x, step.groups, site.name)
+    groups, result = step.groups.per_row(len(x)), []
     dtype = accumulation_type(grad.dtype)
     for position in wanted:
         param = site.param(position)
@@ -74,7 +70,7 @@ def _gradients(
             # Where launches cost time, sorting once is worth a copy of all samples.
             parts = groups.sorted if launches_cost(grad) else groups.each
             pairs = zip(parts(grad), parts(x), strict=True)
-            weight, geometry = param.detach().to(dtype), _geometry(site.module)
+            weight, geometry = param.detach().to(dtype), site.options or _geometry(site.module)
             for k, (dy, images) in enumerate(pairs):
                 if len(dy):
                     wide = (dy.to(dtype), images.to(dtype), weight)
@@ -107,7 +103,10 @@ def _pads_apart(module: Any) -> bool:
 
 
 @traced_whole
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, call: Call) -> Tensor:
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, call: Call
+) -> Tensor:
+    """Run a convolution with clustered gradients of its kernel and bias."""
     return _Conv.apply(x, weight, bias, geometry, call)  # pyright: ignore[reportReturnType]
 
 
@@ -123,7 +122,7 @@ def _forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     if _pads_apart(m):
         mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
         x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
-    return _conv(x, m.weight, m.bias, _geometry(m), call)
+    return convolved(x, m.weight, m.bias, _geometry(m), call)
 
 
 CONV = Family(_forward, _gradients)

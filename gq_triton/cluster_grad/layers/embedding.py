@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
 from gq_triton.cluster_grad.layers.rows import accumulation_type, samples
-from gq_triton.cluster_grad.site import Call, Family, Site
+from gq_triton.cluster_grad.site import Call, Family, Site, UnknownRows
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.groups import Groups
 from gq_triton.ring import flat
 
-__all__ = ["EMBEDDING"]
+__all__ = ["EMBEDDING", "embedded"]
 
 
 class _Embedding(torch.autograd.Function):
@@ -40,13 +40,9 @@ def _gradients(
     """Give the sums of a table to the collector; return what it returns."""
     grad, indices = tensors
     groups, param = step.groups, site.param(0)
-    padding_idx: Any = site.module.padding_idx
-    if indices.dim() == 0 or len(indices) != groups.labels.numel():
-        raise RuntimeError(
-            f"{site.name} looked up indices of shape {tuple(indices.shape)} for "
-            f"{groups.labels.numel()} clustered samples: the first dimension must be the batch; "
-            "expand positions that all samples share, torch.arange(T).expand(B, T)"
-        )
+    padding_idx: Any = getattr(site.module, "padding_idx", None)
+    if indices.dim() == 0 or len(indices) % groups.labels.numel():
+        raise UnknownRows(f"{site.name} looked up indices of shape {tuple(indices.shape)}")
     rows = samples(grad.reshape(len(indices), -1, grad.shape[-1]), groups, site.name)
     where = indices.reshape(len(rows), -1)
     once = site.used_once(step, 0)
@@ -76,14 +72,15 @@ def _row_sums(groups: Groups, rows: Tensor, where: Tensor, count: int) -> Tensor
 
 
 @traced_whole
-def _embedding(indices: Tensor, weight: Tensor, padding_idx: int | None, call: Call) -> Tensor:
+def embedded(indices: Tensor, weight: Tensor, padding_idx: int | None, call: Call) -> Tensor:
+    """Look rows of a table up, with clustered gradients."""
     return _Embedding.apply(indices, weight, padding_idx, call)  # pyright: ignore[reportReturnType]
 
 
 def _forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """Run ``nn.Embedding.forward`` with clustered gradients."""
     m: Any = module
-    return _embedding(x, m.weight, m.padding_idx, call)
+    return embedded(x, m.weight, m.padding_idx, call)
 
 
 def _accepts(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from gq_triton.engines import engine
 from gq_triton.grouping.groups import Groups
 from gq_triton.ring import flat
 
-__all__ = ["CONV1D", "LINEAR"]
+__all__ = ["CONV1D", "LINEAR", "linear"]
 
 # Bytes of sums formed at a time on the CPU; more would leave the cache before they are weighted.
 ROOM = 1 << 24
@@ -160,20 +160,21 @@ def _gradients(
 
 
 @traced_whole
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, call: Call) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, call: Call) -> Tensor:
+    """Run a linear layer with clustered gradients of its weight and bias."""
     return _Linear.apply(x, weight, bias, transposed, call)  # pyright: ignore[reportReturnType]
 
 
 def _linear_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """Run ``nn.Linear.forward`` with clustered gradients."""
     m: Any = module
-    return _linear(x, m.weight, m.bias, False, call)
+    return linear(x, m.weight, m.bias, False, call)
 
 
 def _conv1d_forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """Run the forward pass of Transformers' ``Conv1D``, a linear layer with a transposed weight."""
     m: Any = module
-    return _linear(x, m.weight, m.bias, True, call)
+    return linear(x, m.weight, m.bias, True, call)
 
 
 LINEAR = Family(_linear_forward, partial(_gradients, False))

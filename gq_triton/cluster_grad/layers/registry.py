@@ -11,9 +11,10 @@ from gq_triton.cluster_grad.layers.conv import CONV
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
 from gq_triton.cluster_grad.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM
-from gq_triton.cluster_grad.site import Family
+from gq_triton.cluster_grad.layers.slices import OPAQUE, SLICES, parameters_of
+from gq_triton.cluster_grad.site import SITE, Family
 
-__all__ = ["SITE", "Layer", "survey", "trains"]
+__all__ = ["Layer", "register_layer", "survey"]
 
 # By the class whose forward() a layer runs: a subclass that overrides forward() has no family.
 _FAMILIES: dict[Any, Family] = {
@@ -29,10 +30,10 @@ _FAMILIES: dict[Any, Family] = {
     nn.BatchNorm2d: BATCH_NORM,
     nn.BatchNorm3d: BATCH_NORM,
 }
-# The attribute of a layer that holds its site while the plug-in is attached.
-SITE = "_gq_triton_site"
-# Recurrent layers, and layers that use their children's weights without calling the children.
-_OPAQUE = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.RNNBase, nn.RNNCellBase
+
+
+# Classes that were registered to be run again as a whole.
+_WHOLE: set[type[nn.Module]] = set()
 
 
 class Layer(NamedTuple):
@@ -41,22 +42,66 @@ class Layer(NamedTuple):
     Attributes:
         name: the layer's name in the model.
         module: the layer.
-        family: the family that sums its gradients by cluster; None if there is none.
+        family: the family that sums its gradients by cluster; None where stand-ins do.
+        attributes: the names of the parameters that the family sums, weight and bias by default.
     """
 
     name: str
     module: nn.Module
     family: Family | None
-
-    @property
-    def trainable(self) -> bool:
-        """Whether a parameter of the layer itself needs a gradient."""
-        return trains(self.module)
+    attributes: tuple[str, ...] = ()
 
 
-def trains(module: nn.Module) -> bool:
-    """Return whether a parameter of the layer itself, not of its children, needs a gradient."""
-    return any(param.requires_grad for param in module.parameters(recurse=False))
+def register_layer(cls: type[nn.Module], like: type[nn.Module] | None = None) -> None:
+    """Say how clusters find the gradients of a class of modules.
+
+    Most modules need no registration: their parameters are followed where operations use them.
+    Register a class whose forward pass calls code that shows torch no operations, or one that
+    computes what a layer of torch does in another way.
+
+    Args:
+        cls: the class. Its subclasses with the same ``forward`` are meant, too.
+        like: the class of torch whose ``forward`` takes the place of the module's own, with the
+            module's attributes: ``weight``, ``bias``, ``eps`` and so on have their meaning there.
+            None runs the module as it is, once more for each cluster's samples. Its samples lie
+            along the first dimension of its arguments and results, and do not depend on each other.
+
+    Raises:
+        TypeError: ``cls`` is no class of modules.
+        ValueError: no family of layers is like ``like``.
+
+    Example:
+        >>> import gq_triton, torch
+        >>> class Doubled(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(3, 3))
+        ...
+        ...     def forward(self, x):
+        ...         return x @ (2 * self.weight)
+        >>> gq_triton.register_layer(Doubled)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), Doubled())
+        >>> queue = gq_triton.GradQueue(model, n_clusters=2, features="0")
+        >>> queue.report()["1.weight"]
+        'clusters (Doubled run again)'
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_layer needs a class of torch.nn.Module, got {cls!r}")
+    if like is None:
+        _WHOLE.add(cls)
+        return
+    family = _FAMILIES.get(like)
+    if family is None:
+        known = ", ".join(kind.__name__ for kind in _FAMILIES)
+        raise ValueError(f"like must be one of {known}, got {like!r}")
+    _FAMILIES[cls] = family
+
+
+def _runs_whole(module: nn.Module) -> bool:
+    """Return whether a module is run again as a whole."""
+    return isinstance(module, OPAQUE) or any(
+        isinstance(module, cls) and type(module).forward is cls.forward for cls in _WHOLE
+    )
 
 
 def _family_of(module: nn.Module) -> Family | None:
@@ -77,12 +122,14 @@ def _family_of(module: nn.Module) -> Family | None:
 
 def survey(model: nn.Module) -> list[Layer]:
     """Return the layers of a model that hold parameters directly."""
-    layers, hidden = [], set()
+    layers: list[Layer] = []
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, _OPAQUE):
-            hidden.update(id(child) for child in module.modules() if child is not module)
-        params = list(module.parameters(recurse=False))
-        known = not isinstance(module, _OPAQUE) and id(module) not in hidden
-        if params:
-            layers.append(Layer(name, module, _family_of(module) if known else None))
+        if module in inside:
+            continue
+        if _runs_whole(module):
+            inside.update(module.modules())
+            layers.append(Layer(name, module, SLICES, parameters_of(module)))
+        elif next(module.parameters(recurse=False), None) is not None:
+            layers.append(Layer(name, module, _family_of(module)))
     return layers

@@ -6,6 +6,7 @@ Shapes: B samples, T rows per sample, N numbers per row.
 import torch
 from torch import Tensor
 
+from gq_triton.cluster_grad.site import UnknownRows
 from gq_triton.grouping.groups import Groups
 
 __all__ = ["accumulation_type", "check_rows", "launches_cost", "samples"]
@@ -20,14 +21,10 @@ def samples(tensor: Tensor, groups: Groups, layer: str) -> Tensor:
 
 
 def check_rows(tensor: Tensor, groups: Groups, layer: str) -> None:
-    """Raise a RuntimeError unless the first dimension can be that of the clustered samples."""
+    """Raise ``UnknownRows`` unless the first dimension can be that of the clustered samples."""
     batch, first = groups.labels.numel(), tensor.shape[0] if tensor.dim() else 0
-    if first != batch and (tensor.dim() > 2 or first == 0 or first % batch):
-        raise RuntimeError(
-            f"{layer} saw a first dimension of {first} for {batch} clustered samples: it must be "
-            "the batch, or two dimensions with each sample's rows together; use "
-            'GradQueue(mode="microbatch") for this model'
-        )
+    if first == 0 or first % batch:
+        raise UnknownRows(f"{layer} saw {first} rows for {batch} samples")
 
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:

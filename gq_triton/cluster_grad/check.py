@@ -1,0 +1,159 @@
+"""One batch as a test: how the gradient of every parameter will be found, before training."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gq_triton.grouping.features import tensors_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gq_triton.cluster_grad.clusters import Clusters
+
+__all__ = ["Check", "Checked", "check_batch"]
+
+# A module that cannot be run again by itself hands over to the module around it, one per pass.
+_PASSES = 12
+
+
+class Checked(NamedTuple):
+    """How the gradient of one parameter is found.
+
+    Attributes:
+        name: the parameter's name.
+        elements: its number of elements.
+        how: the words of ``report()``.
+    """
+
+    name: str
+    elements: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a batch has shown.
+
+    Attributes:
+        rows: the parameters.
+    """
+
+    rows: list[Checked]
+
+    @property
+    def whole(self) -> list[str]:
+        """The names of the parameters that are weighted as one cluster."""
+        return [row.name for row in self.rows if row.how.startswith("whole batch")]
+
+    @property
+    def share(self) -> float:
+        """The share of the trainable elements whose gradients are known by cluster."""
+        trainable = [row for row in self.rows if row.how != "frozen"]
+        known = sum(row.elements for row in trainable if row.how.startswith("clusters"))
+        return known / max(sum(row.elements for row in trainable), 1)
+
+    def __str__(self) -> str:
+        """Return a table of the parameters, and a line that sums it up."""
+        width = max((len(row.name) for row in self.rows), default=0)
+        lines = [f"{row.name:{width}}  {row.elements:>12,}  {row.how}" for row in self.rows]
+        return "\n".join([*lines, f"{self.share:.1%} of the trainable elements are clustered"])
+
+
+def _loss_of(output: Any) -> Tensor:
+    """Return a number that depends on everything with a gradient in a model's output."""
+    own = getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.requires_grad:
+        return own
+    parts = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+    if isinstance(output, Tensor) and output.requires_grad and not parts:
+        parts = [output]
+    if not parts:
+        raise ValueError(
+            "the model's output has no tensor with a gradient: give check() a loss, a function of "
+            "the output"
+        )
+    return torch.stack([part.square().mean().float() for part in parts]).sum()
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+@contextmanager
+def _unchanged(clusters: "Clusters") -> "Iterator[None]":
+    """Give back gradients, buffers, random numbers and the state of the clusters afterwards."""
+    model, accumulator = clusters.model, clusters.accumulator
+    grads = [(param, param.grad) for param in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    saved, last, told = clusters.state_dict(), clusters.last, set(accumulator.told)
+    devices = {param.device for param, _ in grads if param.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(list(devices)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for param, grad in grads:
+            param.grad = grad
+        with torch.no_grad():
+            for buffer, values in buffers:
+                buffer.copy_(values)
+        accumulator.raw.take_all()
+        accumulator.raw.count_passes()
+        accumulator.told = told
+        clusters.load_state_dict(saved)
+        clusters.last = last
+
+
+def check_batch(
+    clusters: "Clusters", batch: Any, loss: Callable[[Any], Tensor] | None = None
+) -> Check:
+    """Run forward and backward passes of one batch; return how each gradient was found.
+
+    Nothing is queued, and the model keeps its gradients, buffers and random numbers.
+
+    Args:
+        clusters: the clusters.
+        batch: the arguments of the model: a mapping by name, a tuple or list, or the only one.
+        loss: returns the loss of the model's output; by default the output's own ``loss``, or the
+            mean square of its tensors.
+
+    Raises:
+        RuntimeError: with ``strict=True``, where gradients are not known by cluster.
+    """
+    accumulator = clusters.accumulator
+    strict, accumulator.strict = accumulator.strict, False
+    undo = None if clusters.installed else clusters.install()
+    try:
+        with _unchanged(clusters), torch.enable_grad():
+            for _ in range(_PASSES):
+                accumulator.known_by_cluster.clear()
+                for param in clusters.model.parameters():
+                    param.grad = None
+                known = dict(clusters.owners)
+                (loss or _loss_of)(_called(clusters.model, batch)).backward()
+                if known == clusters.owners:
+                    break
+            how = clusters.report()
+            for name, param in accumulator.params.items():
+                if param.requires_grad and name not in accumulator.known_by_cluster:
+                    how[name] = "no gradient (the loss of this batch does not depend on it)"
+    finally:
+        accumulator.strict = strict
+        if undo is not None:
+            undo()
+    rows = [Checked(name, accumulator.params[name].numel(), how[name]) for name in how]
+    result = Check(rows)
+    if strict and result.whole:
+        raise RuntimeError(
+            "strict=True, and these parameters are not known by cluster:\n"
+            + "\n".join(f"{row.name}: {row.how}" for row in rows if row.name in result.whole)
+        )
+    return result

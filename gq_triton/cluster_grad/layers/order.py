@@ -1,0 +1,169 @@
+"""The order of rows: whether the rows of a tensor are those of the samples, one after the other.
+
+A tensor with another first dimension than the number of samples B may hold rows of samples still:
+the windows of an image, the positions of a sequence in two dimensions. A selection of rows, as in a
+mixture of experts, and a transposition to time-major order hold as many rows in another order. The
+autograd graph tells them apart.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["in_order"]
+
+# The number of operations that are followed back.
+_LIMIT = 500
+# Operations that keep all dimensions but may change sizes elsewhere: row i of the result depends on
+# row i of the operands. Names are those of autograd's nodes without what follows "Backward".
+_KEEPING = {
+    "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Rsqrt", "Exp", "Log", "Abs", "Tanh",
+    "Sigmoid", "LogSigmoid", "Silu", "Gelu", "Relu", "LeakyRelu", "Elu", "Hardtanh", "Hardswish",
+    "Hardsigmoid", "Softplus", "Mish", "Where", "MaskedFill", "Clamp", "ClampMin", "ClampMax",
+    "Maximum", "Minimum", "Addcmul", "Lerp", "ToCopy", "Clone", "Alias", "NativeDropout",
+    "NativeLayerNorm", "FusedRmsNorm", "NativeGroupNorm", "NativeBatchNorm", "Convolution",
+    "PreluKernel", "ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention",
+    "ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention", "ConstantPadNd",
+    "_Linear", "_Conv", "_Embedding", "_LayerNorm", "_RMSNorm", "_GroupNorm", "_BatchNorm",
+    "_Slices", "AvgPool2D", "MaxPool2DWithIndices",
+}  # fmt: skip
+_VIEWING = {"View", "UnsafeView", "ReshapeAlias", "Reshape", "Squeeze", "Unsqueeze"}
+_REDUCING = {"Mean", "Sum", "Softmax", "LogSoftmax", "Slice", "Cat", "Split", "SplitWithSizes"}
+
+
+def in_order(tensor: Tensor, batch: int) -> bool:
+    """Return whether each sample's rows lie together along dimension 0, in the samples' order.
+
+    Args:
+        tensor: ``(n, ...)``.
+        batch: the number of samples B.
+    """
+    if tensor.shape[0] == batch:
+        return True
+    if tensor.shape[0] % batch or torch.compiler.is_compiling() or tensor.grad_fn is None:
+        return False
+    stack, seen, found = [(tensor.grad_fn, tensor.output_nr, 0)], set(), False
+    while stack:
+        entry = stack.pop()
+        if entry in seen:
+            continue
+        seen.add(entry)
+        sources = None if len(seen) > _LIMIT else _sources(*entry)
+        if sources is None:
+            return False
+        for node, place, axis in sources:
+            if axis == 0 and _has_samples_first(_shape(node, place), batch):
+                found = True
+            else:
+                stack.append((node, place, axis))
+    return found
+
+
+def _has_samples_first(shape: tuple[int, ...], batch: int) -> bool:
+    """Return whether dimension 0 is that of the samples, and no other may be."""
+    others = shape[1:-1] if len(shape) > 2 else shape[1:]
+    return bool(shape) and shape[0] == batch and batch not in others
+
+
+def _shape(node: Any, place: int) -> tuple[int, ...]:
+    """Return the shape of an output of a node."""
+    shape: tuple[int, ...] = tuple(node._input_metadata[place].shape)
+    return shape
+
+
+def _parents(node: Any) -> Iterator[tuple[int, Any, int]]:
+    """Yield the operands of a node that are computed: position, their node, its output."""
+    for position, (parent, place) in enumerate(node.next_functions):
+        if parent is not None and type(parent).__name__ != "AccumulateGrad":
+            yield position, parent, place
+
+
+def _sources(node: Any, place: int, axis: int) -> list[tuple[Any, int, int]] | None:
+    """Return where rows along an axis of a node's output come from; None if they are mixed.
+
+    Args:
+        node: the node.
+        place: which of its outputs.
+        axis: the dimension of the rows.
+    """
+    kind, shape = type(node).__name__.partition("Backward")[0], _shape(node, place)
+    found: list[tuple[Any, int, int]] = []
+    for position, parent, output in _parents(node):
+        inner = _shape(parent, output)
+        into = _axis(node, kind, position, axis, shape, inner)
+        if into is None:
+            return None
+        if into >= 0:
+            found.append((parent, output, into))
+    return found
+
+
+def _axis(
+    node: Any, kind: str, position: int, axis: int, shape: tuple[int, ...], inner: tuple[int, ...]
+) -> int | None:
+    """Return the dimension of an operand that the rows come from.
+
+    Returns:
+        The dimension; -1 if no row depends on the operand alone, as on one that is broadcast; None
+        if rows are mixed, or nothing is known of the operation.
+    """
+    dims = len(shape)
+    if kind == "Permute":
+        return _signed(node._saved_dims[axis]) % dims
+    if kind in ("Transpose", "T"):
+        first, second = (0, 1) if kind == "T" else (node._saved_dim0, node._saved_dim1)
+        swap = {_signed(first) % dims: _signed(second) % dims}
+        swap |= {new: old for old, new in swap.items()}
+        return swap.get(axis, axis)
+    if kind in ("Unbind", "Select"):
+        return axis + (_signed(node._saved_dim) % len(inner) <= axis)
+    if kind == "Roll":
+        return None if axis in node._saved_dims else axis
+    if kind in ("_Expand", "_Tapped"):  # a stand-in, expanded over the rows or met by them
+        return -1 if kind == "_Expand" or position else axis
+    if kind == "Expand":
+        return None if len(inner) < dims - axis else _broadcast(axis, shape, inner)
+    if kind in _VIEWING:
+        return _through_view(axis, shape, inner)
+    if kind in ("Mm", "Addmm", "Bmm", "Baddbmm"):
+        right = position - (kind in ("Addmm", "Baddbmm"))
+        if right < 0:
+            return _broadcast(axis, shape, inner)
+        batched = dims == 3 and axis == 0
+        return axis if batched or (right == 0 and axis == dims - 2) else -1 if right else None
+    if kind in _REDUCING:
+        changed = getattr(node, "_saved_dim", ())
+        changed = changed if isinstance(changed, tuple) else (changed,)
+        if (
+            len(inner) != dims
+            or None in changed
+            or axis in {_signed(dim) % len(inner) for dim in changed}
+        ):
+            return None
+        return axis
+    return _broadcast(axis, shape, inner) if kind in _KEEPING else None
+
+
+def _broadcast(axis: int, shape: tuple[int, ...], inner: tuple[int, ...]) -> int:
+    into = axis - (len(shape) - len(inner))
+    return into if into >= 0 and inner[into] == shape[axis] else -1
+
+
+def _through_view(axis: int, shape: tuple[int, ...], inner: tuple[int, ...]) -> int | None:
+    """Return the dimension of the viewed tensor that begins where the axis of the view begins."""
+    if math.prod(shape) != math.prod(inner):
+        return None
+    before, element = math.prod(shape[:axis]), 1
+    for into, size in enumerate(inner):
+        if element == before and size > 1:
+            return into
+        element *= size
+    return None
+
+
+def _signed(number: int) -> int:
+    """Return a dimension that autograd keeps as an unsigned number."""
+    return number - (1 << 64) if number >= 1 << 63 else number

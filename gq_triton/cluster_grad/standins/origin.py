@@ -1,0 +1,52 @@
+"""The origin of a stand-in: the parameters it is computed from, and its forward pass."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["OTHER", "REPEATED", "SAME", "Origin", "Root"]
+
+# How the elements of a stand-in follow from those of its parameter: the same in the same order, the
+# same repeated along dimension 0, or in any other way.
+SAME, REPEATED, OTHER = "same", "repeated", "other"
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """A parameter from which a stand-in is computed, or rows of a table looked up for all samples.
+
+    Attributes:
+        sites: the key of the parameter's site, by the kind of operation that meets the samples.
+        param: the parameter.
+        indices: the rows that were looked up; None for a whole parameter.
+        padding: the row of a table that gets no gradient, or None.
+    """
+
+    sites: dict[str, Tensor]
+    param: Tensor
+    indices: Tensor | None = None
+    padding: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a stand-in comes from.
+
+    Attributes:
+        token: the token of the forward pass.
+        clock: the tensor to which operations without a result write in a compiled graph.
+        batch: the number of samples of the forward pass; 0 if they are not the first dimension.
+        inputs: the addresses of the model's inputs, which are tensors of samples.
+        roots: what the stand-in is computed from.
+        starts: by root, the tensor that all its uses begin with.
+        link: how the elements follow from those of the only root: ``SAME``, ``REPEATED`` or
+            ``OTHER``.
+    """
+
+    token: Tensor
+    clock: Tensor
+    batch: int
+    inputs: frozenset[int]
+    roots: tuple[Root, ...]
+    starts: tuple[Tensor, ...]
+    link: str

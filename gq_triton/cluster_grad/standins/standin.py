@@ -1,0 +1,469 @@
+"""The stand-in: a tensor computed from parameters alone, which follows the operations on it."""
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from gq_triton.cluster_grad.compiled_ops import use
+from gq_triton.cluster_grad.layers.conv import CONV, convolved
+from gq_triton.cluster_grad.layers.embedding import EMBEDDING, embedded
+from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR, linear
+from gq_triton.cluster_grad.layers.order import in_order
+from gq_triton.cluster_grad.site import site_of
+from gq_triton.cluster_grad.standins.meet import expanded, routed, tapped
+from gq_triton.cluster_grad.standins.origin import OTHER, REPEATED, SAME, Origin
+
+__all__ = ["StandIn", "plain", "stand_in", "with_samples", "without_stand_ins"]
+
+
+class StandIn(Tensor):
+    """A tensor that stands for a parameter, or for what is computed from parameters alone."""
+
+    _gq_origin: Origin
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation on stand-ins; its result is one too unless samples came in."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return _run(func, tuple(args), kwargs or {})
+
+
+def stand_in(tensor: Tensor, origin: Origin) -> StandIn:
+    """Return a stand-in with the values and the graph of a tensor."""
+    made = tensor.as_subclass(StandIn)
+    made._gq_origin = origin
+    return made
+
+
+def plain(value: Any) -> Any:
+    """Return a stand-in as an ordinary tensor with the same graph; any other value as it is."""
+    if not isinstance(value, StandIn):
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return _plain(value)
+
+
+def with_samples(value: Any, rows: int) -> Any:
+    """Return a stand-in that has rows of samples as an ordinary tensor; other values as they are.
+
+    Args:
+        value: an argument of a module.
+        rows: the number of samples.
+    """
+    if not isinstance(value, StandIn):
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        met = _meets(value, value.dim(), rows) if value.dim() and value.shape[0] == rows else None
+        return _plain(value) if met is None else met
+
+
+def without_stand_ins(output: Any) -> Any:
+    """Return a model's output with ordinary tensors in place of stand-ins."""
+    if isinstance(output, Tensor):
+        return plain(output)
+    if type(output) in (tuple, list):
+        return type(output)([without_stand_ins(value) for value in output])
+    if isinstance(output, MutableMapping):
+        for key in list(output):
+            if isinstance(output[key], StandIn):
+                output[key] = plain(output[key])
+    return output
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.view(tensor.shape)
+
+
+# Operations whose operands are broadcast against each other, element by element.
+_ELEMENTWISE = {
+    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__,
+    torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__,
+    torch.subtract, Tensor.subtract, torch.rsub,
+    torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__,
+    torch.multiply, Tensor.multiply,
+    torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__rtruediv__,
+    Tensor.__itruediv__, torch.divide, Tensor.divide, torch.true_divide, Tensor.true_divide,
+    torch.where, Tensor.where, torch.maximum, Tensor.maximum, torch.minimum, Tensor.minimum,
+    torch.addcmul, Tensor.addcmul, torch.lerp, Tensor.lerp, torch.pow, Tensor.pow, Tensor.__pow__,
+    Tensor.masked_fill,
+}  # fmt: skip
+# Operations of which the gradients by cluster are found by K products, where the result has the
+# samples in dimension 0.
+_TAPPED = {
+    torch.einsum, torch.bmm, Tensor.bmm, torch.baddbmm, torch.tensordot, F.bilinear,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.batch_norm, F.group_norm,
+    F.instance_norm, torch.rms_norm, torch.layer_norm, F.grid_sample, torch.matmul, Tensor.matmul,
+    Tensor.__matmul__, F.conv1d, F.conv2d, F.conv3d, F.linear,
+}  # fmt: skip
+# Operations that keep the elements and their order.
+_SAME = {
+    Tensor.view, Tensor.reshape, torch.reshape, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze,
+    torch.squeeze, Tensor.flatten, torch.flatten, Tensor.unflatten, Tensor.contiguous,
+    Tensor.clone, torch.clone, Tensor.to, Tensor.float, Tensor.double, Tensor.half,
+    Tensor.bfloat16, Tensor.type_as, Tensor.view_as, Tensor.type,
+}  # fmt: skip
+_JOINED = {torch.cat, torch.concat, torch.concatenate}
+_REPEATED = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
+_MULTIPLIED = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_CONVOLVED = {F.conv1d, F.conv2d, F.conv3d}
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Return the tensors among the arguments of an operation, and in lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(_tensors(value))
+    return found
+
+
+def _of_samples(tensor: Tensor, origin: Origin) -> bool:
+    """Return whether the rows of a tensor are known to belong to samples, in their order."""
+    if tensor.dim() == 0 or isinstance(tensor, (StandIn, nn.Parameter)):
+        return False
+    rows, batch = tensor.shape[0], origin.batch
+    if batch == 0 or rows == 0 or rows % batch:
+        return False
+    if tensor.requires_grad or not torch.is_grad_enabled():
+        return rows == batch or in_order(tensor, batch)
+    # Nothing tells a constant from samples that need no gradient, except the model's own inputs.
+    return not torch.compiler.is_compiling() and tensor.data_ptr() in origin.inputs
+
+
+def _merged(stand_ins: list[Any], link: str) -> Origin:
+    """Return the origin of what is computed from some stand-ins."""
+    origin: Origin = stand_ins[0]._gq_origin
+    if len(stand_ins) == 1:
+        return origin if origin.link == link else _linked(origin, link)
+    roots, starts = list(origin.roots), list(origin.starts)
+    for other in stand_ins[1:]:
+        for root, start in zip(other._gq_origin.roots, other._gq_origin.starts, strict=True):
+            if all(start is not known for known in starts):
+                roots.append(root)
+                starts.append(start)
+    link = link if len(roots) == 1 else OTHER
+    return Origin(
+        origin.token, origin.clock, origin.batch, origin.inputs, tuple(roots), tuple(starts), link
+    )
+
+
+def _linked(origin: Origin, link: str) -> Origin:
+    return Origin(
+        origin.token, origin.clock, origin.batch, origin.inputs, origin.roots, origin.starts, link
+    )
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func in _ELEMENTWISE and "out" not in kwargs:
+        return _elementwise(func, args, kwargs)
+    if func in _JOINED and args and "out" not in kwargs:
+        return _joined(func, args, kwargs)
+    if func is F.linear:
+        return _linear(*args, **kwargs)
+    if func is F.embedding:
+        return _embedding(func, args, kwargs)
+    if func in _CONVOLVED:
+        return _convolution(func, args, kwargs)
+    if func is F.layer_norm or func is F.rms_norm:
+        return _normalised(func, args, kwargs)
+    if func in _MULTIPLIED:
+        return _product(func, args, kwargs)
+    if func is F.scaled_dot_product_attention:
+        return _attention(func, args, kwargs)
+    if func is F.prelu:
+        return _prelu(*args, **kwargs)
+    return _other(func, args, kwargs)
+
+
+def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation that does not meet the samples in a known way."""
+    if func in _TAPPED and not torch.compiler.is_compiling():
+        return _tapped(func, args, kwargs)
+    out = func(*args, **kwargs)
+    if isinstance(out, Tensor):
+        return _follow(func, args, kwargs, out)
+    if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
+        parts = [_follow(func, args, kwargs, part) for part in out]
+        return type(out)(parts) if type(out) in (tuple, list) else out
+    return out
+
+
+def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation whose result shows whether it has the samples in dimension 0."""
+    given = _tensors([*args, *kwargs.values()])
+    stand_ins: list[Any] = [tensor for tensor in given if isinstance(tensor, StandIn)]
+    origin: Origin = stand_ins[0]._gq_origin
+    others = [tensor for tensor in given if not isinstance(tensor, StandIn)]
+    samples = [tensor for tensor in others if _of_samples(tensor, origin)]
+    if not samples or not torch.is_grad_enabled():
+        out = func(*args, **kwargs)
+        return _follow(func, args, kwargs, out) if isinstance(out, Tensor) else out
+    spec = tree_flatten((args, kwargs))
+
+    def arguments(values: list[Tensor]) -> tuple[Any, Any]:
+        places = iter(values)
+        leaves = [next(places) if isinstance(leaf, StandIn) else leaf for leaf in spec[0]]
+        return tree_unflatten(leaves, spec[1])
+
+    out = func(*args, **kwargs)
+    rows = samples[0].shape[0]
+    if out.shape[0] != rows or list(out.shape).count(rows) > 1:
+        return out  # nothing tells which dimension is that of the samples
+    return tapped(func, [(_plain(s), s._gq_origin) for s in stand_ins], arguments)
+
+
+def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
+    """Return a result as a stand-in, if it comes from parameters and constants alone."""
+    if not out.is_floating_point() or (torch.is_grad_enabled() and not out.requires_grad):
+        return out
+    given = _tensors([*args, *kwargs.values()])
+    stand_ins = [tensor for tensor in given if isinstance(tensor, StandIn)]
+    origin: Origin = stand_ins[0]._gq_origin
+    # Other tensors with a gradient: samples, or parameters that no stand-in stands for, whose
+    # gradient a route through stand-ins would not reach.
+    others = [tensor for tensor in given if not isinstance(tensor, StandIn)]
+    if any(tensor.requires_grad or _of_samples(tensor, origin) for tensor in others):
+        return out
+    link = _link(func, args, stand_ins[0], out) if len(stand_ins) == 1 else OTHER
+    if link == OTHER and torch.compiler.is_compiling():
+        return out  # a compiled graph cannot go back through the computation cluster by cluster
+    return stand_in(out, _merged(stand_ins, link))
+
+
+def _link(func: Any, args: tuple[Any, ...], source: Any, out: Tensor) -> str:
+    """Return how the elements of a result follow from those of the stand-in's parameter."""
+    origin: Origin = source._gq_origin
+    if origin.link == SAME and out.numel() == source.numel():
+        numbers = func in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+        if func in _SAME or (numbers and len(_tensors(args)) == 1):
+            return SAME
+        if func is Tensor.__getitem__ and _only_adds_dimensions(args[1]):
+            return SAME
+    repeats = origin.link == SAME and func in _REPEATED and source.dim() == out.dim()
+    if repeats and source.shape[1:] == out.shape[1:] and source.shape[0] == 1:
+        return REPEATED
+    return OTHER
+
+
+def _only_adds_dimensions(index: Any) -> bool:
+    entries = index if isinstance(index, tuple) else (index,)
+    # slice(None) as a value cannot be compared in a compiled graph.
+    return all(
+        entry is None
+        or entry is Ellipsis
+        or (
+            isinstance(entry, slice)
+            and entry.start is None
+            and entry.stop is None
+            and entry.step is None
+        )
+        for entry in entries
+    )
+
+
+def _meets(tensor: Any, dims: int, rows: int) -> Tensor | None:
+    """Return a stand-in expanded to ``rows`` rows of ``dims`` dimensions; None if it cannot be."""
+    origin: Origin = tensor._gq_origin
+    values = _plain(tensor)
+    if dims > tensor.dim():
+        values = values.reshape(*[1] * (dims - tensor.dim()), *tensor.shape)
+        origin = origin if origin.link == SAME else _linked(origin, OTHER)
+    if values.shape[0] == rows and rows > 1:
+        if origin.link == SAME:
+            origin = _linked(origin, OTHER)
+    elif values.shape[0] != 1:
+        return None
+    if origin.link == OTHER and torch.compiler.is_compiling():
+        return None
+    return expanded(values, origin, rows)
+
+
+def _all_meet(operands: list[Any], rows: int, dims: int) -> list[Any]:
+    """Return operands with their stand-ins expanded; a stand-in that cannot be is made plain."""
+    met = []
+    for operand in operands:
+        if isinstance(operand, StandIn):
+            values = _meets(operand, dims, rows)
+            met.append(_plain(operand) if values is None else values)
+        else:
+            met.append(operand)
+    return met
+
+
+def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation that broadcasts its operands."""
+    operands = _tensors(args)
+    origin: Origin = next(t for t in operands if isinstance(t, StandIn))._gq_origin
+    shape = torch.broadcast_shapes(*[tensor.shape for tensor in operands])
+    samples = [
+        tensor
+        for tensor in operands
+        if tensor.dim() == len(shape)
+        and tensor.shape[0] == shape[0]
+        and _of_samples(tensor, origin)
+    ]
+    if not samples:
+        return _other(func, args, kwargs)
+    return func(*_all_meet(list(args), shape[0], len(shape)), **kwargs)
+
+
+def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a concatenation; along other dimensions than the first, rows stay those of samples."""
+    parts = list(args[0])
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    origin: Origin = next(t for t in parts if isinstance(t, StandIn))._gq_origin
+    samples = [tensor for tensor in parts if _of_samples(tensor, origin)]
+    if not samples or dim % samples[0].dim() == 0:
+        return _other(func, args, kwargs)
+    rows, dims = samples[0].shape[0], samples[0].dim()
+    return func(_all_meet(parts, rows, dims), *args[1:], **kwargs)
+
+
+def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run attention: a stand-in among queries, keys, values and mask has the samples first."""
+    given = _tensors([*args, *kwargs.values()])
+    origin: Origin = next(t for t in given if isinstance(t, StandIn))._gq_origin
+    samples = [tensor for tensor in given if _of_samples(tensor, origin)]
+    if not samples:
+        return _other(func, args, kwargs)
+    rows, dims = samples[0].shape[0], samples[0].dim()
+    names = list(kwargs)
+    values = _all_meet([kwargs[name] for name in names], rows, dims)
+    return func(*_all_meet(list(args), rows, dims), **dict(zip(names, values, strict=True)))
+
+
+def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a matrix product of samples with a stand-in: as a linear layer, or a product of each."""
+    left, right = args
+    stand: Any = right if isinstance(right, StandIn) else left
+    other = left if stand is right else right
+    if not _of_samples(other, stand._gq_origin):
+        return _other(func, args, kwargs)
+    if stand is right and right.dim() == 2 and left.dim() > 1:
+        entered = _entered(right, "product", CONV1D)
+        if entered is None:
+            return func(*args, **kwargs)
+        return linear(left, entered[0], None, True, entered[1])
+    dims = max(left.dim(), right.dim())
+    if stand.dim() < 2 or other.dim() < max(3, dims):
+        return _other(func, args, kwargs)
+    return func(*_all_meet([left, right], other.shape[0], dims), **kwargs)
+
+
+def _with_bias(out: Tensor, bias: Any, shape: Sequence[int]) -> Any:
+    """Add a bias, which may be a stand-in, to a result of samples."""
+    if bias is None:
+        return out
+    if not isinstance(bias, StandIn):
+        return out + bias.view(shape)
+    return _elementwise(torch.add, (out, _viewed(bias, shape)), {})
+
+
+def _viewed(tensor: Any, shape: Sequence[int]) -> Any:
+    """Return a stand-in in another shape."""
+    return _follow(Tensor.view, (tensor, shape), {}, tensor.view(shape))
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """Run ``F.linear``."""
+    given = [t for t in (x, weight, bias) if isinstance(t, StandIn)]
+    origin: Origin = given[0]._gq_origin
+    if not _of_samples(x, origin) or weight.dim() != 2:
+        return _other(F.linear, (x, weight, bias), {})
+    if not isinstance(weight, StandIn):
+        return _with_bias(F.linear(x, weight), bias, (-1,))
+    entered = _entered(weight, "linear", LINEAR)
+    out = F.linear(x, weight) if entered is None else linear(x, entered[0], None, False, entered[1])
+    return _with_bias(out, bias, (-1,))
+
+
+def _entered(weight: Any, kind: str, family: Any) -> tuple[Tensor, Any] | None:
+    """Return a stand-in as the parameter of a family's operation, with its call; None if not."""
+    origin: Origin = weight._gq_origin
+    root = origin.roots[0]
+    whole = origin.link == SAME and root.indices is None
+    if whole and weight.shape == root.param.shape and weight.dtype == root.param.dtype:
+        key = root.sites.get(kind)
+        if key is not None:
+            use(origin.clock, origin.token, key, torch.is_grad_enabled())
+            return root.param, (origin.token, key)
+    if torch.compiler.is_compiling():
+        return None
+    return routed(_plain(weight), origin, family)
+
+
+def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``F.embedding`` in the table of a stand-in."""
+    names = "input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"
+    given = dict(zip(names, args, strict=False)) | kwargs
+    indices, table = given["input"], given["weight"]
+    if isinstance(indices, StandIn) or not isinstance(table, StandIn):
+        return _other(func, args, kwargs)
+    changed = given.get("max_norm") or given.get("scale_grad_by_freq") or given.get("sparse")
+    rows = indices.shape[0] if indices.dim() else 0
+    origin: Origin = table._gq_origin
+    if changed or indices.dim() < 2 or rows != origin.batch or indices.shape[1] == rows:
+        return _other(func, args, kwargs)
+    entered = _entered(table, "embedding", EMBEDDING)
+    if entered is None:
+        return func(*args, **kwargs)
+    return embedded(indices, entered[0], given.get("padding_idx"), entered[1])
+
+
+def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a convolution whose kernel is a stand-in."""
+    names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+    given = dict(zip(names, args, strict=False)) | kwargs
+    x, weight, bias = given["input"], given["weight"], given.pop("bias", None)
+    spatial = weight.dim() - 2
+    stand: Any = next(t for t in (weight, bias, x) if isinstance(t, StandIn))
+    if not _of_samples(x, stand._gq_origin) or x.dim() != weight.dim():
+        return _other(func, args, kwargs)
+    shown = not isinstance(given.get("padding"), str) and not torch.compiler.is_compiling()
+    if isinstance(weight, StandIn) and shown:
+        kernel, call = routed(_plain(weight), weight._gq_origin, CONV)
+        defaults = {"stride": 1, "padding": 0, "dilation": 1}
+        sizes = [given.get(name, default) for name, default in defaults.items()]
+        wide = [(size,) * spatial if isinstance(size, int) else tuple(size) for size in sizes]
+        geometry: Any = (*wide, given.get("groups", 1))
+        site = site_of(call[1])
+        assert site is not None
+        site.options = geometry
+        out = convolved(x, kernel, None, geometry, call)
+    else:
+        out = func(**given)
+    return _with_bias(out, bias, (-1, *[1] * spatial))
+
+
+def _normalised(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a normalisation, then scale and shift its result."""
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    if func is F.rms_norm:
+        names = ("input", "normalized_shape", "weight", "eps")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    weight, bias = given.pop("weight", None), given.pop("bias", None)
+    stand: Any = next(t for t in (weight, bias, given["input"]) if isinstance(t, StandIn))
+    if not _of_samples(given["input"], stand._gq_origin):
+        return _other(func, args, kwargs)
+    out = func(**given)
+    if isinstance(weight, StandIn):
+        out = _elementwise(torch.mul, (out, weight), {})
+    elif weight is not None:
+        out = out * weight
+    return _with_bias(out, bias, (-1,)) if bias is None or bias.dim() == 1 else out + bias
+
+
+def _prelu(x: Any, weight: Any) -> Any:
+    """Run ``F.prelu``, whose slope belongs to channels."""
+    if isinstance(x, StandIn) or not _of_samples(x, weight._gq_origin):
+        return _other(F.prelu, (x, weight), {})
+    shape = [-1 if dim == 1 else 1 for dim in range(x.dim())] if x.dim() > 1 else [-1]
+    return torch.where(x > 0, x, _elementwise(torch.mul, (x, _viewed(weight, shape)), {}))
