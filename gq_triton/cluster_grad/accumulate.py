@@ -251,14 +251,16 @@ class Accumulator:
             self._markers[key] = zero.expand_as(param)
         return self._markers[key]
 
-    def _come_together(self, name: str, total: Tensor) -> Tensor | None:
+    def _come_together(self, name: str, total: Tensor | None) -> Tensor | None:
         """Return a parameter's gradient; None keeps ``total``.
 
         Args:
             name: the parameter's name.
             total: the sum that autograd has formed, with markers in place of layers' gradients.
+                None where a compiled graph takes the parameter and does not use it.
         """
-        if self.paused:  # a backward pass within a module that runs as a whole
+        # A paused accumulator sees a backward pass within a module that runs as a whole.
+        if total is None or self.paused:
             return None
         if total.layout != torch.strided or total.is_complex():
             return None  # refused, in words, by what queues gradients
@@ -403,7 +405,7 @@ class Accumulator:
         """Give hooks to the covered parameters that need a gradient and have none yet."""
         accumulator = weakref.ref(self)
 
-        def before(name: str, total: Tensor) -> Tensor | None:
+        def before(name: str, total: Tensor | None) -> Tensor | None:
             alive = accumulator()
             return None if alive is None else alive._come_together(name, total)
 

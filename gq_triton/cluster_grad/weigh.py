@@ -66,14 +66,17 @@ class Weigh:
     def take_rows(self, name: str, groups: Groups, rows: Tensor, sums: Tensor) -> Taken:
         """Weight the cluster means of a table's touched rows.
 
-        A row that no sample touched has gradient 0 in every cluster, so 0 whatever its weight.
+        A row that no sample touched has gradient 0 in every cluster, so 0 whatever its weight,
+        which the statistics count as 1.
         """
         param = self._leaves[name]
         part = self._combine(groups, name, rows, sums)
         weighted, raw = (torch.zeros_like(param, dtype=sums.dtype) for _ in range(2))
         for table, values in zip((weighted, raw), part[:2], strict=True):
             table.index_copy_(0, rows, values.view(len(rows), -1))
-        return self._taken(name, weighted, raw, part[2])
+        untouched = part[2].new_zeros(1, part[2].shape[1])
+        untouched[0, 2] = param.numel() - part[0].numel()
+        return self._taken(name, weighted, raw, torch.cat([part[2], untouched]))
 
     def take_whole(self, name: str, groups: Groups, grad: Tensor) -> Taken:
         """Weight a gradient as the mean of one cluster, the whole batch."""

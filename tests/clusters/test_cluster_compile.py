@@ -200,3 +200,15 @@ def test_double_backward_is_refused():
     loss = losses(judge.model, vectors()).mean()
     with pytest.raises(RuntimeError, match="create_graph=True"):
         torch.autograd.grad(loss, judge.model.head.weight, create_graph=True)
+
+
+def test_a_parameter_that_the_forward_pass_does_not_use():
+    class Unused(MLP):
+        def __init__(self):
+            super().__init__()
+            self.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+
+    judge = judged(Unused)
+    compiled = torch.compile(judge.model, backend="aot_eager")
+    losses(compiled, vectors()).mean().backward()
+    assert judge.model.unused.grad is None

@@ -219,6 +219,16 @@ def test_k_means_is_the_default_and_the_generator_is_left_alone():
     assert queue.metrics()["cluster_sizes"] == queue.cluster_sizes_
 
 
+def test_rows_that_no_sample_looked_up_count_as_weight_one():
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Flatten(), nn.Linear(12, 2))
+    queue = GradQueue(model, n_clusters=2, features="0")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    queue.attach(optimizer)
+    model(torch.randint(0, 9, (8, 3))).square().mean().backward()
+    optimizer.step()
+    assert queue.metrics()["mean_weight"] == 1.0  # the queue was empty
+
+
 def test_a_saved_plug_in_goes_on_bit_for_bit():
     """The saved state holds the centres and the generator of k-means too."""
     inputs = [torch.randn(40, 6, dtype=F64) for _ in range(8)]
