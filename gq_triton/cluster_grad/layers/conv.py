@@ -1,10 +1,11 @@
-"""Clustered gradients of ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``.
+"""Clustered gradients of convolutions in one, two and three dimensions, transposed ones too.
 
 Shapes: B samples, C channels, K clusters.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,39 @@ from gq_triton.cluster_grad.step import Step
 from gq_triton.engines import engine
 from gq_triton.ring import flat
 
-__all__ = ["CONV", "convolved"]
+__all__ = ["CONV", "TRANSPOSED", "Geometry", "convolved"]
 
 _OPS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+class Geometry(NamedTuple):
+    """How a kernel is moved over its input: the arguments of torch's convolutions.
+
+    Attributes:
+        stride: by spatial dimension, as ``padding``, ``dilation`` and ``output_padding``.
+        padding: zeros added on both sides.
+        dilation: distances within the kernel.
+        groups: groups of channels.
+        output_padding: what a transposed convolution adds to one side of its output; None for an
+            ordinary convolution.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    output_padding: tuple[int, ...] | None = None
 
 
 def _grads(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    stride, padding, dilation, groups = geometry
+    stride, padding, dilation, groups, added = geometry
+    transposed = added is not None
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], stride, padding, dilation, False,
-        [0] * len(stride), groups, mask,
+        grad, x, weight, [grad.shape[1]], stride, padding, dilation, transposed,
+        added if added is not None else [0] * len(stride), groups, mask,
     )  # fmt: skip
 
 
@@ -39,7 +60,13 @@ class _Conv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, call: Call
     ) -> Tensor:
         ctx.call, ctx.geometry, ctx.params = call, geometry, (weight, bias)
-        out = _OPS[weight.dim() - 2](x, weight, bias, *geometry)
+        stride, padding, dilation, groups, added = geometry
+        spatial = weight.dim() - 2
+        if added is None:
+            out = _OPS[spatial](x, weight, bias, stride, padding, dilation, groups)
+        else:
+            turned = stride, padding, added, groups, dilation
+            out = _TRANSPOSED[spatial](x, weight, bias, *turned)
         ctx.save_for_backward(x.to(out.dtype), weight)
         return out
 
@@ -56,7 +83,11 @@ class _Conv(torch.autograd.Function):
 
 
 def _gradients(
-    site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
+    geometry_of: Callable[[Any], Geometry],
+    site: Site,
+    step: Step,
+    tensors: list[Tensor],
+    wanted: list[int],
 ) -> list[Tensor | None]:
     """Give the sums of a convolution's weight and bias."""
     grad, x = tensors
@@ -70,7 +101,8 @@ def _gradients(
             # Where launches cost time, sorting once is worth a copy of all samples.
             parts = groups.sorted if launches_cost(grad) else groups.each
             pairs = zip(parts(grad), parts(x), strict=True)
-            weight, geometry = param.detach().to(dtype), site.options or _geometry(site.module)
+            weight, geometry = param.detach().to(dtype), site.options or geometry_of(site.module)
+            geometry = _with_added(geometry, x, grad, weight)
             for k, (dy, images) in enumerate(pairs):
                 if len(dy):
                     wide = (dy.to(dtype), images.to(dtype), weight)
@@ -95,7 +127,25 @@ def _geometry(module: Any) -> Geometry:
     """Return stride, padding, dilation and groups; padding is 0 for an input padded before."""
     apart = _pads_apart(module)
     padding = (0,) * len(module.kernel_size) if apart else module.padding
-    return module.stride, padding, module.dilation, module.groups
+    return Geometry(module.stride, padding, module.dilation, module.groups)
+
+
+def _with_added(geometry: Geometry, x: Tensor, grad: Tensor, weight: Tensor) -> Geometry:
+    """Return the geometry of a call whose output may have had a size of its own."""
+    if geometry.output_padding is None:
+        return geometry
+    moved = geometry.stride, geometry.padding, geometry.dilation
+    sizes = zip(x.shape[2:], grad.shape[2:], weight.shape[2:], *moved, strict=True)
+    added = [
+        out - ((size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+        for size, out, kernel, stride, padding, dilation in sizes
+    ]
+    return geometry._replace(output_padding=tuple(added))
+
+
+def _transposed_geometry(module: Any) -> Geometry:
+    sides = module.stride, module.padding, module.dilation, module.groups, module.output_padding
+    return Geometry(*sides)
 
 
 def _pads_apart(module: Any) -> bool:
@@ -114,15 +164,27 @@ def _forward(module: nn.Module, call: Call, x: Tensor) -> Tensor:
     """Run the ``forward`` of ``nn.Conv1d``, 2d or 3d with clustered gradients."""
     m: Any = module
     spatial = len(m.kernel_size)
-    if x.dim() != spatial + 2:
-        raise RuntimeError(
-            f"{type(m).__name__} needs an input with a batch dimension to cluster its samples, got "
-            f"shape {tuple(x.shape)}"
-        )
+    if x.dim() != spatial + 2:  # one image: it belongs to no sample
+        return type(m).forward(m, x)
     if _pads_apart(m):
         mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
         x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
     return convolved(x, m.weight, m.bias, _geometry(m), call)
 
 
-CONV = Family(_forward, _gradients)
+def _transposed_forward(
+    module: nn.Module, call: Call, x: Tensor, output_size: list[int] | None = None
+) -> Tensor:
+    """Run the ``forward`` of ``nn.ConvTranspose1d``, 2d or 3d with clustered gradients."""
+    m: Any = module
+    if x.dim() != len(m.kernel_size) + 2:
+        return type(m).forward(m, x, output_size)
+    added = m._output_padding(
+        x, output_size, m.stride, m.padding, m.kernel_size, len(m.kernel_size), m.dilation
+    )
+    geometry = _transposed_geometry(m)._replace(output_padding=tuple(added))
+    return convolved(x, m.weight, m.bias, geometry, call)
+
+
+CONV = Family(_forward, partial(_gradients, _geometry))
+TRANSPOSED = Family(_transposed_forward, partial(_gradients, _transposed_geometry))

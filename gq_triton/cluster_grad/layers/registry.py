@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gq_triton.cluster_grad.layers.conv import CONV
+from gq_triton.cluster_grad.layers.conv import CONV, TRANSPOSED
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
 from gq_triton.cluster_grad.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM
@@ -22,6 +22,9 @@ _FAMILIES: dict[Any, Family] = {
     nn.Conv1d: CONV,
     nn.Conv2d: CONV,
     nn.Conv3d: CONV,
+    nn.ConvTranspose1d: TRANSPOSED,
+    nn.ConvTranspose2d: TRANSPOSED,
+    nn.ConvTranspose3d: TRANSPOSED,
     nn.Embedding: EMBEDDING,
     nn.LayerNorm: LAYER_NORM,
     nn.RMSNorm: RMS_NORM,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gq_triton.cluster_grad.compiled_ops import use
-from gq_triton.cluster_grad.layers.conv import CONV, convolved
+from gq_triton.cluster_grad.layers.conv import CONV, Geometry, convolved
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING, embedded
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR, linear
 from gq_triton.cluster_grad.layers.order import in_order
@@ -97,9 +97,8 @@ _ELEMENTWISE = {
 # samples in dimension 0.
 _TAPPED = {
     torch.einsum, torch.bmm, Tensor.bmm, torch.baddbmm, torch.tensordot, F.bilinear,
-    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.batch_norm, F.group_norm,
-    F.instance_norm, torch.rms_norm, torch.layer_norm, F.grid_sample, torch.matmul, Tensor.matmul,
-    Tensor.__matmul__, F.conv1d, F.conv2d, F.conv3d, F.linear,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.grid_sample, torch.matmul,
+    Tensor.matmul, Tensor.__matmul__, F.conv1d, F.conv2d, F.conv3d, F.linear,
 }  # fmt: skip
 # Operations that keep the elements and their order.
 _SAME = {
@@ -172,7 +171,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _embedding(func, args, kwargs)
     if func in _CONVOLVED:
         return _convolution(func, args, kwargs)
-    if func is F.layer_norm or func is F.rms_norm:
+    if func in _NORMALISED:
         return _normalised(func, args, kwargs)
     if func in _MULTIPLIED:
         return _product(func, args, kwargs)
@@ -433,7 +432,7 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         defaults = {"stride": 1, "padding": 0, "dilation": 1}
         sizes = [given.get(name, default) for name, default in defaults.items()]
         wide = [(size,) * spatial if isinstance(size, int) else tuple(size) for size in sizes]
-        geometry: Any = (*wide, given.get("groups", 1))
+        geometry = Geometry(wide[0], wide[1], wide[2], given.get("groups", 1))
         site = site_of(call[1])
         assert site is not None
         site.options = geometry
@@ -443,22 +442,34 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return _with_bias(out, bias, (-1, *[1] * spatial))
 
 
+# The arguments of functions that normalise, then scale and shift, in their order.
+_RUNNING = "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
+_NORMALISED: dict[Any, tuple[str, ...]] = {
+    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+    F.batch_norm: _RUNNING,
+    F.instance_norm: (*_RUNNING[:5], "use_input_stats", *_RUNNING[6:]),
+}
+
+
 def _normalised(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a normalisation, then scale and shift its result."""
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
-    if func is F.rms_norm:
-        names = ("input", "normalized_shape", "weight", "eps")
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = dict(zip(_NORMALISED[func], args, strict=False)) | kwargs
     weight, bias = given.pop("weight", None), given.pop("bias", None)
-    stand: Any = next(t for t in (weight, bias, given["input"]) if isinstance(t, StandIn))
-    if not _of_samples(given["input"], stand._gq_origin):
+    x = given["input"]
+    stand: Any = next(t for t in (weight, bias, x) if isinstance(t, StandIn))
+    if not _of_samples(x, stand._gq_origin):
         return _other(func, args, kwargs)
     out = func(**given)
+    # Scale and shift belong to the last dimensions, or to channels.
+    last = func is F.layer_norm or func is F.rms_norm
+    shape = list(given["normalized_shape"]) if last else [-1, *[1] * (x.dim() - 2)]
     if isinstance(weight, StandIn):
-        out = _elementwise(torch.mul, (out, weight), {})
+        out = _elementwise(torch.mul, (out, _viewed(weight, shape)), {})
     elif weight is not None:
-        out = out * weight
-    return _with_bias(out, bias, (-1,)) if bias is None or bias.dim() == 1 else out + bias
+        out = out * weight.view(shape)
+    return _with_bias(out, bias, shape)
 
 
 def _prelu(x: Any, weight: Any) -> Any:
