@@ -81,6 +81,7 @@ class Accumulator:
         self.token: Tensor | None = None
         self.batch, self.inputs, self.paused = 1, frozenset[int](), False
         self.batch_dim = 0
+        self.trusted: set[tuple[Any, int]] = set()
         self.raw = RawGradients(self.params, self._first_step) if raw is None else raw
         self.known_by_cluster: dict[str, bool] = {}
         self.reasons: dict[str, str] = {}

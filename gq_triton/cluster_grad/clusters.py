@@ -268,6 +268,8 @@ class Clusters:
         weakref.finalize(owner, end).atexit = False
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if recorded():
+            return
         if self._ownerless and not torch.compiler.is_compiling():
             return self.uninstall()
         accumulator = self.accumulator
@@ -276,26 +278,28 @@ class Clusters:
             self._depth += 1
             if self._depth > 1:
                 return
-        if torch.is_grad_enabled() and module is self.model and not recorded():
+        if torch.is_grad_enabled() and module is self.model:
             given, dim = tensors_in((args, kwargs)), self.options.batch_dim
             sizes = [tensor.shape[dim] for tensor in given if tensor.dim() > dim]
             accumulator.batch = sizes[0] if sizes and sizes[0] else 1
             if not torch.compiler.is_compiling():
                 accumulator.inputs = frozenset(tensor.data_ptr() for tensor in given)
+                accumulator.trusted.clear()
             accumulator.token = begin(accumulator.clock, accumulator.number)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         accumulator = self.accumulator
+        if recorded():
+            return None
         if module is self.model:
             self._depth -= 1
             if self._depth:
                 return None
         if accumulator.token is None or not torch.is_grad_enabled() or module is not self.model:
             return None
-        if recorded():
-            return None
         end(accumulator.clock, accumulator.token)
         if not torch.compiler.is_compiling():
+            accumulator.trusted.clear()
             output = without_stand_ins(output)
             if accumulator.step is not None:
                 accumulator.step.outputs = first_dimensions(output)

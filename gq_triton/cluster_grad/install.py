@@ -112,9 +112,12 @@ def _in_family(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwa
     if not graded:
         out = _unchanged(module, own, args, kwargs)
     else:
-        if isinstance(x, Tensor) and not _ordered(x, collector):
+        ordered = not isinstance(x, Tensor) or _ordered(x, collector)
+        if not ordered:
             unordered(collector.clock, token, site.key)
         out = site.family.forward(module, (token, site.key), *args, **kwargs)
+        if ordered and not torch.compiler.is_compiling() and out.grad_fn is not None:
+            collector.trusted.add((out.grad_fn, out.output_nr))
     return out.transpose(0, 1) if turned else out
 
 
@@ -152,11 +155,11 @@ def _unchanged(module: nn.Module, own: _Converted, args: Any, kwargs: Any) -> An
 def _ordered(x: Tensor, collector: Collector) -> bool:
     """Return whether the rows of a layer's input are those of the samples, in their order."""
     batch = collector.batch
-    if x.dim() == 0 or x.shape[0] == batch or torch.compiler.is_compiling():
+    if x.dim() == 0 or torch.compiler.is_compiling():
         return True
-    if x.shape[0] == 0 or x.shape[0] % batch:
-        return False
-    return in_order(x, batch) if x.requires_grad else x.data_ptr() in collector.inputs
+    if x.requires_grad or x.shape[0] == batch:
+        return in_order(x, batch, collector.trusted)
+    return x.shape[0] % batch == 0 and x.data_ptr() in collector.inputs
 
 
 def _by_sample(indices: Tensor, collector: Collector) -> bool:
@@ -177,7 +180,9 @@ def _origin(own: _Converted, token: Tensor, root: Root, start: Tensor, link: str
     collector = own.collector
     # Operations that meet samples in the second dimension are not followed.
     batch = 0 if collector.batch_dim else collector.batch
-    return Origin(token, collector.clock, batch, collector.inputs, (root,), (start,), link)
+    return Origin(
+        token, collector.clock, batch, collector.trusted, collector.inputs, (root,), (start,), link
+    )
 
 
 def _looked_up(module: nn.Module, own: _Converted, token: Tensor, indices: Tensor) -> Any:

@@ -48,6 +48,8 @@ class Collector(Protocol):
         batch: the number of samples of the current forward pass, as the model's inputs show it.
         batch_dim: the dimension of the samples in the model's inputs.
         inputs: the addresses of the model's inputs.
+        trusted: nodes and outputs of the forward pass's graph that are known to have the samples'
+            rows along their first dimension.
         paused: whether modules run unchanged, as parts of a module that runs as a whole.
         clock: the tensor to which operations without a result write in a compiled graph.
         token: the token of the current forward pass, or None.
@@ -57,6 +59,7 @@ class Collector(Protocol):
     batch: int
     batch_dim: int
     inputs: frozenset[int]
+    trusted: set[tuple[Any, int]]
     paused: bool
     clock: Tensor
     token: Tensor | None

@@ -197,6 +197,33 @@ def test_a_time_major_model_is_declared(length):
     judged(TimeMajor(), tokens, run, batch_dim=1)
 
 
+class TimeMajorInside(nn.Module):
+    """A model that works on ``(T, B, ...)`` inside, with a bare scale and a layer there."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.scale = nn.Linear(3, WIDTH), nn.Parameter(torch.randn(WIDTH))
+        self.inner, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        x = self.features(x).transpose(0, 1)
+        x = self.inner(x * self.scale).tanh()
+        return self.head(x.transpose(0, 1))
+
+
+@pytest.mark.parametrize("length", [5, 9])  # 9: as many time steps as samples
+def test_time_steps_are_not_taken_for_samples(length):
+    torch.manual_seed(0)
+    model = TimeMajorInside().to(F64)
+    queue = GradQueue(model, n_clusters=5, features="features", clusterer=lambda f: LABELS)
+    queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="without clusters"):
+        square(model, torch.randn(9, length, 3, dtype=F64)).mean().backward()
+    assert [how.partition(" ")[0] for how in queue.report().values()] == [
+        "whole", "clusters", "clusters", "whole", "whole", "clusters", "clusters"
+    ]  # fmt: skip
+
+
 def test_check_leaves_everything_as_it_was():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Dropout(), nn.Flatten())
@@ -275,15 +302,21 @@ def test_the_graph_tells_whether_rows_are_those_of_the_samples():
     samples, linear = 3, nn.Linear(6, 6)
     images = linear(torch.randn(samples, 8, 8, 6))
     windows = images.view(samples, 2, 4, 2, 4, 6).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 6)
-    rows, square = images.reshape(-1, 6), linear(torch.randn(samples, samples, 6))
+    rows = images.reshape(-1, 6)
+    # As many positions as samples: only the layer before tells which is which.
+    square = linear(torch.randn(samples, samples, 6))
+    layer = {(square.grad_fn, 0)}
+    assert in_order(square.relu().reshape(-1, 6), samples, layer)
+    assert in_order(square.transpose(0, 1).transpose(0, 1), samples, layer)
+    assert not in_order(square.transpose(0, 1), samples, layer)
     for ordered in (windows, linear(windows).unbind(1)[0], rows.relu() * 2 + rows,
                     torch.roll(images, 1, 2).reshape(-1, 6)):  # fmt: skip
-        assert in_order(ordered, samples)
+        assert in_order(ordered, samples, ())
     for mixed in (rows[torch.randperm(len(rows))], images.flatten(1, 2).transpose(0, 1)[:6],
                   torch.randn(192, 192) @ rows, torch.roll(rows, 1, 0), rows.flip(0),
                   images.mean((1, 2)).expand(6, samples, 6), square.transpose(0, 1).reshape(-1, 6),
                   rows.cumsum(0), rows.detach()):  # fmt: skip
-        assert not in_order(mixed, samples)
+        assert not in_order(mixed, samples, ())
 
 
 def test_a_forward_pass_may_call_the_model():

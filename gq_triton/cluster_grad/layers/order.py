@@ -7,18 +7,20 @@ autograd graph tells them apart.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["in_order"]
+__all__ = ["Output", "in_order"]
 
+# An output of an operation: its node in the graph, and which of the outputs it is.
+Output = tuple[Any, int]
 # The number of operations that are followed back.
 _LIMIT = 500
 # Operations that keep all dimensions but may change sizes elsewhere: row i of the result depends on
-# row i of the operands. Names are those of autograd's nodes without what follows "Backward".
+# row i of the operands. Names are those of autograd's nodes without "Backward" at the end.
 _KEEPING = {
     "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Rsqrt", "Exp", "Log", "Abs", "Tanh",
     "Sigmoid", "LogSigmoid", "Silu", "Gelu", "Relu", "LeakyRelu", "Elu", "Hardtanh", "Hardswish",
@@ -29,36 +31,50 @@ _KEEPING = {
     "ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention", "ConstantPadNd",
     "_Linear", "_Conv", "_Embedding", "_LayerNorm", "_RMSNorm", "_GroupNorm", "_BatchNorm",
     "_Slices", "AvgPool2D", "MaxPool2DWithIndices",
+    "RegisterPostBackwardFunction", "_DDPSink",  # of FSDP2 and DDP: they return what they are given
 }  # fmt: skip
 _VIEWING = {"View", "UnsafeView", "ReshapeAlias", "Reshape", "Squeeze", "Unsqueeze"}
 _REDUCING = {"Mean", "Sum", "Softmax", "LogSoftmax", "Slice", "Cat", "Split", "SplitWithSizes"}
 
 
-def in_order(tensor: Tensor, batch: int) -> bool:
+def in_order(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool:
     """Return whether each sample's rows lie together along dimension 0, in the samples' order.
+
+    Where only the first dimension is as long as the batch, it is believed to be that of the
+    samples. Where others are as long, or it is a multiple, the graph must show it. A compiled
+    graph shows nothing: there a first dimension of B is believed.
 
     Args:
         tensor: ``(n, ...)``.
         batch: the number of samples B.
+        trusted: outputs of operations that have the samples' rows along dimension 0.
     """
-    if tensor.shape[0] == batch:
+    rows, node = tensor.shape[0], tensor.grad_fn
+    if _has_samples_first(tuple(tensor.shape), batch):
         return True
-    if tensor.shape[0] % batch or torch.compiler.is_compiling() or tensor.grad_fn is None:
-        return False
-    stack, seen, found = [(tensor.grad_fn, tensor.output_nr, 0)], set(), False
+    if rows == 0 or rows % batch or node is None or torch.compiler.is_compiling():
+        return rows == batch
+    start = (node, tensor.output_nr, 0)
+    stack: list[tuple[Any, int, int]] = [start]
+    seen, found = set(), False
     while stack:
         entry = stack.pop()
         if entry in seen:
             continue
         seen.add(entry)
-        sources = None if len(seen) > _LIMIT else _sources(*entry)
+        node, place, axis = entry
+        known = entry != start and _has_samples_first(_shape(node, place), batch)
+        if axis == 0 and (known or (node, place) in trusted):
+            found = True
+            continue
+        sources = None if len(seen) > _LIMIT else _sources(node, place, axis)
         if sources is None:
             return False
-        for node, place, axis in sources:
-            if axis == 0 and _has_samples_first(_shape(node, place), batch):
-                found = True
-            else:
-                stack.append((node, place, axis))
+        for parent, output, into in sources:
+            if type(parent).__name__ != "AccumulateGrad":
+                stack.append((parent, output, into))
+            elif into == 0 and parent.variable.shape[0] == batch:
+                found = True  # an input of the model, or of a segment that is run again
     return found
 
 
@@ -74,11 +90,19 @@ def _shape(node: Any, place: int) -> tuple[int, ...]:
     return shape
 
 
-def _parents(node: Any) -> Iterator[tuple[int, Any, int]]:
-    """Yield the operands of a node that are computed: position, their node, its output."""
+def _parents(node: Any) -> Iterator[tuple[int, Any, int, tuple[int, ...]]]:
+    """Yield the operands of a node that need a gradient, parameters excepted.
+
+    Yields:
+        The position of the operand; its node; which output of that node it is; its shape.
+    """
     for position, (parent, place) in enumerate(node.next_functions):
-        if parent is not None and type(parent).__name__ != "AccumulateGrad":
-            yield position, parent, place
+        if parent is None:
+            continue
+        if type(parent).__name__ != "AccumulateGrad":
+            yield position, parent, place, _shape(parent, place)
+        elif not isinstance(parent.variable, nn.Parameter):
+            yield position, parent, place, tuple(parent.variable.shape)
 
 
 def _sources(node: Any, place: int, axis: int) -> list[tuple[Any, int, int]] | None:
@@ -89,10 +113,9 @@ def _sources(node: Any, place: int, axis: int) -> list[tuple[Any, int, int]] | N
         place: which of its outputs.
         axis: the dimension of the rows.
     """
-    kind, shape = type(node).__name__.partition("Backward")[0], _shape(node, place)
+    kind, shape = type(node).__name__.rpartition("Backward")[0], _shape(node, place)
     found: list[tuple[Any, int, int]] = []
-    for position, parent, output in _parents(node):
-        inner = _shape(parent, output)
+    for position, parent, output, inner in _parents(node):
         into = _axis(node, kind, position, axis, shape, inner)
         if into is None:
             return None

@@ -22,7 +22,7 @@ from gq_triton.cluster_grad import passes
 from gq_triton.cluster_grad.compiled_ops import autocast_of, exact
 from gq_triton.cluster_grad.layers.order import in_order
 from gq_triton.cluster_grad.layers.rows import accumulation_type
-from gq_triton.cluster_grad.site import SITE, Call, Family, Site, UnknownRows, site_of
+from gq_triton.cluster_grad.site import SITE, Call, Collector, Family, Site, UnknownRows, site_of
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.groups import Groups
 from gq_triton.ring import flat
@@ -97,7 +97,7 @@ class _Run:
         return [leaves[place] for place in self.out_places]
 
 
-def _dim(module: nn.Module, name: str, value: Any, batch: int) -> int | None:
+def _dim(module: nn.Module, name: str, value: Any, collector: Collector) -> int | None:
     """Return the dimension of the samples of an argument; None if it belongs to all of them."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return None
@@ -108,10 +108,12 @@ def _dim(module: nn.Module, name: str, value: Any, batch: int) -> int | None:
         return 0 if name == "key_padding_mask" else first
     if isinstance(module, nn.RNNBase):
         return 1 if name == "hx" else first
-    rows = value.shape[0]
+    rows, batch = value.shape[0], collector.batch
     if rows == 0 or rows % batch:
         return None
-    return 0 if rows == batch or (value.requires_grad and in_order(value, batch)) else None
+    if value.requires_grad:
+        return 0 if in_order(value, batch, collector.trusted) else None
+    return 0 if rows == batch else None
 
 
 def _out_dim(module: nn.Module, place: int, value: Tensor, batch: int) -> int | None:
@@ -171,8 +173,10 @@ def _forward(module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
     params = [site.param(position) for position in run.wanted]
     detached = [output.detach() for output in outputs]
     out: Any = _Slices.apply(run, call, len(originals), *originals, *params, *detached)
-    for place, value in zip(run.out_places, out, strict=True):
+    for place, dim, value in zip(run.out_places, run.out_dims, out, strict=True):
         leaves[place] = value
+        if dim == 0:
+            site.collector.trusted.add((value.grad_fn, value.output_nr))
     return tree_unflatten(leaves, out_spec)
 
 
@@ -188,7 +192,7 @@ def _begun(
     values, spec = tree_flatten(given)
     dims: list[int | None] = []
     for name, value in given.items():
-        dims += [_dim(module, name, leaf, batch) for leaf in tree_flatten(value)[0]]
+        dims += [_dim(module, name, leaf, site.collector) for leaf in tree_flatten(value)[0]]
     tensors = [isinstance(value, Tensor) and value.dim() > 0 for value in values]
     # Tensors without a gradient have the rows of those with one.
     rows = {v.shape[0] for v, d in zip(values, dims, strict=True) if d == 0 and v.requires_grad}

@@ -1,6 +1,7 @@
 """The origin of a stand-in: the parameters it is computed from, and its forward pass."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class Origin:
         token: the token of the forward pass.
         clock: the tensor to which operations without a result write in a compiled graph.
         batch: the number of samples of the forward pass; 0 if they are not the first dimension.
+        trusted: outputs of operations that have the samples' rows along dimension 0.
         inputs: the addresses of the model's inputs, which are tensors of samples.
         roots: what the stand-in is computed from.
         starts: by root, the tensor that all its uses begin with.
@@ -46,6 +48,7 @@ class Origin:
     token: Tensor
     clock: Tensor
     batch: int
+    trusted: set[tuple[Any, int]]
     inputs: frozenset[int]
     roots: tuple[Root, ...]
     starts: tuple[Tensor, ...]

@@ -132,7 +132,7 @@ def _of_samples(tensor: Tensor, origin: Origin) -> bool:
     if batch == 0 or rows == 0 or rows % batch:
         return False
     if tensor.requires_grad or not torch.is_grad_enabled():
-        return rows == batch or in_order(tensor, batch)
+        return in_order(tensor, batch, origin.trusted)
     # Nothing tells a constant from samples that need no gradient, except the model's own inputs.
     return not torch.compiler.is_compiling() and tensor.data_ptr() in origin.inputs
 
@@ -150,13 +150,27 @@ def _merged(stand_ins: list[Any], link: str) -> Origin:
                 starts.append(start)
     link = link if len(roots) == 1 else OTHER
     return Origin(
-        origin.token, origin.clock, origin.batch, origin.inputs, tuple(roots), tuple(starts), link
+        origin.token,
+        origin.clock,
+        origin.batch,
+        origin.trusted,
+        origin.inputs,
+        tuple(roots),
+        tuple(starts),
+        link,
     )
 
 
 def _linked(origin: Origin, link: str) -> Origin:
     return Origin(
-        origin.token, origin.clock, origin.batch, origin.inputs, origin.roots, origin.starts, link
+        origin.token,
+        origin.clock,
+        origin.batch,
+        origin.trusted,
+        origin.inputs,
+        origin.roots,
+        origin.starts,
+        link,
     )
 
 
