@@ -134,21 +134,34 @@ class Clusters:
             The names for which no module can.
         """
         modules, left = dict(self.model.named_modules()), []
-        chosen: dict[str, Layer] = {}
+        reasons, chosen = self.accumulator.reasons, dict[str, Layer]()
+        # Parameters of layers that other modules use, or code outside the model.
+        past = [
+            self.accumulator.params[name]
+            for name in whole
+            if name not in reasons and self.owners[name].family not in (None, SLICES)
+        ]
+        followed = [
+            self._conversion.follow(layer.module)
+            for layer in self.layers
+            if any(own is param for own in layer.module.parameters(recurse=False) for param in past)
+        ]
+        if any(followed):
+            return []  # what else is whole may come of it
         for name in whole:
-            owner, reason = self.owners[name], self.accumulator.reasons.get(name)
+            owner = self.owners[name]
             path = owner.name
-            if owner.family is SLICES or (owner.family is not None and reason is not None):
+            if owner.family is SLICES or (owner.family is not None and name in reasons):
                 path = _caller(path, modules)
             elif owner.family is not None:
-                path = ""  # the parameter is used past its layer, perhaps by another module
+                path = ""
             if path:
                 chosen[path] = Layer(path, modules[path], SLICES, parameters_of(modules[path]))
             else:
                 left.append(name)
         for path, layer in chosen.items():
             if not any(path.startswith(f"{other}.") for other in chosen):
-                self._convert(layer)
+                self._conversion.convert(layer)
                 inside = [name for name in self.owners if name.startswith(f"{path}.")]
                 self.owners.update(dict.fromkeys(inside, layer))
         return left
@@ -214,7 +227,7 @@ class Clusters:
         accumulator = self.accumulator
         prepare_for_compile()
         conversion = Conversion(self.layers if self.mode == "one_backward" else [], accumulator)
-        self._convert = conversion.convert
+        self._conversion = conversion
         handles = [self.model.register_forward_pre_hook(self._enter, with_kwargs=True)]
         if self.features != OUTPUT_GRADIENT:
             layer = self._layer = self.model.get_submodule(self.features)
@@ -286,6 +299,8 @@ class Clusters:
                 accumulator.inputs = frozenset(tensor.data_ptr() for tensor in given)
                 accumulator.trusted.clear()
             accumulator.token = begin(accumulator.clock, accumulator.number)
+            if not torch.compiler.is_compiling():
+                self._conversion.show(accumulator.token)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         accumulator = self.accumulator
@@ -295,6 +310,8 @@ class Clusters:
             self._depth -= 1
             if self._depth:
                 return None
+            if not torch.compiler.is_compiling():
+                self._conversion.hide()
         if accumulator.token is None or not torch.is_grad_enabled() or module is not self.model:
             return None
         end(accumulator.clock, accumulator.token)

@@ -37,6 +37,8 @@ class _Converted:
     ) -> None:
         self.collector, self.module, self.name = collector, layer.module, layer.name
         self.family, self.inner = layer.family, inner
+        # The attributes that show a stand-in to the whole model while its forward pass runs.
+        self.shown: list[str] = []
         self.attributes = [name for name, _ in layer.module.named_parameters(recurse=False)]
         self.site: Site | None = None
         if layer.family is not None:
@@ -83,6 +85,26 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(OUTSIDE.format(own.name))
     if token is None:
         return _unchanged(module, own, args, kwargs)
+    if own.shown:
+        return _hidden(module, own, token, args, kwargs)
+    return _converted(module, own, token, args, kwargs)
+
+
+def _hidden(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+    """Run a module of which other modules see stand-ins, without them."""
+    attributes = vars(module)
+    shown = {name: attributes.pop(name) for name in own.shown}
+    own.shown = []
+    try:
+        return _converted(module, own, token, args, kwargs)
+    finally:
+        attributes.update(shown)
+        own.shown = list(shown)
+
+
+def _converted(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+    """Run a module with clustered gradients."""
+    collector, graded = own.collector, torch.is_grad_enabled()
     given = any(isinstance(value, StandIn) for value in (*args, *kwargs.values()))
     if own.site is not None and own.site.runs_whole:
         use(collector.clock, token, own.site.key, graded)
@@ -198,7 +220,17 @@ def _looked_up(module: nn.Module, own: _Converted, token: Tensor, indices: Tenso
 def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a module's own ``forward`` on stand-ins of its parameters."""
     attributes = vars(module)
-    placed = []
+    placed = _place(module, own, token)
+    try:
+        return _unchanged(module, own, args, kwargs)
+    finally:
+        for attribute in placed:
+            del attributes[attribute]
+
+
+def _place(module: nn.Module, own: _Converted, token: Tensor) -> list[str]:
+    """Put stand-ins in the places of a module's parameters; return their attributes."""
+    attributes, placed = vars(module), []
     for attribute in own.attributes:
         param = module._parameters[attribute]
         if param is not None and param.requires_grad and attribute not in attributes:
@@ -207,11 +239,7 @@ def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwar
             # An attribute of the instance hides the parameter, which stays where it is.
             attributes[attribute] = stand_in(start, _origin(own, token, root, start, SAME))
             placed.append(attribute)
-    try:
-        return _unchanged(module, own, args, kwargs)
-    finally:
-        for attribute in placed:
-            del attributes[attribute]
+    return placed
 
 
 class Conversion:
@@ -242,6 +270,8 @@ class Conversion:
         self._changed: dict[nn.Module, Callable[..., Any] | None] = {}
         # Graphs of earlier forward passes still ask for these.
         self._replaced: list[_Converted] = []
+        # Layers whose parameters other modules use without calling the layer.
+        self._followed: list[nn.Module] = []
         for layer in layers:
             self.convert(layer)
 
@@ -256,8 +286,38 @@ class Conversion:
             # A copy of a model has the forward of its original.
             self._changed[layer.module] = None if own is not None else attributes.get("forward")
         attributes[SITE] = _Converted(self._collector, layer, self._changed[layer.module])
+        if layer.family is not None and layer.family.runs_whole:
+            inside = set(layer.module.modules())
+            self._followed = [module for module in self._followed if module not in inside]
         # One function for all modules: those of one kind share their compiled graph.
         attributes["forward"] = MethodType(_forward, layer.module)
+
+    def follow(self, module: nn.Module) -> bool:
+        """Follow the uses of a layer's parameters by other modules; return False if that is done.
+
+        Args:
+            module: a layer of a known kind.
+        """
+        if module in self._followed:
+            return False
+        self._followed.append(module)
+        return True
+
+    def show(self, token: Tensor) -> None:
+        """Show stand-ins of the followed layers to the whole model, whose forward pass begins."""
+        for module in self._followed:
+            own = vars(module)[SITE]
+            # The parameters of a sharded model are whole only while their module runs.
+            if not any(hasattr(p, "placements") for p in module._parameters.values()):
+                own.shown = _place(module, own, token)
+
+    def hide(self) -> None:
+        """Take the stand-ins of ``show`` away."""
+        for module in self._followed:
+            own = vars(module)[SITE]
+            for attribute in own.shown:
+                vars(module).pop(attribute, None)
+            own.shown = []
 
     def undo(self) -> None:
         """Give all modules back what they had."""

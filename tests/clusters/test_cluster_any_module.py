@@ -259,10 +259,11 @@ def test_check_refuses_in_one_message_before_training():
             self.features, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
 
         def forward(self, x):
-            return F.linear(self.features(x), self.head.weight) + self.features.weight.mean()
+            penalty = sum(param.square().mean() for param in self.parameters())
+            return self.head(self.features(x)) + penalty
 
     queue = GradQueue(Bypassed(), n_clusters=2, features="features", strict=True)
-    with pytest.raises(RuntimeError, match=r"(?s)features\.weight: whole.*head\.weight: whole"):
+    with pytest.raises(RuntimeError, match=r"(?s)features\.weight: whole.*head\.bias: whole"):
         queue.check({"x": torch.randn(6, 3)})
     assert "forward" not in vars(queue._clusters.model)
     with pytest.raises(ValueError, match="n_clusters"):

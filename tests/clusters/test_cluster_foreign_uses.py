@@ -118,18 +118,28 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_uses_past_the_layer_make_a_parameter_one_cluster(case, compiled):
+def test_uses_past_the_layer_make_a_parameter_one_cluster_in_a_compiled_model(case):
     kind, whole = CASES[case]
     torch._dynamo.reset()
-    judge = judged(kind, whole, compiled)
+    judge = judged(kind, whole, compiled=True)
     with pytest.warns(UserWarning, match=f"without clusters.*{whole[0]}.*% of the trainable"):
         judge.steps(judge.run, batches(1))
     judge.steps(judge.run, batches()[1:])  # the warning comes once
     judge.assert_queued()
     for name, how in judge.queue.report().items():
         assert how.startswith("whole batch (used past " if name in whole else "clusters ("), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_uses_past_the_layer_are_followed_from_the_second_step_on(case):
+    """In the first step the queue is empty: whole batch and clusters are the same then."""
+    judge = judged(CASES[case][0], [], strict=True)
+    judge.steps(judge.run, batches())
+    judge.assert_queued()
+    assert all(how.startswith("clusters") for how in judge.queue.report().values())
+    judge.handle.remove()
+    assert not any("weight" in vars(module) for module in judge.model.modules())
 
 
 @pytest.mark.parametrize("options", [{}, {"centroid_scale": "standard_error"}])
@@ -140,12 +150,16 @@ def test_a_scaled_embedding_tied_to_the_head(options):
     assert judge.queue.report()["table.weight"] == "clusters (Linear)"
 
 
-def test_strict_refuses_what_is_not_known_by_cluster_in_the_first_backward_pass():
+def test_strict_refuses_what_is_not_known_by_cluster():
     judge = judged(NeverCalled, [], strict=True)
-    with pytest.raises(
-        RuntimeError, match=r"strict=True.*head\.bias, head\.weight \(used past Linear"
-    ):
-        judge.run(judge.model, batches(1)[0]).mean().backward()
+
+    def run():
+        penalty = judge.model.head.weight.square().sum()
+        (judge.run(judge.model, batches(1)[0]).mean() + penalty).backward()
+
+    run()  # the head is followed from now on
+    with pytest.raises(RuntimeError, match=r"strict=True.*: head\.weight \(used past Linear"):
+        run()
 
 
 def test_a_penalty_on_the_weights_belongs_to_no_cluster():
