@@ -30,7 +30,7 @@ class _Weigh(Weigh):
 
 
 class ShardedClusters(Clusters):
-    """``Clusters`` of a model whose parameters are whole in its forward and backward pass only.
+    """``Clusters`` of a sharded model, whose parameters are whole only while a pass uses them.
 
     Every rank groups its own samples, and counts by them.
 
@@ -45,8 +45,8 @@ class ShardedClusters(Clusters):
         sink: the sink of the law.
 
     Raises:
-        ValueError: an option that cannot hold, a layer that is refused, or a parameter that
-            ``fully_shard`` has not divided.
+        ValueError: an option that cannot hold, or a parameter that ``fully_shard`` has not
+            divided.
     """
 
     def __init__(

@@ -160,7 +160,7 @@ class Layout:
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the sharded parameters by name; after a forward pass some modules show whole ones."""
+    """Reshard the model, whose modules may show whole parameters, and return the shards by name."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -173,7 +173,7 @@ def place_of(params: Mapping[str, Tensor]) -> Place:
 
 
 def layout_of(model: nn.Module, params: Mapping[str, Tensor]) -> Layout:
-    """Return the layout of a model, every trainable parameter of which ``fully_shard`` has divided.
+    """Return the layout of a model that ``fully_shard`` has divided throughout.
 
     Args:
         model: the model, resharded.

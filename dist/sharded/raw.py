@@ -1,4 +1,4 @@
-"""The raw gradients of a sharded model: gathered from the layers, divided among the ranks.
+"""The raw gradients of a sharded model: taken from the layers, divided among the ranks.
 
 ``fully_shard`` reduces a unit's weighted gradients when the unit's backward pass is over, unless it
 is told to accumulate (``set_requires_gradient_sync(False)``). The raw ones follow the weighted.
@@ -54,8 +54,8 @@ class ShardedRaw(RawGradients):
         self._queues, self._layout, self._covered = queues, layout, covered
         self._statistics, self._grad_scale = statistics, grad_scale
         self.tables: dict[str, Tensor] = {}
-        # Whole raw gradients of this rank: of layers whose weighted one has not reached the leaf
-        # yet, and of those that wait for the reduction.
+        # This rank's whole raw gradients. Those in _given wait until the leaf has the weighted one,
+        # those in _waiting until fully_shard has reduced the weighted one.
         self._given: dict[str, Tensor] = {}
         self._origins: dict[str, list[tuple[int, Tensor]]] = {}
         self._waiting: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""One batch as a test: how the gradient of every parameter will be found, before training."""
+"""The test of one batch, which shows before training how each gradient will be found."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "Checked", "check_batch"]
 
-# A module that cannot be run again by itself hands over to the module around it, one per pass.
+# Each pass may hand a module's parameters over to the module around it. So many passes are run.
 _PASSES = 12
 
 
 class Checked(NamedTuple):
-    """How the gradient of one parameter is found.
+    """A row of the table: one parameter, and how its gradient is found.
 
     Attributes:
         name: the parameter's name.
@@ -38,10 +38,10 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """What a batch has shown.
+    """The table that a batch has shown, for ``print``.
 
     Attributes:
-        rows: the parameters.
+        rows: one row per parameter.
     """
 
     rows: list[Checked]
@@ -66,7 +66,7 @@ class Check:
 
 
 def _loss_of(output: Any) -> Tensor:
-    """Return a number that depends on everything with a gradient in a model's output."""
+    """Return a loss that depends on every tensor with a gradient in a model's output."""
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor) and own.requires_grad:
         return own

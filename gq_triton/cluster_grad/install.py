@@ -24,7 +24,7 @@ __all__ = ["Conversion"]
 
 
 class _Converted:
-    """What a converted module's ``forward`` needs to know.
+    """The data of a converted module, which its ``forward`` reads.
 
     Args:
         collector: the receiver of the sums.
@@ -44,7 +44,7 @@ class _Converted:
         if layer.family is not None:
             names = layer.attributes or ("weight", "bias")
             self.site = Site(collector, layer.name, layer.module, layer.family, names)
-        # The sites of each parameter alone, by the kind of operation that meets it with samples.
+        # By parameter, its sites: one for each kind of operation in which it may meet samples.
         self.alone: dict[str, list[Site]] = {}
         self.keys: dict[str, dict[str, Tensor]] = {}
         for attribute in self.attributes:
@@ -78,7 +78,8 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if own is None:  # undone while the layer was being called
         return type(module).forward(module, *args, **kwargs)
     collector, graded, token = own.collector, torch.is_grad_enabled(), own.collector.token
-    # A copy of the model, a recording, a frozen layer, a part of a module that runs as a whole.
+    # A copy of the model, a recording, a frozen layer and a part of a module that runs as a whole
+    # run unchanged.
     if own.module is not module or collector.paused or recorded() or not _trains(module, own):
         return _unchanged(module, own, args, kwargs)
     if token is None and graded and own.site is not None:
@@ -117,7 +118,7 @@ def _converted(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwa
 
 
 def _in_family(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
-    """Run a layer of a known kind."""
+    """Run a layer that has a family."""
     site, collector = own.site, own.collector
     assert site is not None
     if site.input_name in kwargs:
@@ -187,8 +188,8 @@ def _ordered(x: Tensor, collector: Collector) -> bool:
 def _by_sample(indices: Tensor, collector: Collector) -> bool:
     """Return whether each sample looks up rows of its own.
 
-    Indices of as many dimensions as those of positions, which all samples share, may have the same
-    shape. The model's own inputs are told from them by their memory.
+    Positions, which all samples share, may have the shape of such indices. The address of the
+    memory tells the model's own inputs, which have samples, from them.
     """
     batch, dims = collector.batch, indices.dim()
     if dims == 0 or indices.shape[0] == 0 or indices.shape[0] % batch:
@@ -208,7 +209,7 @@ def _origin(own: _Converted, token: Tensor, root: Root, start: Tensor, link: str
 
 
 def _looked_up(module: nn.Module, own: _Converted, token: Tensor, indices: Tensor) -> Any:
-    """Look up rows that all samples share, which become a stand-in."""
+    """Look up rows once for all samples; return them as a stand-in."""
     rows = type(module).forward(module, indices)
     attribute = own.attributes[0]
     param = module._parameters[attribute]
@@ -268,7 +269,7 @@ class Conversion:
         self._collector = collector
         # The forward that an instance had of its own, by module.
         self._changed: dict[nn.Module, Callable[..., Any] | None] = {}
-        # Graphs of earlier forward passes still ask for these.
+        # Kept because graphs of earlier forward passes still find their sites.
         self._replaced: list[_Converted] = []
         # Layers whose parameters other modules use without calling the layer.
         self._followed: list[nn.Module] = []

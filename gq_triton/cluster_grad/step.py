@@ -91,10 +91,7 @@ class Step:
             return
         samples, second = self.shape[:2]
         seen = f"the features, output of {name or 'the model'}, have shape {self.shape}"
-        advice = (
-            "a time-major batch cannot be clustered: declare it with batch_dim=1, or "
-            "give the model (B, T, ...)"
-        )
+        advice = "declare a time-major batch with batch_dim=1, or give the model (B, T, ...)"
         for layer, shape in self.second.items():
             if shape[:2] == (samples, second):
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What all frameworks share: the choice of the door, the options, and the numbers to log."""
+"""The parts that all frameworks share: choice of the door, options, numbers to log."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,7 +32,7 @@ NOT_TAKEN = "grad_scaler", "mode"
 _RANKS_ONLY = "shard_queue", "verify_every"
 
 
-# What weights the gradients.
+# The objects that weight gradients.
 Weighing = GradQueue | GradQueueState | GradQueueOptimizer
 
 

@@ -35,10 +35,10 @@ __all__ = ["GradQueueCallback"]
 class GradQueueCallback(Callback):
     """A callback that weights gradients, logs what the law did, and saves the queue.
 
-    On one process the queue is attached to the optimizers, under DDP the hook is registered. Of
-    ``GQSGD`` and ``GQAdamW`` the callback only logs the figures.
-    Checkpoints hold the queue. Accumulation, loss and loss scale follow the trainer. Figures go
-    through ``log_dict`` every ``log_every_n_steps`` steps, as ``grad_queue/mean_weight`` and so on.
+    On one process the queue is attached to the optimizers, under DDP the hook is registered. With
+    ``GQSGD`` or ``GQAdamW`` as the optimizer the callback only logs its figures. Checkpoints hold
+    the queue. Accumulation, loss and loss scale follow the trainer. Figures go through ``log_dict``
+    every ``log_every_n_steps`` steps, as ``grad_queue/mean_weight`` and so on.
 
     Args:
         per_layer: log the figures of every parameter too.
@@ -70,7 +70,7 @@ class GradQueueCallback(Callback):
 
     @property
     def queue(self) -> Weighing:
-        """What weights the gradients, from the beginning of ``fit`` on."""
+        """The ``GradQueue``, ``GradQueueState`` or optimizer that weights, from ``fit`` on."""
         if self._connection is None:
             raise RuntimeError("the queue exists from the beginning of Trainer.fit on")
         return self._connection.queue

@@ -43,7 +43,7 @@ __all__ = ["GradQueueCallback"]
 
 # The file of a checkpoint that holds the queue.
 FILE = "grad_queue.pt"
-# The key of trainer_state.json under which the run is noted that wrote the queue's file.
+# The key of trainer_state.json that names the run which wrote the queue's file.
 _KEY = "grad_queue"
 
 
@@ -51,10 +51,10 @@ _KEY = "grad_queue"
 class GradQueueCallback(TrainerCallback):
     """A callback that weights gradients, logs what the law did, and saves the queue.
 
-    On one process the queue is attached to the optimizer, under DDP the hook is registered. Of
-    ``GQSGD`` and ``GQAdamW`` the callback only logs the figures. Every
-    checkpoint folder gets a file ``grad_queue.pt``, which a resumed run loads. Accumulation and
-    loss scale follow the trainer. Figures go through ``Trainer.log`` at every logging step, as
+    On one process the queue is attached to the optimizer, under DDP the hook is registered. With
+    ``GQSGD`` or ``GQAdamW`` as the optimizer the callback only logs its figures. Every checkpoint
+    folder gets a file ``grad_queue.pt``, which a resumed run loads. Accumulation and loss scale
+    follow the trainer. Figures go through ``Trainer.log`` at every logging step, as
     ``grad_queue/mean_weight`` and so on.
 
     Args:
@@ -89,7 +89,7 @@ class GradQueueCallback(TrainerCallback):
 
     @property
     def queue(self) -> Weighing:
-        """What weights the gradients, from the beginning of ``train`` on."""
+        """The ``GradQueue``, ``GradQueueState`` or optimizer that weights, from ``train`` on."""
         if self._connection is None:
             raise RuntimeError("the queue exists from the beginning of Trainer.train on")
         return self._connection.queue
@@ -194,7 +194,7 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _trainer_of(callback: TrainerCallback) -> Trainer:
-    """Return the trainer that a callback belongs to, which callbacks are not told.
+    """Return the trainer of a callback, which no callback is given.
 
     The function looks through all living objects, which takes milliseconds: once per training.
     """

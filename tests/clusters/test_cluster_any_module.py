@@ -295,7 +295,7 @@ def test_a_registered_class_runs_again_or_is_like_a_layer():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="like must be one of Linear"):
         gq_triton.register_layer(Own, like=nn.Dropout)
-    with pytest.raises(TypeError, match=r"a class of torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"a subclass of torch\.nn\.Module"):
         gq_triton.register_layer(model)
 
 

@@ -59,8 +59,8 @@ def register_layer(cls: type[nn.Module], like: type[nn.Module] | None = None) ->
     """Say how clusters find the gradients of a class of modules.
 
     Most modules need no registration: their parameters are followed where operations use them.
-    Register a class whose forward pass calls code that shows torch no operations, or one that
-    computes what a layer of torch does in another way.
+    Register a class whose forward pass hides its operations from torch, as a kernel of your own
+    does, or a class that computes what a layer of torch computes, to use that layer's fast sums.
 
     Args:
         cls: the class. Its subclasses with the same ``forward`` are meant, too.
@@ -70,7 +70,7 @@ def register_layer(cls: type[nn.Module], like: type[nn.Module] | None = None) ->
             along the first dimension of its arguments and results, and do not depend on each other.
 
     Raises:
-        TypeError: ``cls`` is no class of modules.
+        TypeError: ``cls`` is no subclass of ``torch.nn.Module``.
         ValueError: no family of layers is like ``like``.
 
     Example:
@@ -89,7 +89,8 @@ def register_layer(cls: type[nn.Module], like: type[nn.Module] | None = None) ->
         'clusters (Doubled run again)'
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"register_layer needs a class of torch.nn.Module, got {cls!r}")
+        got = cls if isinstance(cls, type) else f"an object of {type(cls).__name__}"
+        raise TypeError(f"register_layer needs a subclass of torch.nn.Module, got {got}")
     if like is None:
         _WHOLE.add(cls)
         return

@@ -98,7 +98,7 @@ class _Run:
 
 
 def _dim(module: nn.Module, name: str, value: Any, collector: Collector) -> int | None:
-    """Return the dimension of the samples of an argument; None if it belongs to all of them."""
+    """Return the dimension of the samples of an argument; None if all samples share it."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return None
     first = 0 if getattr(module, "batch_first", True) else 1
@@ -166,7 +166,7 @@ def _forward(module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
     if not run.out_places:
         return tree_unflatten(leaves, out_spec)
     outputs = run.outputs(leaves)
-    if not (run.repeats and site.options is True):  # slices were not seen to give the same yet
+    if not (run.repeats and site.options is True):  # no run for a cluster was compared with it
         run.graph = inputs, outputs
     for place in run.places:
         run.values[place] = None
@@ -194,7 +194,7 @@ def _begun(
     for name, value in given.items():
         dims += [_dim(module, name, leaf, site.collector) for leaf in tree_flatten(value)[0]]
     tensors = [isinstance(value, Tensor) and value.dim() > 0 for value in values]
-    # Tensors without a gradient have the rows of those with one.
+    # A tensor that needs no gradient, such as a mask, may have the n B rows of one that does.
     rows = {v.shape[0] for v, d in zip(values, dims, strict=True) if d == 0 and v.requires_grad}
     if not isinstance(module, OPAQUE):
         for place, value in enumerate(values):
@@ -209,7 +209,7 @@ def _begun(
 
 
 def _as_one(run: _Run, reason: str) -> Any:
-    """Run the module without clusters, so that autograd finds its whole gradient."""
+    """Run the module without clusters, so that autograd finds its gradient of the whole batch."""
     for position in run.wanted:
         run.site.collector.take_unknown(run.site.param(position), reason)
     inputs = [run.values[place] for place in run.places]
@@ -296,10 +296,10 @@ class _Backward:
         return list(found[: len(inputs)]), list(found[len(inputs) :])
 
     def _whole(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Return gradients of which nothing is known by cluster."""
+        """Return gradients of the whole batch: the samples are not those that were clustered."""
         for param in self.params:
             clustered = self.step.groups.labels.numel()
-            reason = f"{self.run.batch} samples came in, {clustered} were clustered"
+            reason = f"it saw {self.run.batch} samples, and {clustered} were clustered"
             self.run.site.collector.take_unknown(param, reason)
         inputs, outputs = self._graph()
         return self._differentiate(outputs, inputs, self.grads, more=False)
@@ -325,7 +325,11 @@ class _Backward:
         return totals, sums
 
     def _sliced(self, groups: Groups) -> tuple[list[Tensor | None], list[Tensor | None]] | None:
-        """Return what ``_masked`` does, from a run for each cluster; None if runs differ."""
+        """Return what ``_masked`` does, from a run for each cluster; None if runs differ.
+
+        The site's ``options`` are None before the first backward pass, then True if such runs have
+        given what the run of the whole batch gave, else False.
+        """
         run, proven = self.run, self.run.site.options is True
         totals: list[Tensor | None] = [None for _ in self.inputs]
         sums: list[Tensor | None] = [None for _ in self.params]
@@ -364,7 +368,7 @@ class _Backward:
     def _repeated(
         self, inputs: list[Tensor], values: list[Any], proven: bool
     ) -> list[Tensor] | None:
-        """Run the module for some samples; None if a run that was never seen to work fails."""
+        """Run the module for some samples; None if it fails and never worked before."""
         try:
             return self.run.outputs(self.run.call(inputs, values)[0])
         except (RuntimeError, ValueError, IndexError, AssertionError):
@@ -385,7 +389,7 @@ class _Backward:
         return True
 
     def _places(self, rows: int, samples: Tensor) -> Tensor:
-        """Return the rows of some samples, of which each has the same number in a row."""
+        """Return the places of some samples' rows, which lie together for each sample."""
         each = rows // self.run.batch
         if each == 1:
             return samples

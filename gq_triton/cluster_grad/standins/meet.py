@@ -1,4 +1,4 @@
-"""Where a stand-in meets the samples: it is expanded over them, and its gradient is kept by sample.
+"""The meeting of stand-ins and samples: a stand-in is expanded, and its gradient comes by sample.
 
 Shapes: B samples, n rows of samples (a multiple of B), K clusters, S the shape of a stand-in.
 """
@@ -91,7 +91,7 @@ def _expanded_gradients(
 def _looked_up_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
 ) -> list[Tensor | None]:
-    """Give the sums of rows of a table that were looked up once for all samples."""
+    """Give the sums of a table whose rows were looked up once for all samples."""
     grad, indices = tensors
     sums = _by_cluster(step, grad, site.collector.backend).unflatten(1, (indices.numel(), -1))
     return [_give_table(site, step, sums, indices, site.module)]
@@ -131,11 +131,11 @@ LOOKED_UP = Family(_no_forward, _looked_up_gradients)
 
 
 class _Route(Site):
-    """The site of what is computed from parameters: their sums are found through that computation.
+    """The site of a tensor computed from parameters, whose sums go back through the computation.
 
     Args:
-        values: what is computed, with its graph.
-        origin: where it comes from.
+        values: the tensor, with its graph.
+        origin: the parameters it is computed from.
         family: the family that sums the gradients of ``values``.
     """
 
@@ -148,11 +148,11 @@ class _Route(Site):
         self.marker: Tensor | None = None
 
     def param(self, position: int) -> Tensor:
-        """Return what is computed, in the place of a parameter."""
+        """Return the computed tensor, in the place of a parameter."""
         return self.values.detach()
 
     def used_once(self, step: Step, position: int) -> bool:
-        """Return False: the sums must be those of the whole."""
+        """Return False: the sums must be those of the whole tensor."""
         return False
 
     def give(
@@ -226,11 +226,11 @@ class _Routed(torch.autograd.Function):
 
 
 def routed(values: Tensor, origin: Origin, family: Family) -> tuple[Tensor, Call]:
-    """Return what is computed from parameters, for an operation that treats it as a parameter.
+    """Return a tensor computed from parameters, for an operation that treats it as a parameter.
 
     Args:
-        values: what is computed, with its graph.
-        origin: where it comes from.
+        values: the tensor, with its graph.
+        origin: the parameters it is computed from.
         family: the family that sums its gradients.
 
     Returns:

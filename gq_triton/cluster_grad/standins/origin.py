@@ -20,13 +20,11 @@ class Root:
         sites: the key of the parameter's site, by the kind of operation that meets the samples.
         param: the parameter.
         indices: the rows that were looked up; None for a whole parameter.
-        padding: the row of a table that gets no gradient, or None.
     """
 
     sites: dict[str, Tensor]
     param: Tensor
     indices: Tensor | None = None
-    padding: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

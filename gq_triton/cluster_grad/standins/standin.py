@@ -29,7 +29,7 @@ class StandIn(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation on stand-ins; its result is one too unless samples came in."""
+        """Run an operation on stand-ins; its result is one too unless an operand has samples."""
         with torch._C.DisableTorchFunctionSubclass():
             return _run(func, tuple(args), kwargs or {})
 
