@@ -62,7 +62,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors with a dimension in a model's arguments, in their order."""
     if isinstance(value, Tensor):
         return [value] if value.dim() else []
-    return [tensor for entry in _values(value) for tensor in tensors_in(entry)]
+    # The compiler of torch 2.8 does not know what _values() asks of a dictionary's values.
+    entries = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(entries, (list, tuple)):
+        entries = _values(value)
+    return [tensor for entry in entries for tensor in tensors_in(entry)]
 
 
 def first_tensor(output: Any) -> Tensor | None:
