@@ -18,6 +18,11 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it must be set before kernels are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# The server that ranks are forked from imports a module of the helpers; before Python 3.13 it does
+# not learn this process's sys.path.
+HELPERS = str(Path(__file__).with_name("helpers"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HELPERS, os.environ.get("PYTHONPATH")]))
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # `python -m pytest` puts the repository root on the path, where kernels/ and dist/ would be found a

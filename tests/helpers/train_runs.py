@@ -2,25 +2,29 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.run import main as torchrun_main
 
 from gq_triton.testing import PRELOAD, server
 from gq_triton.training.checkpoints import load_newest_checkpoint
 from gq_triton.training.metrics import read_metrics
 
-# Modules that every run of train.py imports: the imports take most of its time.
+# What every run of train.py imports and compiles takes most of its time.
 PRELOAD.extend(["sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"])
+PRELOAD.extend(["matplotlib.backends.backend_agg", "compiled_ahead"])
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 # 6 steps per epoch, the last of them smaller and, with 2 ranks, of unequal shares.
@@ -95,11 +99,24 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def torchrun(
     ranks: int, script: Path, *args: object, restarts: int = 0, env: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Run a script under torchrun; return its exit code and output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    """Run a script under torchrun; return its exit code and output.
+
+    torchrun and its ranks are forked from a process that has imported torch, which torchrun would
+    have every rank do anew after every restart. Agent, rendezvous and restarts are torchrun's own.
+    """
+    command = ["--standalone", "--start-method=forkserver", "--run-path", "--tee=3"]
     command += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    (done,) = finish([[*command, str(script), *map(str, args)]], [env or {}])
-    return done
+    command += [str(script), *map(str, args)]
+    ((code, shown),) = _be_at_once(_be_torchrun, [command], [env or {}])
+    return code, re.sub(r"^\[default\d+\]:", "", shown, flags=re.MULTILINE)  # whose line it is
+
+
+def _be_torchrun(command: list[str], env: dict[str, str], log: str, folder: str) -> None:
+    """Be ``torchrun command`` in a folder, with both streams in a file."""
+    _move(env, log, folder)
+    # Its docstring says that children reuse the server of their parent; but they would start one.
+    forkserver._forkserver.ensure_running = lambda: None
+    torchrun_main(["--log-dir", str(Path(log).with_suffix("")), *command])
 
 
 def start(ranks: int, script: Path, *args: object) -> list[int]:
@@ -113,31 +130,45 @@ def start_and_listen(
     """Run a script in processes that need not import torch anew; return what ``finish`` does."""
     world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        done = []
-        for rank in range(ranks):
-            env = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            log = Path(folder, f"{rank}.txt")
-            task = (str(script), [str(arg) for arg in args], env, str(log), os.getcwd())
-            process = server().Process(target=_be_script, args=task)
-            process.start()
-            stack.callback(process.kill)
-            done.append((process, log))
-        for process, log in done:
-            process.join(timeout=timeout)
-            assert process.exitcode is not None, f"{script} hangs: {log.read_text()}"
-        return [(process.exitcode, log.read_text()) for process, log in done]
+    envs = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return _be_at_once(_be_script, [[str(script), *map(str, args)]] * ranks, envs, timeout)
 
 
-def _be_script(script: str, args: list[str], env: dict[str, str], log: str, folder: str) -> None:
-    """Be ``python script args`` in a folder, with both streams in a file."""
+def _be_script(command: list[str], env: dict[str, str], log: str, folder: str) -> None:
+    """Be ``python command`` in a folder, with both streams in a file."""
+    _move(env, log, folder)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def _move(env: dict[str, str], log: str, folder: str) -> None:
     os.chdir(folder)
     out = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ |= env
-    sys.argv = [script, *args]
-    runpy.run_path(script, run_name="__main__")
+
+
+def _be_at_once(
+    being: Callable[..., None],
+    commands: Sequence[list[str]],
+    envs: Sequence[Mapping[str, str]],
+    timeout: float = 300,
+) -> list[tuple[int, str]]:
+    """Run commands at once in processes that need not import torch anew, as ``finish`` does."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        done = []
+        for number, (command, env) in enumerate(zip(commands, envs, strict=True)):
+            log = Path(folder, f"{number}.txt")
+            task = (command, dict(env), str(log), os.getcwd())
+            process = server().Process(target=being, args=task)
+            process.start()
+            stack.callback(process.kill)
+            done.append((process, log))
+        for process, log in done:
+            process.join(timeout=timeout)
+            assert process.exitcode is not None, f"{commands} hang: {log.read_text()}"
+        return [(process.exitcode, log.read_text()) for process, log in done]
 
 
 def newest(out: Path) -> dict[str, Any]:
