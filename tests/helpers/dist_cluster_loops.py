@@ -3,7 +3,6 @@
 """The checks of models and loops under DDP with local clusters; see test_dist_clusters.py."""
 
 import copy
-import warnings
 from typing import Any
 
 import torch
@@ -73,15 +72,13 @@ def check_uses_and_passes(rank: int) -> None:
 
 
 def check_a_plain_last_layer_with_uneven_batches(rank: int) -> None:
-    """With rho = 1 the clustered gradients are those of the whole batch, the plain one DDP's."""
+    """With rho = 1 the clustered gradients are those of the whole batch."""
     ddp = DDP(model(PlainLast), bucket_cap_mb=TINY)
     twin = copy.deepcopy(ddp.module)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # says that `up` is weighted as one batch
-        state = register(
-            ddp, n_clusters=K, features="features", rho=1.0, queue_length=LENGTH, strict=False,
-            backend="torch", clusterer=lambda f: labels_of(0, rank, len(f)), **EXTRA,
-        )  # fmt: skip
+    state = register(
+        ddp, n_clusters=K, features="features", rho=1.0, queue_length=LENGTH, strict=True,
+        backend="torch", clusterer=lambda f: labels_of(0, rank, len(f)), **EXTRA,
+    )  # fmt: skip
     for step in range(4):
         ddp.zero_grad()
         twin.zero_grad()
@@ -89,11 +86,33 @@ def check_a_plain_last_layer_with_uneven_batches(rank: int) -> None:
         loss_of(ddp, parts[rank]).backward()
         loss_of(twin, torch.cat(parts)).backward()
         for name, param in ddp.module.named_parameters():
-            if not name.startswith("up"):
-                torch.testing.assert_close(
-                    param.grad, twin.get_parameter(name).grad, rtol=1e-10, atol=1e-13
-                )
+            torch.testing.assert_close(
+                param.grad, twin.get_parameter(name).grad, rtol=1e-10, atol=1e-13
+            )
         agree(state)
+
+
+class AnyModules(nn.Module):
+    """A bare scale, positions that all samples share, and a recurrent layer, which runs again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.scale = nn.Linear(6, 8), nn.Parameter(torch.randn(8))
+        self.places, self.layer = nn.Embedding(4, 2), nn.GRU(2, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (self.features(x) * self.scale).view(-1, 4, 2) + self.places(torch.arange(4))
+        return self.layer(rows)[0]
+
+
+def check_modules_of_any_kind(rank: int) -> None:
+    pair = Pair(AnyModules, uneven=True, strict=True, centroid_scale="standard_error")
+    shown = pair.state.check(pair.batch(rank))
+    assert shown.share == 1.0
+    assert all(param.grad is None for param in pair.ddp.parameters())
+    pair.run()
+    assert pair.state.report() == {row.name: row.how for row in shown.rows}
+    assert pair.state.report()["layer.weight_ih_l0"] == "clusters (GRU run again)"
 
 
 def check_compiled_models(rank: int) -> None:
@@ -221,6 +240,7 @@ TWO_RANKS = [
     *CHECKS,
     check_uses_and_passes,
     check_a_plain_last_layer_with_uneven_batches,
+    check_modules_of_any_kind,
     check_compiled_models,
     check_join_with_uneven_inputs,
     check_layers_frozen_in_turn,
