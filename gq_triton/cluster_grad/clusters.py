@@ -155,6 +155,8 @@ class Clusters:
                 path = _caller(path, modules)
             elif owner.family is not None:
                 path = ""
+            while path and _holds_results(modules[path]):
+                path = _caller(path, modules)
             if path:
                 chosen[path] = Layer(path, modules[path], SLICES, parameters_of(modules[path]))
             else:
@@ -424,6 +426,16 @@ def _caller(path: str, modules: Mapping[str, nn.Module]) -> str:
         if path and type(modules[path]).forward is not nn.Module.forward:
             break
     return path
+
+
+def _holds_results(module: nn.Module) -> bool:
+    """Return whether a module holds a tensor that was computed outside its ``forward``.
+
+    A hook computes the weight of ``nn.utils.weight_norm`` so. Another run of ``forward`` would go
+    back through the computation again.
+    """
+    values = vars(module).values()
+    return any(isinstance(value, Tensor) and value.grad_fn is not None for value in values)
 
 
 def _uneven(state: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from gq_triton.cluster_grad.passes import OUTSIDE
 from gq_triton.cluster_grad.site import SITE, Collector, Family, Site
 from gq_triton.cluster_grad.standins.meet import EXPANDED, LOOKED_UP
 from gq_triton.cluster_grad.standins.origin import SAME, Origin, Root
-from gq_triton.cluster_grad.standins.standin import StandIn, stand_in, with_samples
+from gq_triton.cluster_grad.standins.standin import StandIn, saving_hooks, stand_in, with_samples
 
 __all__ = ["Conversion"]
 
@@ -204,8 +204,9 @@ def _origin(own: _Converted, token: Tensor, root: Root, start: Tensor, link: str
     # Operations that meet samples in the second dimension are not followed.
     batch = 0 if collector.batch_dim else collector.batch
     return Origin(
-        token, collector.clock, batch, collector.trusted, collector.inputs, (root,), (start,), link
-    )
+        token, collector.clock, batch, collector.trusted, collector.inputs, (root,), (start,), link,
+        saving_hooks(),
+    )  # fmt: skip
 
 
 def _looked_up(module: nn.Module, own: _Converted, token: Tensor, indices: Tensor) -> Any:
@@ -215,7 +216,8 @@ def _looked_up(module: nn.Module, own: _Converted, token: Tensor, indices: Tenso
     param = module._parameters[attribute]
     assert param is not None
     root = Root(own.keys[attribute], param, indices)
-    return stand_in(rows, _origin(own, token, root, rows, SAME))
+    # A change of the stand-in in place must not reach the rows, whose gradient is asked for.
+    return stand_in(rows.clone(), _origin(own, token, root, rows, SAME))
 
 
 def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:

@@ -33,6 +33,10 @@ _KEEPING = {
     "_Slices", "AvgPool2D", "MaxPool2DWithIndices",
     "RegisterPostBackwardFunction", "_DDPSink",  # of FSDP2 and DDP: they return what they are given
 }  # fmt: skip
+# What became of stand-ins where they met samples, and of modules that run again.
+_MET = {"_Expand", "_Tapped", "_Slices"}
+# Operations of two operands, of which one without a gradient may be a constant.
+_PAIRED = {"Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Where", "MaskedFill", "Maximum", "Minimum"}
 _VIEWING = {"View", "UnsafeView", "ReshapeAlias", "Reshape", "Squeeze", "Unsqueeze"}
 _REDUCING = {"Mean", "Sum", "Softmax", "LogSoftmax", "Slice", "Cat", "Split", "SplitWithSizes"}
 
@@ -41,47 +45,93 @@ def in_order(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool:
     """Return whether each sample's rows lie together along dimension 0, in the samples' order.
 
     Where only the first dimension is as long as the batch, it is believed to be that of the
-    samples. Where others are as long, or it is a multiple, the graph must show it. A compiled
-    graph shows nothing: there a first dimension of B is believed.
+    samples, unless the graph shows that it is not. Where others are as long, or it is a multiple,
+    the graph must show it. A compiled graph shows nothing: a first dimension of B is believed.
 
     Args:
         tensor: ``(n, ...)``.
         batch: the number of samples B.
         trusted: outputs of operations that have the samples' rows along dimension 0.
     """
-    rows, node = tensor.shape[0], tensor.grad_fn
-    if _has_samples_first(tuple(tensor.shape), batch):
-        return True
-    if rows == 0 or rows % batch or node is None or torch.compiler.is_compiling():
-        return rows == batch
-    start = (node, tensor.output_nr, 0)
+    shape, node = tuple(tensor.shape), tensor.grad_fn
+    if torch.compiler.is_compiling():
+        return shape[0] == batch
+    if batch == 1:
+        return True  # whatever the rows are, they belong to the one sample
+    if shape[0] == 0 or shape[0] % batch or not _from_samples(tensor, trusted):
+        return False
+    if node is None or _has_samples_first(shape, batch):
+        return shape[0] == batch
+    shown = _leads_to_samples(tensor, batch, trusted)
+    # Positions, or samples times heads, may be a multiple of B by chance.
+    believed = shape[0] == batch and batch not in _others(shape)
+    return shown is True or (believed and shown is None)
+
+
+def _leads_to_samples(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool | None:
+    """Return whether dimension 0 leads back to that of the samples; None if nothing shows it."""
+    start = (tensor.grad_fn, tensor.output_nr, 0)
     stack: list[tuple[Any, int, int]] = [start]
-    seen, found = set(), False
+    seen, found, ends = set(), False, False
     while stack:
         entry = stack.pop()
         if entry in seen:
             continue
         seen.add(entry)
         node, place, axis = entry
+        if type(node).__name__ == "_SlicesBackward" and node.run.out_dims[place] != axis:
+            return False
         known = entry != start and _has_samples_first(_shape(node, place), batch)
         if axis == 0 and (known or (node, place) in trusted):
             found = True
             continue
         sources = None if len(seen) > _LIMIT else _sources(node, place, axis)
         if sources is None:
-            return False
+            return None
+        ends = ends or (axis == 0 and not sources)
         for parent, output, into in sources:
             if type(parent).__name__ != "AccumulateGrad":
                 stack.append((parent, output, into))
             elif into == 0 and parent.variable.shape[0] == batch:
                 found = True  # an input of the model, or of a segment that is run again
-    return found
+    return True if found else None if ends else False
+
+
+def _from_samples(tensor: Tensor, trusted: Container[Output]) -> bool:
+    """Return whether a tensor depends on samples, not on parameters and constants alone."""
+    if tensor.grad_fn is None:
+        return not isinstance(tensor, nn.Parameter)
+    stack: list[Output] = [(tensor.grad_fn, tensor.output_nr)]
+    seen = set()
+    while stack and len(seen) < _LIMIT:
+        node, place = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        kind = type(node).__name__.rpartition("Backward")[0]
+        if kind in _MET or (node, place) in trusted:
+            return True
+        if type(node).__name__ == "AccumulateGrad":
+            if not isinstance(node.variable, nn.Parameter):
+                return True
+            continue
+        known = [(parent, output) for parent, output in node.next_functions if parent is not None]
+        if len(known) < len(node.next_functions):  # samples without a gradient, or a constant
+            kept = kind in _PAIRED and known
+            if not kept or any(_shape(*one) != _shape(node, place) for one in known):
+                return True
+        stack.extend(known)
+    return bool(stack)
 
 
 def _has_samples_first(shape: tuple[int, ...], batch: int) -> bool:
-    """Return whether dimension 0 is that of the samples, and no other may be."""
-    others = shape[1:-1] if len(shape) > 2 else shape[1:]
-    return bool(shape) and shape[0] == batch and batch not in others
+    """Return whether dimension 0 is that of the samples, and no other may hold them, too."""
+    return bool(shape) and shape[0] == batch and all(size % batch for size in _others(shape))
+
+
+def _others(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sizes of the dimensions besides the first one that may be that of the samples."""
+    return shape[1:-1] if len(shape) > 2 else shape[1:]
 
 
 def _shape(node: Any, place: int) -> tuple[int, ...]:

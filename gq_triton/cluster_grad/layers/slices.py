@@ -30,6 +30,7 @@ from gq_triton.ring import flat
 __all__ = ["OPAQUE", "SLICES", "parameters_of"]
 
 # Modules of torch that use their submodules' weights, or functions that show nothing of theirs.
+_IN_PARTS, _REENTRANT = "in parts", "it holds a checkpoint with use_reentrant=True"
 OPAQUE = nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase
 
 
@@ -55,6 +56,7 @@ class _Run:
         out_places: the outputs with a gradient.
         out_dims: by such output, the dimension of the samples.
         graph: inputs and outputs of the run with their graph, where it is kept.
+        expected: the outputs' values, where runs for some samples must be seen to give the same.
         repeats: whether another run gives the same.
     """
 
@@ -70,6 +72,7 @@ class _Run:
     out_places: list[int] = field(default_factory=list)
     out_dims: list[int] = field(default_factory=list)
     graph: tuple[list[Tensor], list[Tensor]] | None = None
+    expected: list[Tensor] | None = None
     repeats: bool = True
 
     def call(self, inputs: list[Tensor], values: list[Any]) -> tuple[list[Any], TreeSpec]:
@@ -126,9 +129,11 @@ def _out_dim(module: nn.Module, place: int, value: Tensor, batch: int) -> int | 
     sizes = [size == batch for size in value.shape]
     if sizes.count(True) > 1:
         return None  # which of them is that of the samples?
-    if value.dim() and value.shape[0] and value.shape[0] % batch == 0:
-        return 0
-    return sizes.index(True) if True in sizes else None
+    if True in sizes:
+        # Rows of samples in dimension 0, or positions, of which there are a multiple of B?
+        known = sizes[0] or value.shape[0] % batch
+        return sizes.index(True) if known else None
+    return 0 if value.dim() and value.shape[0] and value.shape[0] % batch == 0 else None
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -146,23 +151,30 @@ def _forward(module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
     """Run a module so that its backward pass knows the gradients by cluster."""
     run, originals = _begun(module, site_of(call[1]), args, kwargs)
     site, batch = run.site, run.batch
+    if site.options == _IN_PARTS:
+        _note(run, _REENTRANT)
+        forward = getattr(module, SITE).inner or type(module).forward.__get__(module)
+        return forward(*args, **kwargs)
     known = [(v, d) for v, d in zip(run.values, run.dims, strict=True) if d is not None]
     if not known or any(v.dim() <= d or v.shape[d] % batch for v, d in known):
         return _as_one(run, "no argument has the samples in its first dimension")
     device = site.param(0).device
     before, versions = _random_state(device), _versions(module)
-    inputs = [tensor.detach().requires_grad_() for tensor in originals]
+    changes = [tensor._version for tensor in originals]
+    inputs = [tensor.view_as(tensor) for tensor in originals]
     leaves, out_spec = run.call(inputs, run.values)
+    if changes != [tensor._version for tensor in originals]:
+        return _not_known(run, leaves, out_spec, "it changes its input in place")
+    if site.options is None and _checkpointed(leaves, inputs):
+        site.options = _IN_PARTS
+        return _not_known(run, leaves, out_spec, _REENTRANT)
     after = _random_state(device)
     same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     run.repeats = same and versions == _versions(module)
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            dim = _out_dim(module, place, leaf, batch)
-            if dim is None:
-                return _as_one(run, f"its output {place} has no dimension of {batch} samples alone")
-            run.out_places.append(place)
-            run.out_dims.append(dim)
+    unknown = _place_outputs(run, leaves)
+    if unknown is not None:
+        reason = f"its output {unknown} has no dimension of {batch} samples alone"
+        return _not_known(run, leaves, out_spec, reason)
     if not run.out_places:
         return tree_unflatten(leaves, out_spec)
     outputs = run.outputs(leaves)
@@ -172,12 +184,27 @@ def _forward(module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
         run.values[place] = None
     params = [site.param(position) for position in run.wanted]
     detached = [output.detach() for output in outputs]
+    if not (site.options is True and isinstance(module, OPAQUE)):
+        # One batch does not show it: an expert drops samples only where too many are sent to it.
+        run.expected = detached
     out: Any = _Slices.apply(run, call, len(originals), *originals, *params, *detached)
     for place, dim, value in zip(run.out_places, run.out_dims, out, strict=True):
         leaves[place] = value
         if dim == 0:
             site.collector.trusted.add((value.grad_fn, value.output_nr))
     return tree_unflatten(leaves, out_spec)
+
+
+def _place_outputs(run: _Run, leaves: list[Any]) -> int | None:
+    """Note where the outputs have the samples; return the first one that does not show it."""
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            dim = _out_dim(run.site.module, place, leaf, run.batch)
+            if dim is None:
+                return place
+            run.out_places.append(place)
+            run.out_dims.append(dim)
+    return None
 
 
 def _begun(
@@ -210,10 +237,39 @@ def _begun(
 
 def _as_one(run: _Run, reason: str) -> Any:
     """Run the module without clusters, so that autograd finds its gradient of the whole batch."""
+    inputs = [run.values[place] for place in run.places]
+    return _not_known(run, *run.call(inputs, run.values), reason)
+
+
+def _not_known(run: _Run, leaves: list[Any], spec: TreeSpec, reason: str) -> Any:
+    """Return the outputs of a run; autograd finds the parameters' gradient of the whole batch."""
+    _note(run, reason)
+    return tree_unflatten(leaves, spec)
+
+
+def _note(run: _Run, reason: str) -> None:
     for position in run.wanted:
         run.site.collector.take_unknown(run.site.param(position), reason)
-    inputs = [run.values[place] for place in run.places]
-    return tree_unflatten(*run.call(inputs, run.values))
+
+
+def _checkpointed(leaves: list[Any], inputs: list[Tensor]) -> bool:
+    """Return whether outputs went through a reentrant checkpoint, which forbids products of them.
+
+    Args:
+        leaves: the outputs.
+        inputs: where the graph of the module begins.
+    """
+    stack: list[Any] = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor)]
+    seen = {tensor.grad_fn for tensor in inputs}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__.startswith("CheckpointFunction"):
+            return True
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 class _Slices(torch.autograd.Function):
@@ -328,9 +384,13 @@ class _Backward:
         """Return what ``_masked`` does, from a run for each cluster; None if runs differ.
 
         The site's ``options`` are None before the first backward pass, then True if such runs have
-        given what the run of the whole batch gave, else False.
+        given what the run of the whole batch gave, else False. Of a module that holds a reentrant
+        checkpoint they are ``_IN_PARTS``.
         """
-        run, proven = self.run, self.run.site.options is True
+        run = self.run
+        # The functions of BatchNorm write to buffers without counting it as a change.
+        known = run.site.options is True
+        buffers = [] if known else [(b, b.clone()) for b in run.site.module.buffers()]
         totals: list[Tensor | None] = [None for _ in self.inputs]
         sums: list[Tensor | None] = [None for _ in self.params]
         for k, samples in enumerate(groups.order.split(groups.sizes)):
@@ -342,8 +402,8 @@ class _Backward:
                 self._rows(tensor, dim, samples).detach().requires_grad_()
                 for tensor, dim in zip(self.inputs, dims, strict=True)
             ]
-            outputs = self._repeated(inputs, values, proven)
-            if outputs is None or not (proven or self._same(outputs, samples)):
+            outputs = self._repeated(inputs, values)
+            if _restored(buffers) or outputs is None or not self._same(outputs, samples):
                 run.site.options = False
                 return None
             grads = [
@@ -365,26 +425,25 @@ class _Backward:
         run.site.options = True
         return totals, sums
 
-    def _repeated(
-        self, inputs: list[Tensor], values: list[Any], proven: bool
-    ) -> list[Tensor] | None:
-        """Run the module for some samples; None if it fails and never worked before."""
+    def _repeated(self, inputs: list[Tensor], values: list[Any]) -> list[Tensor] | None:
+        """Run the module for some samples; None if it cannot be."""
         try:
             return self.run.outputs(self.run.call(inputs, values)[0])
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, IndexError, AssertionError):
-            if proven:
-                raise
             return None
 
     def _same(self, outputs: list[Tensor], samples: Tensor) -> bool:
         """Return whether a run for some samples gives what the run for all of them gave."""
-        assert self.run.graph is not None
-        for new, old, dim in zip(outputs, self.run.graph[1], self.run.out_dims, strict=True):
+        if self.run.expected is None:
+            return True
+        for new, old, dim in zip(outputs, self.run.expected, self.run.out_dims, strict=True):
             old = self._rows(old, dim, samples)
             if new.shape != old.shape:
                 return False
-            limit = torch.finfo(old.dtype).eps ** 0.5 * float(old.detach().abs().max() + 1e-30)
-            if not float((new.detach() - old.detach()).abs().max()) <= limit:
+            limit = torch.finfo(old.dtype).eps ** 0.5 * (old.abs().amax() + 1e-30)
+            if not bool((new.detach() - old).abs().amax() <= limit):
                 return False
         return True
 
@@ -416,6 +475,14 @@ class _Backward:
                 )
                 sums[place] = total
             total[k] = flat(grad, like=param)
+
+
+def _restored(buffers: list[tuple[Tensor, Tensor]]) -> bool:
+    """Give buffers their values back; return whether one had others."""
+    changed = [(buffer, kept) for buffer, kept in buffers if not torch.equal(buffer, kept)]
+    for buffer, kept in changed:
+        buffer.data.copy_(kept)
+    return bool(changed)
 
 
 def _mask(members: Tensor, grad: Tensor, dim: int) -> Tensor:

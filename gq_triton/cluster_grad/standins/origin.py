@@ -41,6 +41,8 @@ class Origin:
         starts: by root, the tensor that all its uses begin with.
         link: how the elements follow from those of the only root: ``SAME``, ``REPEATED`` or
             ``OTHER``.
+        hooks: the hooks of saved tensors in the forward pass of the module that holds the roots.
+            Inside a checkpointed segment they are others.
     """
 
     token: Tensor
@@ -51,3 +53,4 @@ class Origin:
     roots: tuple[Root, ...]
     starts: tuple[Tensor, ...]
     link: str
+    hooks: Any = None

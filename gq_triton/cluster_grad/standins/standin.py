@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from gq_triton.cluster_grad.compiled_ops import use
 from gq_triton.cluster_grad.layers.conv import CONV, Geometry, convolved
@@ -17,13 +17,15 @@ from gq_triton.cluster_grad.site import site_of
 from gq_triton.cluster_grad.standins.meet import expanded, routed, tapped
 from gq_triton.cluster_grad.standins.origin import OTHER, REPEATED, SAME, Origin
 
-__all__ = ["StandIn", "plain", "stand_in", "with_samples", "without_stand_ins"]
+__all__ = ["StandIn", "plain", "saving_hooks", "stand_in", "with_samples", "without_stand_ins"]
 
 
 class StandIn(Tensor):
     """A tensor that stands for a parameter, or for what is computed from parameters alone."""
 
     _gq_origin: Origin
+    # How often the memory had been written to when the stand-in was made.
+    _gq_version: int
 
     @classmethod
     def __torch_function__(
@@ -31,13 +33,48 @@ class StandIn(Tensor):
     ) -> Any:
         """Run an operation on stand-ins; its result is one too unless an operand has samples."""
         with torch._C.DisableTorchFunctionSubclass():
-            return _run(func, tuple(args), kwargs or {})
+            given, named = tuple(args), kwargs or {}
+            if any(_is_spoilt(tensor) for tensor in _tensors([*given, *named.values()])):
+                given, named = tree_map_only(StandIn, _unless_valid, (given, named))
+                if not any(isinstance(t, StandIn) for t in _tensors([*given, *named.values()])):
+                    return func(*given, **named)
+            return _run(func, given, named)
+
+
+def saving_hooks() -> Any:
+    """Return the hooks of saved tensors that are in force, as in a checkpointed segment; or None.
+
+    A segment runs again in the backward pass, outside the module's ``forward``, without stand-ins.
+    It must save then what it saved before.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return autograd._top_saved_tensors_default_hooks(False)
+
+
+def _is_spoilt(tensor: Tensor) -> bool:
+    """Return whether a tensor is a stand-in that no longer is what its origin says, or may be."""
+    if not isinstance(tensor, StandIn) or torch.compiler.is_compiling():
+        return False
+    origin = tensor._gq_origin
+    if saving_hooks() != origin.hooks or (torch.is_grad_enabled() and not tensor.requires_grad):
+        return True
+    if tensor._version == tensor._gq_version:
+        return False
+    # Autograd allows changes in the memory of a parameter only where it does not look.
+    memory = tensor.untyped_storage().data_ptr()
+    return all(root.param.untyped_storage().data_ptr() != memory for root in origin.roots)
+
+
+def _unless_valid(tensor: Tensor) -> Tensor:
+    return _plain(tensor) if _is_spoilt(tensor) else tensor
 
 
 def stand_in(tensor: Tensor, origin: Origin) -> StandIn:
     """Return a stand-in with the values and the graph of a tensor."""
     made = tensor.as_subclass(StandIn)
-    made._gq_origin = origin
+    made._gq_origin, made._gq_version = origin, tensor._version
     return made
 
 
@@ -107,6 +144,10 @@ _SAME = {
     Tensor.clone, torch.clone, Tensor.to, Tensor.float, Tensor.double, Tensor.half,
     Tensor.bfloat16, Tensor.type_as, Tensor.view_as, Tensor.type,
 }  # fmt: skip
+_CHANGING = {
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__",
+    "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+}  # fmt: skip
 _JOINED = {torch.cat, torch.concat, torch.concatenate}
 _REPEATED = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
 _MULTIPLIED = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
@@ -158,6 +199,7 @@ def _merged(stand_ins: list[Any], link: str) -> Origin:
         tuple(roots),
         tuple(starts),
         link,
+        origin.hooks,
     )
 
 
@@ -171,10 +213,13 @@ def _linked(origin: Origin, link: str) -> Origin:
         origin.roots,
         origin.starts,
         link,
+        origin.hooks,
     )
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args and isinstance(args[0], StandIn) and _in_place(func):
+        return _other(func, args, kwargs)
     if func in _ELEMENTWISE and "out" not in kwargs:
         return _elementwise(func, args, kwargs)
     if func in _JOINED and args and "out" not in kwargs:
@@ -194,6 +239,12 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is F.prelu:
         return _prelu(*args, **kwargs)
     return _other(func, args, kwargs)
+
+
+def _in_place(func: Any) -> bool:
+    """Return whether an operation changes its first operand."""
+    name: str = getattr(func, "__name__", "")
+    return name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
 
 
 def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
