@@ -157,7 +157,7 @@ class Clusters:
                 path = ""
             while path and _holds_results(modules[path]):
                 path = _caller(path, modules)
-            if path:
+            if path and not self._is_trunk(path, modules[path]):
                 chosen[path] = Layer(path, modules[path], SLICES, parameters_of(modules[path]))
             else:
                 left.append(name)
@@ -167,6 +167,13 @@ class Clusters:
                 inside = [name for name in self.owners if name.startswith(f"{path}.")]
                 self.owners.update(dict.fromkeys(inside, layer))
         return left
+
+    def _is_trunk(self, path: str, module: nn.Module) -> bool:
+        """Return whether a module is most of the model, which is too dear to run again."""
+        if self.features != OUTPUT_GRADIENT and not self.features.startswith(f"{path}."):
+            return False
+        held = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        return 2 * held > sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def _new_kmeans(self) -> KMeans:
         # A loss scaler may let gradients at the output overflow. Such a step is skipped, so its

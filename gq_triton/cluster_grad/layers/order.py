@@ -37,8 +37,20 @@ _KEEPING = {
 _MET = {"_Expand", "_Tapped", "_Slices"}
 # Operations of two operands, of which one without a gradient may be a constant.
 _PAIRED = {"Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Where", "MaskedFill", "Maximum", "Minimum"}
+# Operations that are known to put rows in another order.
+_MIXING = {"Index", "IndexSelect", "Gather", "Flip", "Roll", "Sort", "Expand", "View", "UnsafeView"}
 _VIEWING = {"View", "UnsafeView", "ReshapeAlias", "Reshape", "Squeeze", "Unsqueeze"}
-_REDUCING = {"Mean", "Sum", "Softmax", "LogSoftmax", "Slice", "Cat", "Split", "SplitWithSizes"}
+_REDUCING = {
+    "Mean",
+    "Sum",
+    "Softmax",
+    "SafeSoftmax",
+    "LogSoftmax",
+    "Slice",
+    "Cat",
+    "Split",
+    "SplitWithSizes",
+}
 
 
 def in_order(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool:
@@ -70,6 +82,8 @@ def in_order(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool:
 
 def _leads_to_samples(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool | None:
     """Return whether dimension 0 leads back to that of the samples; None if nothing shows it."""
+    # With as many rows as samples only a permutation can mislead, not a selection.
+    believing = tensor.shape[0] == batch
     start = (tensor.grad_fn, tensor.output_nr, 0)
     stack: list[tuple[Any, int, int]] = [start]
     seen, found, ends = set(), False, False
@@ -85,7 +99,7 @@ def _leads_to_samples(tensor: Tensor, batch: int, trusted: Container[Output]) ->
         if axis == 0 and (known or (node, place) in trusted):
             found = True
             continue
-        sources = None if len(seen) > _LIMIT else _sources(node, place, axis)
+        sources = None if len(seen) > _LIMIT else _sources(node, place, axis, believing)
         if sources is None:
             return None
         ends = ends or (axis == 0 and not sources)
@@ -155,18 +169,23 @@ def _parents(node: Any) -> Iterator[tuple[int, Any, int, tuple[int, ...]]]:
             yield position, parent, place, tuple(parent.variable.shape)
 
 
-def _sources(node: Any, place: int, axis: int) -> list[tuple[Any, int, int]] | None:
+def _sources(
+    node: Any, place: int, axis: int, believing: bool
+) -> list[tuple[Any, int, int]] | None:
     """Return where rows along an axis of a node's output come from; None if they are mixed.
 
     Args:
         node: the node.
         place: which of its outputs.
         axis: the dimension of the rows.
+        believing: whether operations of which nothing is known are believed to keep their rows.
     """
     kind, shape = type(node).__name__.rpartition("Backward")[0], _shape(node, place)
     found: list[tuple[Any, int, int]] = []
     for position, parent, output, inner in _parents(node):
         into = _axis(node, kind, position, axis, shape, inner)
+        if into is None and believing and kind not in _MIXING:
+            into = _broadcast(axis, shape, inner)
         if into is None:
             return None
         if into >= 0:

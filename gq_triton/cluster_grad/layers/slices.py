@@ -46,7 +46,7 @@ class _Run:
     Attributes:
         site: the module's site.
         batch: B.
-        signature: the signature of the module's forward.
+        forward: the module's own forward.
         values: the arguments, with None in place of tensors that need a gradient.
         spec: the structure of the arguments.
         dims: by argument, the dimension of the samples, or None.
@@ -62,7 +62,7 @@ class _Run:
 
     site: Site
     batch: int
-    signature: inspect.Signature
+    forward: Callable[..., Any]
     values: list[Any]
     spec: TreeSpec
     dims: list[int | None]
@@ -82,16 +82,15 @@ class _Run:
             inputs: the arguments that need a gradient.
             values: all arguments; those places are overwritten.
         """
-        collector, module = self.site.collector, self.site.module
+        collector = self.site.collector
         values = list(values)
         for place, tensor in zip(self.places, inputs, strict=True):
             values[place] = tensor
-        given = inspect.BoundArguments(self.signature, tree_unflatten(values, self.spec))
-        run = getattr(module, SITE).inner or type(module).forward.__get__(module)
+        args, kwargs = tree_unflatten(values, self.spec)
         kept, collector.paused = collector.paused, True
         try:
             with torch.enable_grad(), self.autocast():
-                return tree_flatten(run(*given.args, **given.kwargs))
+                return tree_flatten(self.forward(*args, **kwargs))
         finally:
             collector.paused = kept
 
@@ -214,11 +213,12 @@ def _begun(
     assert site is not None
     batch = site.collector.batch
     forward = getattr(module, SITE).inner or type(module).forward.__get__(module)
-    signature = inspect.signature(forward)
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    values, spec = tree_flatten(given)
+    values, spec = tree_flatten((args, kwargs))
+    positional = [*inspect.signature(forward).parameters]
+    # Arguments beyond the named ones belong to the last name, that of *args.
+    names = [positional[min(place, len(positional) - 1)] for place in range(len(args))]
     dims: list[int | None] = []
-    for name, value in given.items():
+    for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
         dims += [_dim(module, name, leaf, site.collector) for leaf in tree_flatten(value)[0]]
     tensors = [isinstance(value, Tensor) and value.dim() > 0 for value in values]
     # A tensor that needs no gradient, such as a mask, may have the n B rows of one that does.
@@ -231,7 +231,7 @@ def _begun(
     params = [site.param(position) for position in range(len(site.attributes))]
     wanted = [position for position, param in enumerate(params) if param.requires_grad]
     autocast = autocast_of(params[0].device.type)
-    run = _Run(site, batch, signature, values, spec, dims, places, wanted, autocast)
+    run = _Run(site, batch, forward, values, spec, dims, places, wanted, autocast)
     return run, [values[place] for place in places]
 
 
