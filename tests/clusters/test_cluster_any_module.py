@@ -312,12 +312,12 @@ def test_the_graph_tells_whether_rows_are_those_of_the_samples():
     assert not in_order(square.transpose(0, 1), samples, layer)
     for ordered in (windows, linear(windows).unbind(1)[0], rows.relu() * 2 + rows,
                     torch.roll(images, 1, 2).reshape(-1, 6)):  # fmt: skip
-        assert in_order(ordered, samples, ())
+        assert in_order(ordered, samples, set())
     for mixed in (rows[torch.randperm(len(rows))], images.flatten(1, 2).transpose(0, 1)[:6],
                   torch.randn(192, 192) @ rows, torch.roll(rows, 1, 0), rows.flip(0),
                   images.mean((1, 2)).expand(6, samples, 6), square.transpose(0, 1).reshape(-1, 6),
                   rows.cumsum(0), rows.detach()):  # fmt: skip
-        assert not in_order(mixed, samples, ())
+        assert not in_order(mixed, samples, set())
 
 
 def test_a_forward_pass_may_call_the_model():

@@ -7,7 +7,7 @@ autograd graph tells them apart.
 """
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ _REDUCING = {
 }
 
 
-def in_order(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool:
+def in_order(tensor: Tensor, batch: int, trusted: set[Output]) -> bool:
     """Return whether each sample's rows lie together along dimension 0, in the samples' order.
 
     Where only the first dimension is as long as the batch, it is believed to be that of the
@@ -63,7 +63,8 @@ def in_order(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool:
     Args:
         tensor: ``(n, ...)``.
         batch: the number of samples B.
-        trusted: outputs of operations that have the samples' rows along dimension 0.
+        trusted: outputs of operations that have the samples' rows along dimension 0. The tensor's
+            is added where the graph shows it.
     """
     shape, node = tuple(tensor.shape), tensor.grad_fn
     if torch.compiler.is_compiling():
@@ -75,12 +76,14 @@ def in_order(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool:
     if node is None or _has_samples_first(shape, batch):
         return shape[0] == batch
     shown = _leads_to_samples(tensor, batch, trusted)
+    if shown:
+        trusted.add((node, tensor.output_nr))  # later walks end here
     # Positions, or samples times heads, may be a multiple of B by chance.
     believed = shape[0] == batch and batch not in _others(shape)
     return shown is True or (believed and shown is None)
 
 
-def _leads_to_samples(tensor: Tensor, batch: int, trusted: Container[Output]) -> bool | None:
+def _leads_to_samples(tensor: Tensor, batch: int, trusted: set[Output]) -> bool | None:
     """Return whether dimension 0 leads back to that of the samples; None if nothing shows it."""
     # With as many rows as samples only a permutation can mislead, not a selection.
     believing = tensor.shape[0] == batch
@@ -111,7 +114,7 @@ def _leads_to_samples(tensor: Tensor, batch: int, trusted: Container[Output]) ->
     return True if found else None if ends else False
 
 
-def _from_samples(tensor: Tensor, trusted: Container[Output]) -> bool:
+def _from_samples(tensor: Tensor, trusted: set[Output]) -> bool:
     """Return whether a tensor depends on samples, not on parameters and constants alone."""
     if tensor.grad_fn is None:
         return not isinstance(tensor, nn.Parameter)
