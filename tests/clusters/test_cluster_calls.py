@@ -80,6 +80,7 @@ def test_keywords_and_activations_in_place(case):
     compare(model, batch, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["linear, positions", "rms norm"])
 def test_keywords_and_activations_in_place_compiled(case):
     torch._dynamo.reset()

@@ -143,6 +143,7 @@ def test_a_copy_is_the_model_alone(kind, make):
     assert_goes_on(run, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", RECORDINGS, ids=name_of)
 @models
 def test_a_recording_is_of_the_model_alone(kind, make):
@@ -181,6 +182,7 @@ def test_once_the_handle_is_removed_nothing_is_left():
         assert vars(part).keys() == names.keys()
 
 
+@pytest.mark.slow
 def test_a_saved_model_needs_no_package_to_be_loaded(tmp_path):
     run = Run(*MODELS["layers"])
     run.steps(1)

@@ -118,6 +118,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_uses_past_the_layer_make_a_parameter_one_cluster_in_a_compiled_model(case):
     kind, whole = CASES[case]

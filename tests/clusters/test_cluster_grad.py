@@ -167,6 +167,7 @@ def test_batch_norm_reads_each_cluster_by_its_rows():
             assert torch.isfinite(buffer).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_layers_drawn_at_random(data):

@@ -81,6 +81,7 @@ def test_every_altered_leaf_of_the_plug_ins_state_is_refused_or_possible():
     assert refused > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"n_clusters": 2, "features": "0"}])
 def test_the_plug_ins_state_with_drawn_alterations_is_refused_or_goes_on(options):
     model, optimizer, queue = plugin(**options)
