@@ -41,11 +41,11 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
 
 # The longest files, longest first: a long file that begins late would let one worker run alone.
 LONGEST = [
-    "test_restart.py",
-    "test_kernel_compile.py",
     "test_dist_clusters.py",
+    "test_kernel_compile.py",
     "test_study_command.py",
     "test_dist_shard.py",
+    "test_restart.py",
     "test_optim_batches.py",
     "test_train.py",
     "test_cluster_compile.py",
