@@ -9,7 +9,7 @@ parameter was used past its layers, and the sink takes the whole gradient as tha
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +79,8 @@ class Accumulator:
         # A compiled graph holds these in place of the accumulator: see compiled_ops.py.
         self.number, self.clock = new_number(self), torch.zeros(1, dtype=torch.int64)
         self.token: Tensor | None = None
-        self.batch, self.inputs, self.paused = 1, frozenset[int](), False
+        self.batch, self.paused = 1, False
+        self.inputs: Mapping[int, int] = {}
         self.batch_dim = 0
         self.trusted: set[tuple[Any, int]] = set()
         self.raw = RawGradients(self.params, self._first_step) if raw is None else raw

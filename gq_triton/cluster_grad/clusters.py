@@ -305,7 +305,11 @@ class Clusters:
             sizes = [tensor.shape[dim] for tensor in given if tensor.dim() > dim]
             accumulator.batch = sizes[0] if sizes and sizes[0] else 1
             if not torch.compiler.is_compiling():
-                accumulator.inputs = frozenset(tensor.data_ptr() for tensor in given)
+                accumulator.inputs = {
+                    tensor.data_ptr(): tensor.stride(dim)
+                    for tensor in given
+                    if tensor.dim() > dim and tensor.shape[dim] == accumulator.batch
+                }
                 accumulator.trusted.clear()
             accumulator.token = begin(accumulator.clock, accumulator.number)
             if not torch.compiler.is_compiling():

@@ -12,7 +12,7 @@ from gq_triton.cluster_grad.copies import recorded
 from gq_triton.cluster_grad.layers.conv import CONV
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
-from gq_triton.cluster_grad.layers.order import in_order
+from gq_triton.cluster_grad.layers.order import in_order, is_view_of_input
 from gq_triton.cluster_grad.layers.registry import Layer
 from gq_triton.cluster_grad.passes import OUTSIDE
 from gq_triton.cluster_grad.site import SITE, Collector, Family, Site
@@ -180,9 +180,9 @@ def _ordered(x: Tensor, collector: Collector) -> bool:
     batch = collector.batch
     if x.dim() == 0 or torch.compiler.is_compiling():
         return True
-    if x.requires_grad or x.shape[0] == batch:
-        return in_order(x, batch, collector.trusted)
-    return x.shape[0] % batch == 0 and x.data_ptr() in collector.inputs
+    if not x.requires_grad and x.data_ptr() in collector.inputs:
+        return is_view_of_input(x, collector.inputs, batch)
+    return in_order(x, batch, collector.trusted)
 
 
 def _by_sample(indices: Tensor, collector: Collector) -> bool:
@@ -195,7 +195,7 @@ def _by_sample(indices: Tensor, collector: Collector) -> bool:
     if dims == 0 or indices.shape[0] == 0 or indices.shape[0] % batch:
         return False
     if not torch.compiler.is_compiling() and indices.data_ptr() in collector.inputs:
-        return True
+        return is_view_of_input(indices, collector.inputs, batch)
     return dims > 1 and indices.shape[0] == batch and indices.shape[1] != batch
 
 

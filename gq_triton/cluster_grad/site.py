@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -47,7 +47,7 @@ class Collector(Protocol):
         backend: the engine that forms the layers' sums.
         batch: the number of samples of the current forward pass, as the model's inputs show it.
         batch_dim: the dimension of the samples in the model's inputs.
-        inputs: the addresses of the model's inputs.
+        inputs: by the address of an input of the model, the distance from sample to sample.
         trusted: nodes and outputs of the forward pass's graph that are known to have the samples'
             rows along their first dimension.
         paused: whether modules run unchanged, as parts of a module that runs as a whole.
@@ -58,7 +58,7 @@ class Collector(Protocol):
     backend: str
     batch: int
     batch_dim: int
-    inputs: frozenset[int]
+    inputs: Mapping[int, int]
     trusted: set[tuple[Any, int]]
     paused: bool
     clock: Tensor

@@ -32,6 +32,15 @@ class Double(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def backward(loss: Tensor) -> None:
+    """Run ``loss.backward()``; torch's own would leave ``Double`` before it begins."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True,
+        accumulate_grad=True,
+    )  # fmt: skip
+
+
 @dataclass
 class Verdict:
     """How the gradients of one case compare with the oracle's.
@@ -40,12 +49,14 @@ class Verdict:
         errors: by parameter name, the largest error of a step, relative to the gradient's norm.
         tiers: by parameter name, one of ``TIERS``.
         elements: by parameter name, its number of elements.
+        changed: the names of buffers that plain training leaves with other values.
         warned: the warnings of the run.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     tiers: dict[str, str] = field(default_factory=dict)
     elements: dict[str, int] = field(default_factory=dict)
+    changed: list[str] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
 
     @property
@@ -62,14 +73,22 @@ class Verdict:
         return shares
 
     def problems(self, tolerance: float = 1e-8) -> list[str]:
-        """Return a line for each parameter that is further from the oracle than ``tolerance``."""
-        return [f"{name} ({self.tiers[name]}): relative error {error:.1e}"
+        """Return a line for each parameter that is further from the oracle than ``tolerance``.
+
+        A buffer that differs from the oracle's has a line too.
+        """
+        lines = [f"{name} differs" for name in self.changed]
+        return lines + [f"{name} ({self.tiers[name]}): relative error {error:.1e}"
                 for name, error in self.errors.items() if not error <= tolerance]  # fmt: skip
 
 
 def tier_of(how: str) -> str:
     """Return the tier that an entry of ``GradQueue.report()`` stands for."""
-    return NATIVE if how.startswith("clusters") else WHOLE
+    if not how.startswith("clusters"):
+        return WHOLE
+    if "expanded" in how:
+        return EXPANDED
+    return FALLBACK if "run again" in how else NATIVE
 
 
 def feature_layer(case: Case, model: nn.Module, batch: Mapping[str, Tensor]) -> str:
@@ -131,6 +150,7 @@ def judge(
     batches = [batch_of(case, size, samples, torch.float64, 100 + n) for n in range(steps)]
     layer = case.features or feature_layer(case, copy.deepcopy(model), batches[0])
     twin = copy.deepcopy(model)
+    clusters = min(clusters, samples)
     labels = torch.arange(samples) % clusters
     sizes = [int((labels == k).sum()) for k in range(clusters)]
     rings: dict[str, reference.Ring] = {}
@@ -151,11 +171,17 @@ def judge(
             if mode == "microbatch":
                 queue.backward(losses)
             else:
-                losses.mean().backward()
+                backward(losses.mean())
             optimizer.step()  # it weights what the backward pass left raw, and moves nothing
             verdict.tiers = {name: tier_of(how) for name, how in queue.report().items()}
             _compare(verdict, named, means, sizes, rings)
         handle.remove()
+    buffers = dict(twin.named_buffers())
+    verdict.changed = [
+        name
+        for name, buffer in model.named_buffers()
+        if not torch.allclose(buffer.double(), buffers[name].double(), equal_nan=True)
+    ]
     verdict.elements = {name: p.numel() for name, p in named.items()}
     verdict.tiers = {name: tier for name, tier in verdict.tiers.items() if name in named}
     verdict.warned = [str(w.message) for w in caught if "gq" in w.filename or "cluster" in

@@ -286,6 +286,36 @@ class Experts(nn.Module):
         return self.head(out.view_as(x))
 
 
+class Turned(nn.Module):
+    """A net that is time-major from its first layer on: the batch is the second dimension."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.enter, self.middle = nn.Linear(size.width, 8), nn.Linear(8, 8)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.middle(self.enter(x.transpose(0, 1)).relu())).mean(0)
+        return self.head(x)
+
+
+class Ranked(nn.Module):
+    """Positions in order of a score that is learned, and the table of tokens used past itself."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(size.length, size.width), nn.LayerNorm(size.width)
+        self.enter, self.head = nn.Linear(size.width, size.width), nn.Linear(size.width, 5)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.norm(self.table.weight)
+        x = self.relu(self.enter(x)) @ table.T
+        order = x.sum(-1).argsort(dim=1)
+        x = x.gather(1, order[:, :, None].expand_as(x)) @ table
+        return self.head(x)
+
+
 class Twins(nn.Module):
     """Two views of each sample go through one encoder as a batch of twice the samples."""
 
@@ -360,6 +390,8 @@ PLAIN = [
     _case("ViT with bare parameters", BareViT, pictures),
     _case("mixture of experts", Experts),
     _case("two views as one batch", Twins),
+    Case("time-major inside", "torch.nn", Turned, numbers, first_output, features="head"),
+    _case("a norm of a table", Ranked),
     _case("weights used past their layers", Past, words),
     _case("Bilinear, EmbeddingBag", Paired, words),
 ]  # fmt: skip

@@ -7,18 +7,20 @@ autograd graph tells them apart.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Output", "in_order"]
+__all__ = ["Output", "in_order", "is_view_of_input"]
 
 # An output of an operation: its node in the graph, and which of the outputs it is.
 Output = tuple[Any, int]
 # The number of operations that are followed back.
 _LIMIT = 500
+# The number of operations among which a selection of rows is looked for.
+_NEAR = 50
 # Operations that keep all dimensions but may change sizes elsewhere: row i of the result depends on
 # row i of the operands. Names are those of autograd's nodes without "Backward" at the end.
 _KEEPING = {
@@ -73,6 +75,8 @@ def in_order(tensor: Tensor, batch: int, trusted: set[Output]) -> bool:
         return True  # whatever the rows are, they belong to the one sample
     if shape[0] == 0 or shape[0] % batch or not _from_samples(tensor, trusted):
         return False
+    if shape[0] == batch and _selected(tensor, trusted):
+        return False  # as many as the samples by chance
     if node is None or _has_samples_first(shape, batch):
         return shape[0] == batch
     shown = _leads_to_samples(tensor, batch, trusted)
@@ -85,7 +89,7 @@ def in_order(tensor: Tensor, batch: int, trusted: set[Output]) -> bool:
 
 def _leads_to_samples(tensor: Tensor, batch: int, trusted: set[Output]) -> bool | None:
     """Return whether dimension 0 leads back to that of the samples; None if nothing shows it."""
-    # With as many rows as samples only a permutation can mislead, not a selection.
+    # With as many rows as samples only a permutation can mislead: selections were looked for.
     believing = tensor.shape[0] == batch
     start = (tensor.grad_fn, tensor.output_nr, 0)
     stack: list[tuple[Any, int, int]] = [start]
@@ -139,6 +143,40 @@ def _from_samples(tensor: Tensor, trusted: set[Output]) -> bool:
                 return True
         stack.extend(known)
     return bool(stack)
+
+
+def _selected(tensor: Tensor, trusted: set[Output]) -> bool:
+    """Return whether the rows of a tensor were selected since an operation that is trusted."""
+    rows, stack, seen = tensor.shape[0], [(tensor.grad_fn, tensor.output_nr)], set()
+    while stack and len(seen) < _NEAR:
+        entry = stack.pop()
+        if entry[0] is None or entry in seen or entry in trusted:
+            continue
+        seen.add(entry)
+        node: Any = entry[0]
+        kind = type(node).__name__.rpartition("Backward")[0]
+        if kind == "Index":  # a list of rows; with a second index, a position of each sample
+            if len(node._saved_indices) == 1:
+                return True
+        elif kind in ("IndexSelect", "Gather") and node._saved_dim == 0:
+            return True
+        stack += [(parent, place) for _, parent, place, shape in _parents(node)
+                  if (shape and shape[0] == rows) or kind == "Index"]  # fmt: skip
+    return False
+
+
+def is_view_of_input(tensor: Tensor, inputs: Mapping[int, int], batch: int) -> bool:
+    """Return whether the rows of a tensor are those of an input of the model, in their order.
+
+    Args:
+        tensor: ``(n, ...)``.
+        inputs: by the address of an input, the distance in memory from sample to sample.
+        batch: the number of samples B.
+    """
+    distance, rows = inputs.get(tensor.data_ptr()), tensor.shape[0]
+    if distance is None or rows == 0 or rows % batch:
+        return False
+    return batch == 1 or tensor.stride(0) * (rows // batch) == distance
 
 
 def _has_samples_first(shape: tuple[int, ...], batch: int) -> bool:

@@ -6,6 +6,7 @@ A new family needs one new file, and here its import and a line of the table.
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from gq_triton.cluster_grad.layers.conv import CONV, TRANSPOSED
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
@@ -112,7 +113,10 @@ def _family_of(module: nn.Module) -> Family | None:
     kind = type(module)
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
         return CONV1D
-    # A weight that is computed from other parameters (weight_norm) is no parameter of the layer.
+    # A weight that is computed from other parameters (weight_norm) is no parameter of the layer. To
+    # read it would compute it, which may change buffers (spectral_norm).
+    if parametrize.is_parametrized(module):
+        return None
     own = [getattr(module, name, None) for name in ("weight", "bias")]
     if any(value is not None and not isinstance(value, nn.Parameter) for value in own):
         return None

@@ -1,5 +1,6 @@
 """The origin of a stand-in: the parameters it is computed from, and its forward pass."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class Origin:
         clock: the tensor to which operations without a result write in a compiled graph.
         batch: the number of samples of the forward pass; 0 if they are not the first dimension.
         trusted: outputs of operations that have the samples' rows along dimension 0.
-        inputs: the addresses of the model's inputs, which are tensors of samples.
+        inputs: by the address of an input of the model, the distance from sample to sample.
         roots: what the stand-in is computed from.
         starts: by root, the tensor that all its uses begin with.
         link: how the elements follow from those of the only root: ``SAME``, ``REPEATED`` or
@@ -49,7 +50,7 @@ class Origin:
     clock: Tensor
     batch: int
     trusted: set[tuple[Any, int]]
-    inputs: frozenset[int]
+    inputs: Mapping[int, int]
     roots: tuple[Root, ...]
     starts: tuple[Tensor, ...]
     link: str

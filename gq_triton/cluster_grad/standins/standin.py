@@ -12,7 +12,7 @@ from gq_triton.cluster_grad.compiled_ops import use
 from gq_triton.cluster_grad.layers.conv import CONV, Geometry, convolved
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING, embedded
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR, linear
-from gq_triton.cluster_grad.layers.order import in_order
+from gq_triton.cluster_grad.layers.order import in_order, is_view_of_input
 from gq_triton.cluster_grad.site import site_of
 from gq_triton.cluster_grad.standins.meet import expanded, routed, tapped
 from gq_triton.cluster_grad.standins.origin import OTHER, REPEATED, SAME, Origin
@@ -175,7 +175,7 @@ def _of_samples(tensor: Tensor, origin: Origin) -> bool:
     if tensor.requires_grad or not torch.is_grad_enabled():
         return in_order(tensor, batch, origin.trusted)
     # Nothing tells a constant from samples that need no gradient, except the model's own inputs.
-    return not torch.compiler.is_compiling() and tensor.data_ptr() in origin.inputs
+    return not torch.compiler.is_compiling() and is_view_of_input(tensor, origin.inputs, batch)
 
 
 def _merged(stand_ins: list[Any], link: str) -> Origin:
