@@ -26,6 +26,12 @@ from gq_triton.ring import flat
 
 __all__ = ["Accumulator"]
 
+_LOST = (
+    "{name} has lost the hook that clusters its gradient: keep the hooks of parameters, and have "
+    "an autograd function that runs under a checkpoint or saved_tensors_hooks save parameters as "
+    "param.detach(), because torch 2.8 drops the hooks of those that it saves"
+)
+
 
 @dataclass(eq=False)
 class _Waiting:
@@ -106,6 +112,8 @@ class Accumulator:
         self._whole: dict[str, Taken] = {}
         self._steps: list[Step] = []
         self._running = False
+        # Names of parameters whose gradient has passed the first hook, and not the second.
+        self._passed: set[str] = set()
 
     def new_step(self) -> Step:
         """Return the step of a forward pass that begins."""
@@ -353,6 +361,7 @@ class Accumulator:
         traced = any(step.traced for step in self._steps)
         self.raw.end_pass()
         self._steps, self._waiting, self._whole, self._running = [], {}, {}, False
+        self._passed.clear()
         if whole and not traced and self.mend is not None:
             whole = self.mend(whole)
         if whole and self.strict:
@@ -409,12 +418,19 @@ class Accumulator:
 
         def before(name: str, total: Tensor | None) -> Tensor | None:
             alive = accumulator()
-            return None if alive is None else alive._come_together(name, total)
+            if alive is None:
+                return None
+            alive._passed.add(name)
+            return alive._come_together(name, total)
 
         def after(name: str) -> None:
             alive = accumulator()
-            if alive is not None:
-                alive.raw.note(name)
+            if alive is None:
+                return
+            if name not in alive._passed:
+                raise RuntimeError(_LOST.format(name=name))
+            alive._passed.discard(name)
+            alive.raw.note(name)
 
         for name in list(self._unwatched):
             leaf = self.leaves.get(name)

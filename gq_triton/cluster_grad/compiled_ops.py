@@ -28,6 +28,7 @@ __all__ = [
     "param_grads",
     "prepare_for_compile",
     "traced_whole",
+    "unhooked",
     "unordered",
     "use",
     "watch",
@@ -49,6 +50,16 @@ def exact(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grad_outputs)
 
     return run
+
+
+def unhooked(param: Tensor | None) -> Tensor | None:
+    """Return a parameter as an autograd function may save it for its backward pass.
+
+    Saved tensors may pass through hooks (a checkpoint without ``use_reentrant``, ``save_on_cpu``).
+    Torch 2.8 then gives a saved parameter back as a second tensor with the same accumulator of
+    gradients. When that tensor is freed, the parameter loses its hooks.
+    """
+    return None if param is None else param.detach()
 
 
 def autocast_of(device: str) -> Callable[[], Any]:

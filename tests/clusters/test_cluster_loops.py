@@ -30,6 +30,33 @@ def test_activation_checkpointing(use_reentrant):
     judge.steps(square, batches())
 
 
+def test_saved_tensors_on_the_cpu():
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.group = nn.Conv1d(1, 4, 3, padding=1), nn.GroupNorm(2, 4)
+            self.features, self.rms = nn.LayerNorm(6), nn.RMSNorm(6)
+            self.head = nn.Linear(24, 3)
+
+        def forward(self, x):
+            with torch.autograd.graph.save_on_cpu():
+                x = self.rms(self.features(self.group(self.conv(x[:, None])).tanh()).tanh())
+                return self.head(x.flatten(1))
+
+    Judge(make(kind=Norms), LABELS, 5).steps(square, batches())
+
+
+def test_a_hook_that_is_lost_is_told():
+    model = make()
+    queue = GradQueue(model, n_clusters=2, features="head", backend="torch")
+    queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    square(model, batches()[0]).mean().backward()
+    model.head.weight._backward_hooks.clear()
+    loss = square(model, batches()[1]).mean()
+    with pytest.raises(RuntimeError, match=r"head.weight has lost the hook that clusters"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_the_whole_model_under_a_checkpoint(use_reentrant):
     judge = Judge(make(), LABELS, 5)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
+from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
 from gq_triton.cluster_grad.layers.rows import accumulation_type, check_rows, launches_cost
 from gq_triton.cluster_grad.site import Block, Call, Family, Site
 from gq_triton.cluster_grad.step import Step
@@ -67,7 +67,7 @@ class _Conv(torch.autograd.Function):
         else:
             turned = stride, padding, added, groups, dilation
             out = _TRANSPOSED[spatial](x, weight, bias, *turned)
-        ctx.save_for_backward(x.to(out.dtype), weight)
+        ctx.save_for_backward(x.to(out.dtype), unhooked(weight))
         return out
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
+from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
 from gq_triton.cluster_grad.layers.rows import accumulation_type, launches_cost, samples
 from gq_triton.cluster_grad.site import Block, Call, Family, Site
 from gq_triton.cluster_grad.step import Step
@@ -124,7 +124,7 @@ class _Linear(torch.autograd.Function):
             # returns cannot be changed in place.
             out = torch.ops.aten._unsafe_view(out, out.shape)
         # Under autocast the product is formed in a narrower type: keep the input in that type.
-        ctx.save_for_backward(x.to(out.dtype), weight)
+        ctx.save_for_backward(x.to(out.dtype), unhooked(weight))
         return out
 
     @staticmethod

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
+from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
 from gq_triton.cluster_grad.layers.rows import accumulation_type, check_rows
 from gq_triton.cluster_grad.site import Call, Family, Site
 from gq_triton.cluster_grad.step import Step
@@ -108,7 +108,7 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.call, ctx.params = call, (weight, bias)
         out, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, unhooked(weight), unhooked(bias), mean, rstd)
         return out
 
     @staticmethod
@@ -141,7 +141,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(accumulation_type(x.dtype))
         eps = torch.finfo(wide.dtype).eps if eps is None else eps  # as torch's own
         rstd = (wide.square().mean(dims, keepdim=True) + eps).rsqrt()
-        ctx.save_for_backward(x, weight, rstd)
+        ctx.save_for_backward(x, unhooked(weight), rstd)
         return torch.nn.functional.rms_norm(x, weight.shape, weight, given)
 
     @staticmethod
@@ -180,7 +180,7 @@ class _GroupNorm(torch.autograd.Function):
         out, mean, rstd = torch.native_group_norm(
             _as_autocast(x), _as_autocast(weight), shift, *size, groups, eps
         )
-        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.save_for_backward(x, unhooked(weight), mean, rstd)
         return out
 
     @staticmethod
@@ -223,7 +223,7 @@ class _BatchNorm(torch.autograd.Function):
             assert var is not None
             # The running statistics may change before the backward pass.
             mean, var = mean.clone(), var.clone()
-        ctx.save_for_backward(x, weight, mean, var, saved_mean, saved_rstd)
+        ctx.save_for_backward(x, unhooked(weight), mean, var, saved_mean, saved_rstd)
         return out
 
     @staticmethod
