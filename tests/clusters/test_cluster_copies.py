@@ -1,12 +1,14 @@
 """Copies, files and recordings of a model with clusters hold the model alone and leave it alone."""
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
 import sys
 import warnings
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -86,7 +88,26 @@ def pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
+def forward_of_class(module, x):
+    return type(module).forward(module, x)
+
+
+@functools.cache
+def strict_export_takes_forwards_of_instances():
+    """Torch 2.8 exports no model in strict mode whose modules have a ``forward`` set on them."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    for module in (model, model[0]):
+        module.forward = MethodType(forward_of_class, module)
+    try:
+        torch.export.export(model, (torch.randn(2, 3),), strict=True)
+    except AssertionError:
+        return False
+    return True
+
+
 def exported(model, strict=False):
+    if strict and not strict_export_takes_forwards_of_instances():
+        pytest.skip("this torch exports no model in strict mode whose modules have own forwards")
     program = torch.export.export(model, (X,), strict=strict)
     names = {str(node.target) for node in program.graph.nodes}
     assert not any("gq_triton" in name for name in names), names
