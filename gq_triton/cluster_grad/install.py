@@ -188,13 +188,15 @@ def _ordered(x: Tensor, collector: Collector) -> bool:
 def _by_sample(indices: Tensor, collector: Collector) -> bool:
     """Return whether each sample looks up rows of its own.
 
-    Positions, which all samples share, may have the shape of such indices. The address of the
-    memory tells the model's own inputs, which have samples, from them.
+    Positions and tables of distances, which all samples share, may have the shape of such indices.
+    Only the model's own inputs are known to be of samples. What other indices look up becomes a
+    stand-in, which the first operation with samples tells by. A compiled graph does not show the
+    memory: there two dimensions, of which the first alone is as long as the batch, are believed.
     """
     batch, dims = collector.batch, indices.dim()
     if dims == 0 or indices.shape[0] == 0 or indices.shape[0] % batch:
         return False
-    if not torch.compiler.is_compiling() and indices.data_ptr() in collector.inputs:
+    if not torch.compiler.is_compiling():
         return is_view_of_input(indices, collector.inputs, batch)
     return dims > 1 and indices.shape[0] == batch and indices.shape[1] != batch
 

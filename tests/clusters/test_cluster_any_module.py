@@ -197,6 +197,25 @@ def test_a_time_major_model_is_declared(length):
     judged(TimeMajor(), tokens, run, batch_dim=1)
 
 
+class Tables(nn.Module):
+    """Indices that all samples share, in tables with as many rows as there are samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.table = nn.Embedding(11, WIDTH), nn.Embedding(63, WIDTH)
+        self.bare, self.derived = nn.Parameter(torch.randn(63, WIDTH)), nn.Embedding(12, WIDTH)
+
+    def forward(self, tokens):
+        places = torch.arange(63).view(9, 7)
+        x = self.features(tokens[:, :1]) + self.derived(tokens + 1).mean(1, keepdim=True)
+        return x[:, None] + self.table(places) * F.embedding(places, self.bare)
+
+
+def test_tables_with_as_many_rows_as_samples_are_shared_by_all():
+    torch.manual_seed(0)
+    judged(Tables(), [torch.randint(0, 11, (9, 4)) for _ in range(4)])
+
+
 class TimeMajorInside(nn.Module):
     """A model that works on ``(T, B, ...)`` inside, with a bare scale and a layer there."""
 

@@ -243,6 +243,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _in_place(func: Any) -> bool:
     """Return whether an operation changes its first operand."""
+    if torch.compiler.is_compiling():
+        return False  # the compiler replaces these operations, and does not know their names
     name: str = getattr(func, "__name__", "")
     return name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
 
@@ -474,7 +476,10 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     changed = given.get("max_norm") or given.get("scale_grad_by_freq") or given.get("sparse")
     rows = indices.shape[0] if indices.dim() else 0
     origin: Origin = table._gq_origin
-    if changed or indices.dim() < 2 or rows != origin.batch or indices.shape[1] == rows:
+    known = rows == origin.batch and is_view_of_input(indices, origin.inputs, rows)
+    if torch.compiler.is_compiling():
+        known = indices.dim() > 1 and rows == origin.batch and indices.shape[1] != rows
+    if changed or not known:
         return _other(func, args, kwargs)
     entered = _entered(table, "embedding", EMBEDDING)
     if entered is None:
