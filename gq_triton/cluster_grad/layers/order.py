@@ -68,9 +68,9 @@ def in_order(tensor: Tensor, batch: int, trusted: set[Output]) -> bool:
         trusted: outputs of operations that have the samples' rows along dimension 0. The tensor's
             is added where the graph shows it.
     """
-    shape, node = tuple(tensor.shape), tensor.grad_fn
     if torch.compiler.is_compiling():
-        return shape[0] == batch
+        return tensor.shape[0] == batch
+    shape, node = tuple(tensor.shape), tensor.grad_fn
     if batch == 1:
         return True  # whatever the rows are, they belong to the one sample
     if shape[0] == 0 or shape[0] % batch or not _from_samples(tensor, trusted):

@@ -144,10 +144,13 @@ _SAME = {
     Tensor.clone, torch.clone, Tensor.to, Tensor.float, Tensor.double, Tensor.half,
     Tensor.bfloat16, Tensor.type_as, Tensor.view_as, Tensor.type,
 }  # fmt: skip
-_CHANGING = {
-    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__",
-    "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
-}  # fmt: skip
+_CHANGING: set[Any] = {
+    getattr(Tensor, name)
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.startswith("_"))
+    or (name.startswith("__i") and name not in ("__init__", "__init_subclass__", "__int__"))
+    or name == "__setitem__"
+}
 _JOINED = {torch.cat, torch.concat, torch.concatenate}
 _REPEATED = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
 _MULTIPLIED = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
@@ -218,7 +221,7 @@ def _linked(origin: Origin, link: str) -> Origin:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if args and isinstance(args[0], StandIn) and _in_place(func):
+    if args and isinstance(args[0], StandIn) and func in _CHANGING:
         return _other(func, args, kwargs)
     if func in _ELEMENTWISE and "out" not in kwargs:
         return _elementwise(func, args, kwargs)
@@ -239,14 +242,6 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is F.prelu:
         return _prelu(*args, **kwargs)
     return _other(func, args, kwargs)
-
-
-def _in_place(func: Any) -> bool:
-    """Return whether an operation changes its first operand."""
-    if torch.compiler.is_compiling():
-        return False  # the compiler replaces these operations, and does not know their names
-    name: str = getattr(func, "__name__", "")
-    return name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
 
 
 def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
