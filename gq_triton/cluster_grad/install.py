@@ -13,7 +13,7 @@ from gq_triton.cluster_grad.layers.conv import CONV
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
 from gq_triton.cluster_grad.layers.order import in_order, is_view_of_input
-from gq_triton.cluster_grad.layers.registry import Layer
+from gq_triton.cluster_grad.layers.registry import Layer, runs_whole
 from gq_triton.cluster_grad.passes import OUTSIDE
 from gq_triton.cluster_grad.site import SITE, Collector, Family, Site
 from gq_triton.cluster_grad.standins.meet import EXPANDED, LOOKED_UP
@@ -37,6 +37,8 @@ class _Converted:
     ) -> None:
         self.collector, self.module, self.name = collector, layer.module, layer.name
         self.family, self.inner = layer.family, inner
+        # A compiled graph ends before a module that runs again, and cannot take stand-ins along.
+        self.broken = any(runs_whole(part) for part in layer.module.modules())
         # The attributes that show a stand-in to the whole model while its forward pass runs.
         self.shown: list[str] = []
         self.attributes = [name for name, _ in layer.module.named_parameters(recurse=False)]
@@ -235,7 +237,10 @@ def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwar
 
 def _place(module: nn.Module, own: _Converted, token: Tensor) -> list[str]:
     """Put stand-ins in the places of a module's parameters; return their attributes."""
-    attributes, placed = vars(module), []
+    attributes = vars(module)
+    placed: list[str] = []
+    if own.broken and torch.compiler.is_compiling():
+        return placed
     for attribute in own.attributes:
         param = module._parameters[attribute]
         if param is not None and param.requires_grad and attribute not in attributes:

@@ -15,7 +15,7 @@ from gq_triton.cluster_grad.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NOR
 from gq_triton.cluster_grad.layers.slices import OPAQUE, SLICES, parameters_of
 from gq_triton.cluster_grad.site import SITE, Family
 
-__all__ = ["Layer", "register_layer", "survey"]
+__all__ = ["Layer", "register_layer", "runs_whole", "survey"]
 
 # By the class whose forward() a layer runs: a subclass that overrides forward() has no family.
 _FAMILIES: dict[Any, Family] = {
@@ -102,7 +102,7 @@ def register_layer(cls: type[nn.Module], like: type[nn.Module] | None = None) ->
     _FAMILIES[cls] = family
 
 
-def _runs_whole(module: nn.Module) -> bool:
+def runs_whole(module: nn.Module) -> bool:
     """Return whether a module is run again as a whole."""
     return isinstance(module, OPAQUE) or any(
         isinstance(module, cls) and type(module).forward is cls.forward for cls in _WHOLE
@@ -135,7 +135,7 @@ def survey(model: nn.Module) -> list[Layer]:
     for name, module in model.named_modules():
         if module in inside:
             continue
-        if _runs_whole(module):
+        if runs_whole(module):
             inside.update(module.modules())
             layers.append(Layer(name, module, SLICES, parameters_of(module)))
         elif next(module.parameters(recurse=False), None) is not None:
