@@ -39,6 +39,15 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in module.named_parameters())
 
 
+def _kept_as_is() -> Any:
+    """Keep saved tensors from the hooks of a checkpointed segment around the module.
+
+    The segment runs again in the backward pass, and must then save what it saved before. The module
+    may run in another way by then.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
 @dataclass(eq=False)
 class _Run:
     """One forward pass of a module.
@@ -89,7 +98,7 @@ class _Run:
         args, kwargs = tree_unflatten(values, self.spec)
         kept, collector.paused = collector.paused, True
         try:
-            with torch.enable_grad(), self.autocast():
+            with torch.enable_grad(), self.autocast(), _kept_as_is():
                 return tree_flatten(self.forward(*args, **kwargs))
         finally:
             collector.paused = kept

@@ -479,7 +479,10 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     entered = _entered(table, "embedding", EMBEDDING)
     if entered is None:
         return func(*args, **kwargs)
-    return embedded(indices, entered[0], given.get("padding_idx"), entered[1])
+    out = embedded(indices, entered[0], given.get("padding_idx"), entered[1])
+    if not torch.compiler.is_compiling() and out.grad_fn is not None:
+        origin.trusted.add((out.grad_fn, out.output_nr))
+    return out
 
 
 def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
