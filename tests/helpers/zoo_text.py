@@ -1,6 +1,7 @@
 """Cases of the zoo for language, built by Transformers from small configurations."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -85,11 +86,10 @@ def _checkpointed(kind: str, head: str, size: Size) -> nn.Module:
 
 
 def _lora(kind: str, targets: list[str], size: Size) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
+    peft = importlib.import_module("peft")  # an extra of nobody: only the table's program needs it
     model: Any = built(kind, "AutoModelForCausalLM", size)
-    options = LoraConfig(r=4, target_modules=targets, fan_in_fan_out=kind == "gpt2")
-    return get_peft_model(model, options)
+    options = peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=kind == "gpt2")
+    return peft.get_peft_model(model, options)
 
 
 def _text(

@@ -1,5 +1,6 @@
 """Cases of the zoo from timm: its own modules, with small images and few layers."""
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,8 +10,7 @@ from zoo import Case, Size, first_output, pictures
 
 
 def _built(name: str, size: Size, own: Callable[[Size], dict[str, Any]]) -> nn.Module:
-    import timm
-
+    timm = importlib.import_module("timm")  # only the table's program needs it
     return timm.create_model(name, num_classes=5, **own(size))
 
 

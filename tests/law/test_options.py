@@ -124,7 +124,7 @@ def test_problems_of_the_law_and_of_the_clusters_come_together():
         {"population_power": 0.0},
         {"centroid_scale": "standard_error"},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_an_option_of_clusters_needs_a_number_of_clusters(options):
     (name,) = options
