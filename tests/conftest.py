@@ -133,7 +133,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist: its workers collect, its controller reports
 def pytest_testnodedown(node):
     """Keep the number of tests that a worker left out; all workers leave out the same."""
-    node.config.stash[LEFT_OUT] = node.workeroutput.get("left out", 0)
+    # A worker that died has no output.
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", 0)
 
 
 def pytest_terminal_summary(terminalreporter, config):

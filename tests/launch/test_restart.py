@@ -109,7 +109,8 @@ def test_the_script_of_the_page_survives(tmp_path):
             env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the page says
             code, shown = torchrun(2, script, restarts=2, env=env)
             assert code == 0, shown
-            assert "exitcode: -9" in shown, shown
+            # The agent names the rank that it saw first: the killed one, or one that lost it.
+            assert re.search(r"exitcode: (-9|1)\b", shown), shown
         else:
             ranks = start_and_listen(2, script)
             shown = "".join(said for _, said in ranks)
