@@ -9,7 +9,8 @@ NAMES = [
     "TransformerEncoder", "LSTM", "U-Net", "weight_norm", "spectral_norm", "nanoGPT",
     "Llama with its own RMSNorm", "ViT with bare parameters", "mixture of experts",
     "two views as one batch", "time-major inside", "a norm of a table",
-    "weights used past their layers", "GPT-2", "BERT", "T5", "Mixtral", "Swin", "Wav2Vec2",
+    "weights used past their layers", "GPT-2", "GPT-2 with checkpointing", "BERT", "T5", "Mixtral",
+    "Swin", "Wav2Vec2",
 ]  # fmt: skip
 
 
