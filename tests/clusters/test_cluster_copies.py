@@ -107,6 +107,7 @@ def strict_export_takes_forwards_of_instances():
 
 def exported(model, strict=False):
     if strict and not strict_export_takes_forwards_of_instances():
+        # A limit of torch 2.8, found above without this package; docs/design.md names it.
         pytest.skip("this torch exports no model in strict mode whose modules have own forwards")
     program = torch.export.export(model, (X,), strict=strict)
     names = {str(node.target) for node in program.graph.nodes}
