@@ -54,7 +54,7 @@ train: $(READY)
 # Tests often wait for processes that they start, so pyright runs beside them, and reports at the end.
 test: $(READY)
 	@$(RUFF)
-	@echo "pytest: all tests with $(WORKERS) workers, about 10 minutes on two cores; pyright runs beside them"
+	@echo "pytest: all tests with $(WORKERS) workers, about 9 minutes on two cores; pyright runs beside them"
 	@types=$$(mktemp); $(PYRIGHT) > $$types 2>&1 & pyright=$$!; \
 	trap 'kill $$pyright' INT TERM; \
 	$(BIN)/pytest $(SHARED); tests=$$?; \
