@@ -136,6 +136,7 @@ def judged(model, batches, run=square, **options):
     return judge.queue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [5, 9])  # 9: as many positions as samples
 def test_parameters_are_followed_to_where_they_meet_the_samples(length):
     torch.manual_seed(0)

@@ -143,6 +143,7 @@ def assert_goes_on(run, kind):
     assert "forward" in vars(next(m for m in run.model.modules() if isinstance(m, nn.Linear)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", COPIES, ids=name_of)
 @models
 def test_a_copy_is_the_model_alone(kind, make):

@@ -132,6 +132,7 @@ def test_uses_past_the_layer_make_a_parameter_one_cluster_in_a_compiled_model(ca
         assert how.startswith("whole batch (used past " if name in whole else "clusters ("), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_uses_past_the_layer_are_followed_from_the_second_step_on(case):
     """In the first step the queue is empty: whole batch and clusters are the same then."""

@@ -69,6 +69,7 @@ class Small(nn.Module):
 
 
 # The interpreter computes both sides of tl.where: one of them is z / 0 for a constant queue.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("match_norm", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
@@ -110,6 +111,7 @@ def test_options_of_the_mixture(options):
     Judge(MLP().to(F64), LABELS, 5, **options).steps(square, CASES["mlp"][1]())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_float32_agrees_within_rounding(backend):
     torch.manual_seed(0)
@@ -117,6 +119,7 @@ def test_float32_agrees_within_rounding(backend):
     Judge(ViT(), LABELS, 5, backend=backend).steps(square, batches, rtol=5e-4)
 
 
+@pytest.mark.slow
 def test_one_cluster_is_no_cluster():
     torch.manual_seed(0)
     model = GPT().to(F64)

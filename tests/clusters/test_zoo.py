@@ -16,7 +16,10 @@ NAMES = [
 
 # With 2 samples most numbers of rows are a multiple of the batch; with 8 the batch is as long as
 # the sequences.
-@pytest.mark.parametrize("samples", [2, 5, 8])
+@pytest.mark.parametrize(
+    "samples",
+    [pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 8],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_one_backward_pass_per_cluster(name, samples):
     assert judge(CASES[name], samples, backend="torch").problems() == []

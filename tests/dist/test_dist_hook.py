@@ -64,6 +64,7 @@ class Trainer:
         vars(self).update(handles)
 
 
+@pytest.mark.slow
 def test_register_finds_the_ddp_module_and_refuses_what_cannot_work():
     with one_rank():
         model = mlp()

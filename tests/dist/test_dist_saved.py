@@ -26,6 +26,7 @@ def trained():
     return state, step
 
 
+@pytest.mark.slow
 def test_every_altered_leaf_of_the_hooks_own_part_is_refused_or_possible():
     """The hook's own part are buckets and clusters; test_saved_queues.py tests the rest."""
     with one_rank():
@@ -65,6 +66,7 @@ def test_every_altered_leaf_of_the_hooks_own_part_is_refused_or_possible():
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_hooks_state_with_drawn_alterations_is_refused_or_goes_on():
     with one_rank():
         state, step = trained()

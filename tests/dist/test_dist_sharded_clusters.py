@@ -51,6 +51,7 @@ def check(rank, shape, case):
 QUICK = "words", "match_norm", "uneven_power"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[name] for name in QUICK], ids=QUICK)
 def test_two_ranks_are_one_process(ranks, case):
     ranks(2).run(check, (2,), case)
@@ -94,6 +95,7 @@ def check_undeclared(rank):
         twins.optimizer.step()
 
 
+@pytest.mark.slow
 def test_micro_batches_that_were_not_declared_are_told(ranks):
     ranks(2).run(check_undeclared)
 
@@ -148,6 +150,7 @@ def check_checkpointed(rank):
     Twins(rank, (2,), model=Words, wrap=wrap_blocks).run()
 
 
+@pytest.mark.slow
 def test_activation_checkpointing(ranks):
     ranks(2).run(check_checkpointed)
 
@@ -251,6 +254,7 @@ def check_resumed(rank, folder):
     assert twins.queue.digest() == other.queue.digest()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_bit_for_bit(ranks, tmp_path):
     ranks(2).run(check_resumed, str(tmp_path))
 
@@ -312,6 +316,7 @@ def groups_of_two(features):
     return torch.cat([group_of(first), group_of(second) + CLUSTERS])
 
 
+@pytest.mark.slow
 def test_mixed_precision_does_not_narrow_the_statistics(ranks):
     ranks(2).run(check_mixed_precision)
 
@@ -346,6 +351,7 @@ def check_refusals(rank):
         GradQueue(model, mode="microbatch", **options)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_clustered_is_refused_in_a_sentence(ranks):
     ranks(2).run(check_refusals)
 
@@ -379,5 +385,6 @@ def check_late_and_again(rank):
         torch.testing.assert_close(full(one.grad), other.grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_plug_in_may_come_late_and_again(ranks):
     ranks(2).run(check_late_and_again)

@@ -91,6 +91,7 @@ def check_foreign(rank):
         Twins(rank, (2,), model=Foreign, options={"strict": False}).run()
 
 
+@pytest.mark.slow
 def test_layers_without_a_family_are_weighted_as_one_cluster(ranks):
     ranks(2).run(check_foreign)
 

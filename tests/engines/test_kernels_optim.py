@@ -137,6 +137,7 @@ class Problem:
         self.guarded.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_all_sizes_in_one_launch(device, name, shift):
@@ -313,6 +314,7 @@ def test_a_non_finite_gradient_is_not_queued(device, name):
     assert torch.equal(bad.queues[1], good.queues[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_repeats_agree_bit_for_bit(device, name):
     results = []

@@ -140,6 +140,7 @@ def test_shapes_of_all_kinds(device, shape, dtype, layout):
     guarded.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "sizes", "shape"),
     [
@@ -191,6 +192,7 @@ def test_groups_of_channels(device, groups, each):
     layer.check(layer.run())
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     layout=st.sampled_from(LAYOUTS),

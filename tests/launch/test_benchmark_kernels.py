@@ -53,6 +53,7 @@ def test_one_row_per_pair(monkeypatch):
     assert row[2:] == ["position_sums", "torch", "2.000", "3.000", "0.67", "0.50 to 0.75"]
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so():
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(SCRIPT)]

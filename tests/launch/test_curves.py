@@ -20,6 +20,7 @@ def rows(highest, lowest):
             yield {"kind": "epoch", "step": step, "train_loss": loss, "test_loss": loss, **scores}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("highest", "lowest"), [(2.4, 0.25), (2.4, 0.01), (2.3, 1e-7), (0.09, 0.07), (3.9, 1.0)]
 )

@@ -242,6 +242,7 @@ def test_a_folder_that_no_run_can_have_is_refused(train, tmp_path, capsys, monke
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_only_a_restart_of_the_same_launch_continues(train, tmp_path, capsys, monkeypatch):
     options = ["--out", str(tmp_path), "--epochs", "1", "--batch-size", "512"]
     draft = tmp_path / "checkpoints" / "step-00000000.pt.tmp"  # a first attempt died early

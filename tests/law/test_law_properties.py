@@ -182,6 +182,7 @@ def test_a_queue_that_is_not_finite_gives_weight_1_there_and_nowhere_else(length
     assert torch.equal(weights[rest], expected[rest])
 
 
+@pytest.mark.slow
 @engines
 @given(
     length=lengths,
@@ -248,6 +249,7 @@ def exact_ulps(actual, exact):
     return float(abs(decimal.Decimal(actual) - decimal.Decimal(exact))) / math.ulp(float(exact))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [*ENGINES, "public", "oracle"])
 @given(length=few_lengths, seed=seeds, rho=st.sampled_from([1.25, 3.0, 10.0]))
 @examples

@@ -98,6 +98,7 @@ def test_tgq04_lemma_3_3_goldens(backend):
     torch.testing.assert_close(history[8::9], golden, rtol=0, atol=6e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:queue_length=1")  # the lemma holds for it too
 @pytest.mark.parametrize("rho", [1.5, 3.0, 7.0])
 @pytest.mark.parametrize("beta", [0.5, 0.9, 0.99])

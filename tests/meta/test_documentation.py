@@ -154,6 +154,7 @@ def check_options(words, shown):
             assert re.search(rf"(?<![\w-]){word}(?![\w-])", shown), f"nothing called {word}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", SHELL, ids=by_name)
 def test_commands_exist(block, capsys):
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))

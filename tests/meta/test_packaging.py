@@ -97,6 +97,7 @@ def test_dist_holds_only_sources():
     assert not strangers, "build into another folder: python -m build --outdir out"
 
 
+@pytest.mark.slow
 def test_import_is_light(tmp_path):
     code = "import sys, gq_triton; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = set(python(code, tmp_path).split())

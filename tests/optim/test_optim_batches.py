@@ -237,6 +237,7 @@ def test_steps_share_a_plan_whatever_the_gradients_addresses(variant, backend, p
     assert len(plans) == made + 1
 
 
+@pytest.mark.slow
 @both_optimizers
 def test_parameters_of_every_memory_order_share_plans(variant, plans):
     """Strided slices are written back after every step, also with a plan."""

@@ -22,6 +22,7 @@ def backward(model, step):
     model(torch.randn(6, 5, generator=generator)).square().mean().backward()
 
 
+@pytest.mark.slow
 @both_optimizers
 @all_backends
 @pytest.mark.parametrize("match_norm", [False, True])

@@ -166,6 +166,7 @@ def door(variant):
     return params, saved, optimizer.load_state_dict, fingerprint, go_on
 
 
+@pytest.mark.slow
 @both_optimizers
 def test_every_altered_leaf_of_a_checkpoint_is_refused_or_possible(variant):
     params, saved, load, fingerprint, go_on = door(variant)
@@ -175,6 +176,7 @@ def test_every_altered_leaf_of_a_checkpoint_is_refused_or_possible(variant):
     assert refused > 500
 
 
+@pytest.mark.slow
 @both_optimizers
 def test_a_checkpoint_with_drawn_alterations_is_refused_or_goes_on(variant):
     _, saved, load, fingerprint, go_on = door(variant)

@@ -61,6 +61,7 @@ def test_the_optimizer_steps_on_what_the_oracle_weights(make_optimizer, backend)
             torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_it_equals_the_fused_optimizer():
     model, twin = make_model(), make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

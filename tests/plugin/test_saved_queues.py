@@ -165,6 +165,7 @@ def test_every_altered_leaf_of_a_saved_kmeans_is_refused_or_possible():
     check_door(kmeans.state_dict(), load, possible, fingerprint, lambda: kmeans.fit(features))
 
 
+@pytest.mark.slow
 def test_a_saved_kmeans_with_drawn_alterations_is_refused_or_goes_on():
     features = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     kmeans = KMeans(2, max_iter=2).fit(features)
