@@ -20,7 +20,7 @@ PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 help:
 	@echo "make train   train on the handwritten digits with two ranks, write runs/digits-<time>/"
 	@echo "make test    lint, types and all tests: what must pass before a change goes in"
-	@echo "make test-fast  the quick tests, about 2 minutes on two cores: for the inner loop"
+	@echo "make test-fast  the quick tests, under 90 seconds on two idle cores: for the inner loop"
 	@echo "make test-docs    examples of docstrings, README.md and docs/, under a minute"
 	@echo "make test-oldest  all tests on Python 3.10 and the oldest versions promised, in .venv-oldest"
 	@echo "make lint    ruff and pyright only"
@@ -63,7 +63,7 @@ test: $(READY)
 	exit $$((tests || checked))
 
 test-fast: $(READY)
-	@echo "pytest: the quick tests with $(WORKERS) workers, about 2 minutes on two cores"
+	@echo "pytest: the quick tests with $(WORKERS) workers, under 90 seconds on two idle cores"
 	@$(BIN)/pytest $(SHARED) -m "not slow"
 
 test-docs: $(READY)

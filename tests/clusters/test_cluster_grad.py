@@ -148,6 +148,7 @@ def test_the_names_of_the_clusters_do_not_matter():
         torch.testing.assert_close(first, second, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_batch_norm_reads_each_cluster_by_its_rows():
     """A cluster's gradient is that of its rows, and the clusters add up to the batch's."""
     torch.manual_seed(0)

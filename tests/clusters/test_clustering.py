@@ -249,6 +249,7 @@ def test_extreme_float32_features_stay_finite(scale):
     assert model.labels_[0] == model.labels_[1] != model.labels_[2] == model.labels_[3]
 
 
+@pytest.mark.slow
 @quick
 @given(seeds, st.integers(1, 8), st.booleans())
 def test_inertia_never_rises(seed, n_clusters, far):

@@ -110,6 +110,7 @@ def check_losses(rank, door):
         assert_same(sharded, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_the_effective_length_follows_the_mean_loss_of_all_ranks(ranks, door):
     ranks(2).run(check_losses, door)
@@ -139,6 +140,7 @@ def check_tensor_parallel(rank, door):
         assert_same(divided, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_tensor_parallel_parameters_are_those_of_one_process(ranks, door):
     ranks(2).run(check_tensor_parallel, door)

@@ -120,6 +120,7 @@ class Layer:
             assert worst <= 1, f"sums are off by {worst} times the bound"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", OCCUPATIONS)
@@ -130,6 +131,7 @@ def test_clusters_of_all_sizes(device, sizes, dtype, layout):
     guarded.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)

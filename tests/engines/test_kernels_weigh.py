@@ -51,6 +51,7 @@ def test_weights_of_all_sizes_in_one_launch(device, shift):
     guarded.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [*range(1, 13), 16, 17, 20])
 @pytest.mark.parametrize("rho", [1.5, 3.0, 10.0])
 def test_weights_of_all_queue_lengths(device, slots, rho):

@@ -93,6 +93,7 @@ def test_float32_is_within_ulps_of_the_oracle_at_every_size(ops, length, n, seed
     assert count == case.count + 1
 
 
+@pytest.mark.slow
 @engines
 @given(
     length=few_lengths,
@@ -119,6 +120,7 @@ def test_every_pair_of_types(ops, length, n, seed, extra, rho, queue_dtype, grad
     assert torch.equal(queue[case.count % length], case.grad.to(queue_dtype))
 
 
+@pytest.mark.slow
 @engines
 @given(data=st.data(), length=st.integers(2, 12), seed=seeds)
 @examples

@@ -45,6 +45,7 @@ def test_the_list_of_fragments_is_right():
     assert unknown == set(FRAGMENTS), "a block reads names it does not define, or no longer does"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", ALONE, ids=by_name)
 def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

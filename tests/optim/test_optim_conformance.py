@@ -284,6 +284,7 @@ def test_a_loss_that_nobody_records_is_reported_once(variant):
         train(optimizer, params, 3, start=1)
 
 
+@pytest.mark.slow
 @both_optimizers
 @all_backends
 def test_threads_change_no_bit(variant, backend):

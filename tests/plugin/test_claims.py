@@ -55,6 +55,7 @@ def test_the_hook_and_attach(options):
         del state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [GQSGD, GQAdamW])
 def test_the_hook_and_our_optimizers(kind):
     with one_rank():

@@ -144,6 +144,7 @@ def repeated(shown):
     return command._config(command._parser().parse_args(words[2:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
