@@ -20,6 +20,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from gq_triton import GradQueue
 from gq_triton.engines import engine
 
+pytestmark = pytest.mark.slow
+
 UNEVEN = [6, 9, 4, 7]
 CASES = {
     "plain": {},
@@ -51,13 +53,11 @@ def check(rank, shape, case):
 QUICK = "words", "match_norm", "uneven_power"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[name] for name in QUICK], ids=QUICK)
 def test_two_ranks_are_one_process(ranks, case):
     ranks(2).run(check, (2,), case)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("shape", [(2,), (3,), (2, 2)], ids=["two", "three", "hsdp"])
 def test_ranks_are_one_process(ranks, shape, case):
@@ -78,7 +78,6 @@ def check_accumulation(rank, shape, synced):
         twins.assert_same_metrics(but=["norm_ratio"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("synced", [False, True])
 @pytest.mark.parametrize("shape", [(2,), (2, 2)], ids=["fsdp", "hsdp"])
 def test_micro_batches_are_those_of_one_process(ranks, shape, synced):
@@ -95,7 +94,6 @@ def check_undeclared(rank):
         twins.optimizer.step()
 
 
-@pytest.mark.slow
 def test_micro_batches_that_were_not_declared_are_told(ranks):
     ranks(2).run(check_undeclared)
 
@@ -112,7 +110,6 @@ def check_partial_reduction(rank):
         twins.step()
 
 
-@pytest.mark.slow
 def test_copies_may_be_reduced_later(ranks):
     ranks(4).run(check_partial_reduction)
 
@@ -135,7 +132,6 @@ def check_zeroed_in_place(rank):
         twins.assert_same_metrics()
 
 
-@pytest.mark.slow
 def test_gradients_zeroed_in_place_and_clipped(ranks):
     ranks(2).run(check_zeroed_in_place)
 
@@ -150,7 +146,6 @@ def check_checkpointed(rank):
     Twins(rank, (2,), model=Words, wrap=wrap_blocks).run()
 
 
-@pytest.mark.slow
 def test_activation_checkpointing(ranks):
     ranks(2).run(check_checkpointed)
 
@@ -163,7 +158,6 @@ def check_last_dimension(rank):
     Twins(rank, (2,), model=Words, sharding={"shard_placement_fn": last_dimension}).run()
 
 
-@pytest.mark.slow
 def test_parameters_cut_along_another_dimension(ranks):
     ranks(2).run(check_last_dimension)
 
@@ -172,7 +166,6 @@ def check_output_gradient(rank):
     Twins(rank, (2,), options={"features": "output_gradient"}).run()
 
 
-@pytest.mark.slow
 def test_features_that_the_backward_pass_gives(ranks):
     ranks(2).run(check_output_gradient)
 
@@ -214,7 +207,6 @@ def load_run(rank, shape, sizes, folder):
     assert twins.plain.metrics()["mean_weight"] != 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "sizes"),
     [((2,), (3,), [4, 5, 6]), ((2, 2), (2,), [6, 6]), ((2,), (2, 2), [3, 4, 5, 6])],
@@ -254,7 +246,6 @@ def check_resumed(rank, folder):
     assert twins.queue.digest() == other.queue.digest()
 
 
-@pytest.mark.slow
 def test_a_resumed_run_continues_bit_for_bit(ranks, tmp_path):
     ranks(2).run(check_resumed, str(tmp_path))
 
@@ -316,7 +307,6 @@ def groups_of_two(features):
     return torch.cat([group_of(first), group_of(second) + CLUSTERS])
 
 
-@pytest.mark.slow
 def test_mixed_precision_does_not_narrow_the_statistics(ranks):
     ranks(2).run(check_mixed_precision)
 
@@ -351,7 +341,6 @@ def check_refusals(rank):
         GradQueue(model, mode="microbatch", **options)
 
 
-@pytest.mark.slow
 def test_what_cannot_be_clustered_is_refused_in_a_sentence(ranks):
     ranks(2).run(check_refusals)
 
@@ -385,6 +374,5 @@ def check_late_and_again(rank):
         torch.testing.assert_close(full(one.grad), other.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
 def test_a_plug_in_may_come_late_and_again(ranks):
     ranks(2).run(check_late_and_again)

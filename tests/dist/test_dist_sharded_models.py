@@ -19,6 +19,8 @@ from torch.distributed.tensor.parallel import (
 
 from gq_triton import GQSGD, GQAdamW, GradQueue
 
+pytestmark = pytest.mark.slow
+
 MESHES = {"fsdp": {"shard": 4}, "hsdp": {"copy": 2, "shard": 2}}
 
 
@@ -82,7 +84,6 @@ def check_door(rank, sizes, door, match_norm):
     assert 0 < results[1]["saturated_high"] < 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("match_norm", [False, True], ids=["law", "match_norm"])
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
@@ -110,7 +111,6 @@ def check_losses(rank, door):
         assert_same(sharded, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_the_effective_length_follows_the_mean_loss_of_all_ranks(ranks, door):
     ranks(2).run(check_losses, door)
@@ -140,7 +140,6 @@ def check_tensor_parallel(rank, door):
         assert_same(divided, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_tensor_parallel_parameters_are_those_of_one_process(ranks, door):
     ranks(2).run(check_tensor_parallel, door)

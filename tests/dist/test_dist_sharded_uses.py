@@ -11,6 +11,8 @@ from sharded_cluster_cases import Images, Twins, Words
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+pytestmark = pytest.mark.slow
+
 UNEVEN = [6, 9]
 
 
@@ -79,7 +81,6 @@ def check_loss(rank, kind, case):
     assert twins.plain.metrics()["mean_weight"] != 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "case"), LOSSES.values(), ids=LOSSES)
 def test_losses_that_are_no_plain_mean(ranks, kind, case):
     ranks(2).run(check_loss, kind, case)
@@ -91,7 +92,6 @@ def check_foreign(rank):
         Twins(rank, (2,), model=Foreign, options={"strict": False}).run()
 
 
-@pytest.mark.slow
 def test_layers_without_a_family_are_weighted_as_one_cluster(ranks):
     ranks(2).run(check_foreign)
 
@@ -105,7 +105,6 @@ def check_compiled(rank):
     Twins(rank, (2,), model=Words, wrap=compile_blocks).run()
 
 
-@pytest.mark.slow
 def test_compiled_blocks(ranks):
     ranks(2).run(check_compiled)
 
