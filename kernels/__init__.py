@@ -8,6 +8,7 @@ parameter. Bytes and oracles: README.md in this folder.
 from gq_triton.kernels.adamw import gqadamw_
 from gq_triton.kernels.combine import combine
 from gq_triton.kernels.finite import all_finite
+from gq_triton.kernels.group import group
 from gq_triton.kernels.push import push_
 from gq_triton.kernels.sgd import gqsgd_
 from gq_triton.kernels.statistics import queue_statistics
@@ -20,6 +21,7 @@ __all__ = [
     "combine",
     "gqadamw_",
     "gqsgd_",
+    "group",
     "position_sums",
     "push_",
     "queue_statistics",

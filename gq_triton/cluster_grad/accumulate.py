@@ -218,7 +218,7 @@ class Accumulator:
             return self._wait(step, name, self._sink.take(name, step.groups, blocks, dtype))
         partial = step.partial.get(name)
         if partial is None:
-            shape = len(step.groups.sizes), param.numel()
+            shape = step.groups.n_clusters, param.numel()
             partial = Partial(torch.zeros(shape, dtype=dtype, device=param.device))
             step.partial[name] = partial
         for start, stop, sums in blocks:

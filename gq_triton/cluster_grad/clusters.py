@@ -206,16 +206,32 @@ class Clusters:
                 f"the clusterer must return ({len(step.features)},) integers, got "
                 f"{tuple(labels.shape)} of {labels.dtype}"
             )
+        clusters, problem = self.n_clusters, None
+        if self.kmeans is None:
+            labels, clusters, problem = self._checked(labels)
         labels = labels.to(step.features.device)  # labels of scikit-learn are on the CPU
-        clusters = self.n_clusters
-        if not self.kmeans:
+        self.last = step
+        whole = self._whole_batch(len(labels))
+        options, weights, backend = self.options, self.sample_weights, self.accumulator.backend
+        return Groups.of(labels, clusters, options, weights, whole, backend, problem)
+
+    def _checked(self, labels: Tensor) -> tuple[Tensor, int, tuple[Tensor, str] | None]:
+        """Return a clusterer's labels, the number of clusters, and what ``Groups.problem`` holds.
+
+        Labels on the CPU may exceed ``n_clusters``. On a GPU the host does not wait for them: there
+        are ``n_clusters`` clusters, and a label that is none of them becomes the nearest.
+        """
+        if labels.device.type == "cpu":
             lowest, highest = torch.stack(labels.aminmax()).tolist()
             if lowest < 0:
                 raise ValueError(f"the clusterer must return labels >= 0, got {lowest}")
-            clusters = highest + 1
-        self.last = step
-        whole = self._whole_batch(len(labels))
-        return Groups.of(labels, clusters, self.options, self.sample_weights, whole)
+            return labels, highest + 1, None
+        inside = labels.clamp(0, self.n_clusters - 1)
+        sentence = (
+            f"the clusterer must return labels from 0 to n_clusters - 1 = {self.n_clusters - 1} "
+            "where they are on a GPU: take more clusters, or return labels on the CPU"
+        )
+        return inside, self.n_clusters, ((inside != labels).any(), sentence)
 
     def _check_number(self, samples: int) -> None:
         """Warn, once, where k-means cannot fill its clusters."""

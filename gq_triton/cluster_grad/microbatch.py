@@ -49,7 +49,7 @@ def backward(accumulator: Accumulator, losses: Tensor, options: ClusterOptions) 
                 continue
             total = sums[index]
             if total is None:
-                shape = (len(groups.sizes), *grad.shape)
+                shape = (groups.n_clusters, *grad.shape)
                 total = sums[index] = torch.zeros(shape, dtype=grad.dtype, device=grad.device)
             total[k] = grad
     for param, total in zip(params, sums, strict=True):

@@ -277,3 +277,40 @@ class Engine(Protocol):
             least; 0 for an empty cluster.
         """
         ...
+
+    def group(
+        self,
+        labels: Tensor,
+        clusters: int,
+        *,
+        sample_weights: Tensor | None,
+        whole_batch: int | Tensor,
+        steps: int,
+        power: float,
+        unit: float,
+        standard_error: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Order the samples of a batch by cluster, and compute the numbers of the clusters.
+
+        On a GPU nothing waits for the device. n_k is the number of samples of cluster k, or the sum
+        of their weights, and n the sum of all n_k.
+
+        Args:
+            labels: ``(B,)`` int64 in ``[0, clusters)``.
+            clusters: K.
+            sample_weights: how much each sample counts, ``(B,)`` of any type, or None.
+            whole_batch: the number of samples of the whole batch, at least B; a tensor is 0-d.
+            steps: backward passes of one step.
+            power: the exponent ``a`` of n_k.
+            unit: a gradient of the loss divided by this number is a mean over samples.
+            standard_error: whether sigma is scaled by the square root of ``whole / size``.
+
+        Returns:
+            The samples sorted by cluster ``(B,)`` int64, a cluster's in their own order; where each
+            cluster begins and the last one ends in it, ``(K + 1,)`` int64; and a table ``(8, W)``
+            float64, ``W >= K``. Its rows 0 to 2 have ``n * steps / (n_k * unit)``, which is 0 for
+            an empty cluster, ``n_k**a * unit / (sum_j n_j**a * steps)`` and the scale of sigma, for
+            each cluster. Row 3 begins with ``sum_j n_j**a`` and n. Rows 4 to 7 begin with the same
+            three numbers for all samples as one cluster, and ``n**a``.
+        """
+        ...

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gq_triton.engines import engine
 from gq_triton.options import ClusterOptions
 
 __all__ = ["Groups"]
@@ -18,11 +19,14 @@ __all__ = ["Groups"]
 class Groups:
     """The samples of one batch by cluster: B samples, K clusters, S samples in the largest.
 
+    On a GPU the groups are made without a wait. The first use of ``sizes`` waits, and so does what
+    needs them: ``padding``, ``padded``, ``blank_``, ``sorted`` and ``each``.
+
     Attributes:
         labels: the cluster of every sample, ``(B,)`` int64.
         order: the samples sorted by cluster, ``(B,)`` int64.
-        sizes: the number of samples in each cluster, K integers on the host.
-        members: ``(K, B)`` bool: whether a sample belongs to a cluster.
+        offsets: ``(K + 1,)`` int64: cluster k has the samples ``order[offsets[k]:offsets[k + 1]]``.
+        n_clusters: K.
         unit: a gradient of the loss divided by this number is a mean over samples.
         inverse_shares: ``(K,)`` float64; 0 for an empty cluster. A sum over a cluster times its
             inverse share is the cluster's mean gradient, in the unit that the queue holds.
@@ -32,18 +36,21 @@ class Groups:
             ``n_k**a`` with ``a = population_power``, and the sum of the samples' weights.
         one_cluster: ``(4, 1)`` float64: inverse share, mixture, scale of sigma and ``n**a`` of all
             samples as one cluster.
+        problem: a 0-d tensor that is True if something was wrong with the batch, and the sentence
+            that says so; None if nothing can be. ``sizes`` raises the sentence.
     """
 
     labels: Tensor
     order: Tensor
-    sizes: list[int]
-    members: Tensor
+    offsets: Tensor
+    n_clusters: int
     unit: float
     inverse_shares: Tensor
     mixture: Tensor
     sigma_scales: Tensor
     mass: Tensor
     one_cluster: Tensor
+    problem: tuple[Tensor, str] | None = None
 
     @staticmethod
     def of(
@@ -52,8 +59,10 @@ class Groups:
         options: ClusterOptions,
         sample_weights: Tensor | None = None,
         whole_batch: int | Tensor | None = None,
+        backend: str = "auto",
+        problem: tuple[Tensor, str] | None = None,
     ) -> "Groups":
-        """Return the groups of samples with the given labels.
+        """Return the groups of samples with the given labels; nothing waits for the device.
 
         Args:
             labels: the cluster of every sample, ``(B,)`` integers in ``[0, clusters)``.
@@ -61,6 +70,8 @@ class Groups:
             options: how the clusters are mixed.
             sample_weights: how much each sample counts, ``(B,)``; None for equal weights.
             whole_batch: the number of samples of the whole batch, if these are one process's part.
+            backend: the engine that orders the samples.
+            problem: what ``sizes`` raises, as the attribute.
 
         Raises:
             ValueError: there is not one weight per sample.
@@ -72,55 +83,52 @@ class Groups:
                 f"set_sample_weights must give one weight to each of the {batch} samples, got "
                 f"{tuple(sample_weights.shape)}"
             )
-        device, wide = labels.device, torch.float64
-        members = labels == torch.arange(clusters, device=device)[:, None]
-        # The host reads all that it needs in one transfer and sends back all that follows in
-        # another: a few numbers per cluster are not worth a launch each.
-        facts = [members.sum(dim=1).to(wide)]
-        if sample_weights is not None:
-            facts.append(members.to(wide) @ sample_weights.to(facts[0]))
-        if isinstance(whole_batch, Tensor):
-            facts.append(whole_batch.to(facts[0]).reshape(1))
-        known = (torch.cat(facts) if len(facts) > 1 else facts[0]).cpu()
-        sizes = known[:clusters]
-        population = sizes if sample_weights is None else known[clusters : 2 * clusters]
-        whole = float(known[-1]) if isinstance(whole_batch, Tensor) else whole_batch or batch
-        share = population / (population.sum() * options.accumulation_steps)
-        power = torch.where(sizes > 0, population**options.population_power, 0.0)
         # The queue holds means over samples; a summed loss has B times larger gradients.
         unit = float(batch) if options.loss_reduction == "sum" else 1.0
-        inverse = torch.where((sizes > 0) & (share > 0), 1.0 / (share * unit), 0.0)
-        mixture = power / power.sum() / options.accumulation_steps * unit
-        scales = torch.ones_like(share)
-        if options.centroid_scale == "standard_error":
-            scales = (whole * options.accumulation_steps / sizes.clamp(min=1)).sqrt()
-        # The same numbers for all samples as one cluster.
-        steps = options.accumulation_steps
-        spread = (whole * steps / batch) ** 0.5 if options.centroid_scale != "paper" else 1.0
-        power_of_all = float(population.sum()) ** options.population_power
-        one = torch.tensor(
-            [steps / unit, unit / steps, spread, power_of_all], dtype=wide, device="cpu"
+        order, offsets, table = engine(labels.device, backend).group(
+            labels,
+            clusters,
+            sample_weights=sample_weights,
+            whole_batch=batch if whole_batch is None else whole_batch,
+            steps=options.accumulation_steps,
+            power=options.population_power,
+            unit=unit,
+            standard_error=options.centroid_scale == "standard_error",
         )
-        # Rows of even length start at multiples of 16 bytes, so kernels are compiled only once.
-        table = torch.zeros(8, max(2, clusters + clusters % 2), dtype=wide, device="cpu")
-        for row, vector in zip(table, (inverse, mixture, scales), strict=False):
-            row[:clusters] = vector
-        table[3, 0], table[3, 1] = power.sum(), population.sum()
-        table[4:, 0] = one
-        table = table.to(device, non_blocking=True)
         inverse, mixture, scales = table[:3, :clusters].unbind()
         return Groups(
             labels=labels,
-            order=torch.argsort(labels, stable=True),
-            sizes=[int(size) for size in sizes.tolist()],
-            members=members,
+            order=order,
+            offsets=offsets,
+            n_clusters=clusters,
             unit=unit,
             inverse_shares=inverse,
             mixture=mixture,
             sigma_scales=scales,
             mass=table[3, :2],
             one_cluster=table[4:, :1],
+            problem=problem,
         )
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of samples in each cluster, K integers on the host, which waits for them.
+
+        Raises:
+            ValueError: something was wrong with the batch.
+        """
+        facts = self.offsets
+        if self.problem is not None:
+            facts = torch.cat([facts, self.problem[0].view(1).to(facts.dtype)])
+        known = facts.tolist()
+        if self.problem is not None and known.pop():
+            raise ValueError(self.problem[1])
+        return [end - begin for begin, end in itertools.pairwise(known)]
+
+    @cached_property
+    def members(self) -> Tensor:
+        """``(K, B)`` bool: whether a sample belongs to a cluster."""
+        return self.labels == torch.arange(self.n_clusters, device=self.labels.device)[:, None]
 
     @cached_property
     def whole(self) -> "Groups":
@@ -131,8 +139,8 @@ class Groups:
             self,
             labels=labels,
             order=torch.arange(len(labels), device=labels.device),
-            sizes=[len(labels)],
-            members=(labels == 0)[None],
+            offsets=_ends(len(labels), labels.device),
+            n_clusters=1,
             mass=torch.cat([power, self.mass[1:]]),
             inverse_shares=inverse,
             mixture=mixture,
@@ -144,7 +152,7 @@ class Groups:
         """One sample in one cluster: all rows of a tensor whose rows belong to unknown samples."""
         first = torch.zeros_like(self.labels[:1])
         return dataclasses.replace(
-            self, labels=first, order=first, sizes=[1], members=(first == 0)[None]
+            self, labels=first, order=first, offsets=_ends(1, first.device), n_clusters=1
         )
 
     def per_row(self, rows: int) -> "Groups":
@@ -160,15 +168,8 @@ class Groups:
             self,
             labels=self.labels.repeat_interleave(each),
             order=self.rows(each)[0],
-            sizes=[size * each for size in self.sizes],
-            members=self.members.repeat_interleave(each, dim=1),
+            offsets=self.offsets * each,
         )
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """``(K + 1,)`` int64: cluster k has the samples ``order[offsets[k]:offsets[k + 1]]``."""
-        ends = list(itertools.accumulate(self.sizes, initial=0))
-        return torch.tensor(ends, device="cpu").to(self.labels.device, non_blocking=True)
 
     @cached_property
     def padding(self) -> tuple[Tensor, Tensor]:
@@ -189,7 +190,7 @@ class Groups:
 
         The rows are gathered, not scattered: gathering is fast with deterministic algorithms too.
         """
-        return rows.index_select(0, self.padding[0]).unflatten(0, (len(self.sizes), -1))
+        return rows.index_select(0, self.padding[0]).unflatten(0, (self.n_clusters, -1))
 
     def blank_(self, padded: Tensor) -> Tensor:
         """Write zeros to the surplus places of ``padded`` and return it."""
@@ -206,13 +207,13 @@ class Groups:
 
     def sorted(self, rows: Tensor) -> list[Tensor]:
         """Split ``(B, ...)`` into the rows of each cluster: K views of one sorted copy."""
-        if len(self.sizes) == 1:
+        if self.n_clusters == 1:
             return [rows]
         return list(rows.index_select(0, self.order).split(self.sizes))
 
     def each(self, rows: Tensor) -> Iterator[Tensor]:
         """Yield a copy of the rows of each cluster; one copy exists at a time if none is kept."""
-        if len(self.sizes) == 1:
+        if self.n_clusters == 1:
             yield rows
             return
         for samples in self.order.split(self.sizes):
@@ -221,3 +222,8 @@ class Groups:
     def sums(self, per_sample: Tensor) -> Tensor:
         """Return the sums ``(K, N)`` of rows ``(B, N)`` by cluster, in a fixed order."""
         return self.members.to(per_sample.dtype) @ per_sample
+
+
+def _ends(samples: int, device: torch.device) -> Tensor:
+    """Return the offsets of one cluster: 0 and its number of samples, at least 1."""
+    return torch.arange(0, 2 * samples, samples, device=device)

@@ -40,9 +40,16 @@ class Counting(TorchDispatchMode):
         self.counts = Counter()
         from triton.runtime import interpreter
 
+        run = interpreter.GridExecutor.__call__
+
         def launch(grid, *args, **kwargs):
-            """Count a kernel without running it: its results are whatever memory holds."""
+            """Count a kernel without running it: its results are whatever memory holds.
+
+            The samples' order is found: plain torch refuses indices that there are not.
+            """
             self.counts[grid.fn.__name__] += 1
+            if grid.fn.__name__ == "_group_kernel":
+                run(grid, *args, **kwargs)
 
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
 

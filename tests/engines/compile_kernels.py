@@ -23,6 +23,10 @@ from triton.compiler import ASTSource
 from gq_triton.kernels import adamw, chunks, finite, push, sgd, statistics, sums, weigh
 from gq_triton.kernels.combine import CHUNK as COMBINE_CHUNK
 from gq_triton.kernels.combine import _combine_kernel
+from gq_triton.kernels.group import NUM_WARPS as GROUP_WARPS
+from gq_triton.kernels.group import TILE_B as GROUP_TILE_B
+from gq_triton.kernels.group import TILE_K as GROUP_TILE_K
+from gq_triton.kernels.group import _group_kernel
 from gq_triton.kernels.launch import CHUNK, THREADS, block_size
 
 TARGETS = {
@@ -122,6 +126,15 @@ TOTAL_PARTS = {
     "n_clusters": "i32", "unit": "i32",
 }  # fmt: skip
 
+GROUP = {
+    "labels": "*i64", "order": "*i64", "offsets": "*i64", "table": "*fp64", "batch": "i32",
+    "clusters": "i32", "width": "i32",
+}  # fmt: skip
+GROUP_TILES = {
+    "TILE_B": GROUP_TILE_B, "TILE_K": GROUP_TILE_K, "STANDARD_ERROR": True,
+    "num_warps": GROUP_WARPS,
+}  # fmt: skip
+
 
 def scalars(kernel: triton.JITFunction) -> dict[str, str]:
     """Return the types of the kernel's floating scalars, which its annotations fix."""
@@ -151,6 +164,9 @@ def cases():
         types = STATISTICS | changed
         yield "statistics", case, statistics._statistics_kernel, types, settled | constants
     yield from sums_cases()
+    for case, more in {"plain": {}, "weights": {"weights": "*fp32", "whole_ptr": "*fp64"}}.items():
+        types = GROUP | scalars(_group_kernel) | more
+        yield "group", case, _group_kernel, types, GROUP_TILES
     flags = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")} | {"flags": "*u8"}
     wide = {"BLOCK": block_size(torch.float32, most=8), "W": 3}
     yield "all_finite", "float32", finite._all_finite_kernel, flags, FULL | wide
@@ -204,7 +220,8 @@ def compile_for_all(source: ASTSource, constants: dict, folder: str):
     path = Path(folder, f"{source.name}.ttir")
     for arch, target in TARGETS.items():
         warps = 4 if constants.get("CHUNK") is None else THREADS // target.warp_size
-        options = {"num_warps": sums.NUM_WARPS if "PART" in constants else warps}
+        warps = sums.NUM_WARPS if "PART" in constants else warps
+        options = {"num_warps": constants.get("num_warps", warps)}
         first = arch == next(iter(TARGETS))
         compiled = triton.compile(source if first else str(path), target=target, options=options)
         if first:

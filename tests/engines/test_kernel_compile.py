@@ -54,7 +54,7 @@ def select(*, kernels=None, case=None, archs=NVIDIA):
 @pytest.mark.parametrize("arch", [*NVIDIA, "gfx942"])
 def test_every_kernel_compiles(arch):
     kernels = {entry["kernel"] for entry in select(archs=(arch,))}
-    clustered = {"combine", "statistics", *SUMS, "total_parts"}
+    clustered = {"combine", "statistics", *SUMS, "total_parts", "group"}
     assert kernels == {*RINGS, *clustered, "all_finite", "count", "total"}
 
 

@@ -97,7 +97,7 @@ def _gradients(
     for position in wanted:
         param = site.param(position)
         if position == 0:
-            total = site.scratch(len(groups.sizes), param.numel(), grad, dtype)
+            total = site.scratch(groups.n_clusters, param.numel(), grad, dtype)
             # Where launches cost time, sorting once is worth a copy of all samples.
             parts = groups.sorted if launches_cost(grad) else groups.each
             pairs = zip(parts(grad), parts(x), strict=True)

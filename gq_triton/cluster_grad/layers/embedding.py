@@ -64,7 +64,7 @@ def _gradients(
 
 def _row_sums(groups: Groups, rows: Tensor, where: Tensor, count: int) -> Tensor:
     """Return the sums ``(K, count, d)`` of ``rows`` (B, T, d) by cluster and row of the table."""
-    shape = len(groups.sizes), count, rows.shape[2]
+    shape = groups.n_clusters, count, rows.shape[2]
     sums = rows.new_zeros(shape, dtype=accumulation_type(rows.dtype))
     target = where + groups.labels[:, None] * count
     sums.view(-1, shape[2]).index_add_(0, target.flatten(), rows.flatten(0, 1).to(sums.dtype))

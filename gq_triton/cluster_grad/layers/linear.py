@@ -49,7 +49,7 @@ def pays_padding(groups: Groups, left: Tensor, right: Tensor) -> bool:
     It takes four launches and wastes the work on the padding. The other way, one product per
     cluster, takes two launches and one for each cluster.
     """
-    clusters, (batch, positions, height), width = len(groups.sizes), left.shape, right.shape[2]
+    clusters, (batch, positions, height), width = groups.n_clusters, left.shape, right.shape[2]
     added = (clusters * max(groups.sizes) - batch) * positions
     moved = added * (height + width) * 2 * left.element_size()
     work = 2 * added * height * width / OPERATIONS + moved / BYTES
@@ -84,7 +84,7 @@ def weight_blocks(
         param: the parameter ``(M, N)``; the blocks are in its memory order.
         scratch: returns memory for K sums, as ``Collector.scratch`` does.
     """
-    height, width, clusters = left.shape[2], right.shape[2], len(groups.sizes)
+    height, width, clusters = left.shape[2], right.shape[2], groups.n_clusters
     dtype = accumulation_type(left.dtype)
     step = max(1, ROOM // max(1, clusters * width * dtype.itemsize))
     few = launches_cost(left)

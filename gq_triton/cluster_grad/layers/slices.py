@@ -480,7 +480,7 @@ class _Backward:
             if total is None:
                 dtype = accumulation_type(grad.dtype)
                 total = torch.zeros(
-                    len(groups.sizes), param.numel(), dtype=dtype, device=grad.device
+                    groups.n_clusters, param.numel(), dtype=dtype, device=grad.device
                 )
                 sums[place] = total
             total[k] = flat(grad, like=param)

@@ -160,7 +160,7 @@ class _Route(Site):
     ) -> Tensor | None:
         """Keep the sums until autograd reaches the computation; return a marker."""
         self.step = step
-        shape = len(step.groups.sizes), self.values.numel()
+        shape = step.groups.n_clusters, self.values.numel()
         sums = torch.empty(shape, dtype=dtype, device=self.values.device)
         for start, stop, part in blocks:
             sums[:, start:stop] = part

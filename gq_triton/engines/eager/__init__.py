@@ -6,6 +6,7 @@ A block's intermediates stay in cache. The operations are those of ``engines.pro
 from gq_triton.engines.eager.adamw import gqadamw_
 from gq_triton.engines.eager.combine import combine
 from gq_triton.engines.eager.finite import all_finite
+from gq_triton.engines.eager.group import group
 from gq_triton.engines.eager.push import push_
 from gq_triton.engines.eager.sgd import gqsgd_
 from gq_triton.engines.eager.statistics import queue_statistics
@@ -18,6 +19,7 @@ __all__ = [
     "combine",
     "gqadamw_",
     "gqsgd_",
+    "group",
     "position_sums",
     "push_",
     "queue_statistics",
