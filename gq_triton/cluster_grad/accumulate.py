@@ -83,7 +83,8 @@ class Accumulator:
         self.leaves = self.params if leaves is None else leaves
         self.step: Step | None = None
         # A compiled graph holds these in place of the accumulator: see compiled_ops.py.
-        self.number, self.clock = new_number(self), torch.zeros(1, dtype=torch.int64)
+        self.number = new_number(self)
+        self.clock = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.token: Tensor | None = None
         self.batch, self.paused = 1, False
         self.inputs: Mapping[int, int] = {}

@@ -126,7 +126,7 @@ def _nothing(*args: Any) -> None:
 _begin_op = _operation(
     "begin(Tensor(a!) clock, int session) -> Tensor",
     passes.begin,
-    lambda clock, session: torch.empty((), dtype=torch.int64),
+    lambda clock, session: torch.empty((), dtype=torch.int64, device="cpu"),
 )
 _end_op = _operation("end(Tensor(a!) clock, Tensor token) -> ()", passes.end, _nothing)
 _use_op = _operation(

@@ -55,7 +55,8 @@ def begin(clock: Tensor, session: int) -> Tensor:
     goes_on = last is not None and (last.known_groups is None or last.finishing)
     if token is not None and in_backward() and goes_on:
         return token.clone()
-    token = torch.tensor(new_number())
+    # Whatever the default device is: the host reads the number in every layer.
+    token = torch.tensor(new_number(), device="cpu")
     step = _steps[int(token)] = alive.new_step()
     step.hidden = in_backward()
     weakref.finalize(token, _steps.pop, int(token))

@@ -144,7 +144,7 @@ class Site:
         # The name of the input in the module's own forward().
         self.input_name = [*inspect.signature(type(module).forward).parameters, "", ""][1]
         # A tensor is an input of a compiled graph, so layers of one kind share their graph.
-        self.key = torch.tensor(next(_numbers))
+        self.key = torch.tensor(next(_numbers), device="cpu")
         _sites[int(self.key)] = self
 
     @property
