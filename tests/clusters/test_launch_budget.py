@@ -9,33 +9,39 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import INTERPRETED
-from meta_steps import CASES, budget, step_of, text_case, watched
+from meta_steps import budget, step_of, text_case, watched, watching
 
 import gq_triton
 from gq_triton import GQSGD, GQAdamW
+from gq_triton.cluster_grad.layers.linear import product_into
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled here, for CUDA.")
 
 # Launches of a clustered step beyond those of the plain step, K = 8. They may only become fewer;
 # the aim is 12. A change that saves launches lowers its numbers here.
-BEYOND = {"tiny GPT": 883, "GPT-2 small": 1332, "ResNet-18": 1298}
-# What the host still reads of the device in a clustered step, and numbers that it still sends
-# there: functions and operations. The aim is nothing; whoever removes one takes it from the list.
-READS = {"grouping/groups.py:of _to_copy"}
-READS_OF_TABLES = {"cluster_grad/layers/embedding.py:_gradients _unique2"}
-COPIES = {
-    "grouping/groups.py:of", "grouping/groups.py:offsets", "grouping/groups.py:padding",
-}  # fmt: skip
+BEYOND = {"tiny GPT": 879, "GPT-2 small": 1328, "ResNet-18": 1292}
+# What a clustered step still reads of the device, and what it still sends there: functions and
+# operations. The aim is nothing. Whoever removes one takes it from the list.
+READS = {
+    "cluster_grad/layers/embedding.py:_gradients _unique2",
+    "cluster_grad/layers/linear.py:pays_padding sizes",
+    "grouping/groups.py:padding sizes",
+    "grouping/groups.py:sorted sizes",
+}
+COPIES = {"grouping/groups.py:padding"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_launches_beyond_the_plain_step(case):
-    plain, ours = budget(case)
-    assert ours.total - plain.total <= BEYOND[case]
-    assert set(plain.reads) == set()
-    assert set(ours.reads) == READS | (READS_OF_TABLES if case == "GPT-2 small" else set())
-    assert set(ours.copies) == COPIES
+def test_launches_reads_and_copies_of_a_step():
+    reads, copies = set(), set()
+    for case, most in BEYOND.items():
+        plain, ours = budget(case)
+        assert ours.total - plain.total <= most, case
+        assert not plain.reads, case
+        reads |= ours.reads.keys()
+        copies |= ours.copies.keys()
+    assert reads == READS
+    assert copies == COPIES
 
 
 def small(vocabulary=16, length=8):
@@ -70,8 +76,8 @@ def test_the_plug_in_has_the_host_wait_for_nothing(options):
 )
 def test_reads_of_clusters(options):
     model, batch, loss, features = small()
-    step = watched(step_of(model, batch, loss, n_clusters=2, features=features, **options), value=2)
-    assert set(step.reads) == READS
+    step = watched(step_of(model, batch, loss, n_clusters=2, features=features, **options))
+    assert set(step.reads) <= READS
     assert set(step.copies) <= COPIES
 
 
@@ -85,10 +91,11 @@ def zeroing(model):
 def test_gradients_that_are_zeroed_in_place():
     model, batch, loss, features = small()
     options = {"n_clusters": 2, "features": features}
-    step = watched(step_of(model, batch, loss, optimizer=zeroing(model), **options), value=2)
-    assert set(step.reads) == READS
+    step = watched(step_of(model, batch, loss, optimizer=zeroing(model), **options))
+    assert set(step.reads) <= READS
 
 
+@pytest.mark.slow
 def test_gradients_that_are_dropped_in_place():
     """Without a step between two backward passes, ``p.grad`` is read to tell zeroed from kept."""
     model, batch, loss, features = small()
@@ -99,8 +106,18 @@ def test_gradients_that_are_dropped_in_place():
         loss(model(batch[0]), batch[1]).backward()
         step()
 
-    reads = set(watched(twice, value=2, settle=1).reads)
-    assert reads == READS | {"cluster_grad/raw.py:note _local_scalar_dense"}
+    reads = set(watched(twice, settle=1).reads)
+    assert reads - READS == {"cluster_grad/raw.py:note _local_scalar_dense"}
+
+
+def test_a_product_of_narrow_factors_is_written_at_once():
+    """A product in float32 of factors in bfloat16 needs no copy to its place."""
+    factors = torch.zeros(2, 4, 3, dtype=torch.bfloat16, device="meta")
+    out = torch.zeros(2, 3, 3, device="meta")
+    with watching() as watch:
+        product_into(out, factors, factors)
+        product_into(out[1], factors[0], factors[1])
+    assert watch.total == 2
 
 
 # In the source of a step: what makes the host wait, or what a captured graph cannot replay.
@@ -116,7 +133,6 @@ ALLOWED = {
     # To be removed.
     ("cluster_grad/layers/embedding.py", "unique"),
     ("cluster_grad/standins/meet.py", "unique"),
-    ("grouping/groups.py", "cpu"),
     ("grouping/groups.py", "tolist"),
     ("grouping/kmeans.py", "Event"),
     ("grouping/kmeans.py", "pin_memory"),
@@ -142,6 +158,6 @@ def test_a_default_device_leaves_tokens_on_the_host():
     try:
         torch.set_default_device("meta")
         step = step_of(model, batch, loss, n_clusters=2, features=features)
-        assert set(watched(step, value=2).reads) == READS
+        assert set(watched(step).reads) <= READS
     finally:
         torch.set_default_device(None)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gq_triton
 from gq_triton import GradQueue
+from gq_triton.grouping import Groups
 
 PACKAGE = os.path.dirname(gq_triton.__file__) + os.sep
 # Operations that only make views or allocate memory.
@@ -65,20 +66,19 @@ class Watch(TorchDispatchMode):
         copies: by function, how often the host sent numbers to the device.
     """
 
-    def __init__(self, value: float = 0.0) -> None:
-        """Watch.
-
-        Args:
-            value: the answer to reads of whole tensors.
-        """
+    def __init__(self) -> None:
         super().__init__()
         self.launches, self.reads, self.copies = Counter(), Counter(), Counter()
-        self.value = value
 
     @property
     def total(self) -> int:
         """The number of launches."""
         return self.launches.total()
+
+    def sizes(self, groups: Groups) -> list[int]:
+        """Note that the host reads the sizes of clusters; return even ones."""
+        self.reads[f"{product_frame()} sizes"] += 1
+        return [groups.labels.numel() // groups.n_clusters] * groups.n_clusters
 
     def kernel(self, *args, **kwargs) -> None:
         """Count a Triton kernel without running it."""
@@ -107,9 +107,9 @@ class Watch(TorchDispatchMode):
             return 0
         if name == "_to_copy" and torch.device(kwargs.get("device") or "meta").type == "cpu":
             dtype = kwargs.get("dtype") or first.dtype
-            return torch.full(first.shape, self.value, dtype=dtype, device="cpu")
+            return torch.zeros(first.shape, dtype=dtype, device="cpu")
         if name == "copy_" and first.device.type == "cpu":
-            return first.fill_(self.value)
+            return first.zero_()
         if name in ("_unique2", "_unique"):
             shape = min(first.numel(), 128)
             counts = first.new_empty(shape, dtype=torch.int64)
@@ -124,14 +124,14 @@ def _on_cpu(value) -> bool:
 
 
 @contextlib.contextmanager
-def watching(value: float = 0.0):
+def watching():
     """Return a context that yields a ``Watch`` of all that runs inside it.
 
     ``torch.autocast`` does not know the meta device, and launches nothing there.
     """
     from triton.runtime import interpreter
 
-    watch, enabled, autocast = Watch(value), torch.is_autocast_enabled, torch.autocast
+    watch, enabled, autocast = Watch(), torch.is_autocast_enabled, torch.autocast
 
     def is_enabled(device=None):
         return False if device == "meta" else enabled(*([] if device is None else [device]))
@@ -147,6 +147,7 @@ def watching(value: float = 0.0):
         mock.patch.object(torch, "is_autocast_enabled", is_enabled),
         mock.patch.object(torch, "autocast", entered),
         mock.patch.object(interpreter.GridExecutor, "__call__", launch),
+        mock.patch.object(Groups, "sizes", property(watch.sizes)),
         watch,
     ):
         yield watch
@@ -167,12 +168,12 @@ def step_of(model: nn.Module, batch, loss, *, optimizer=None, **options):
     return step
 
 
-def watched(step, value: float = 0.0, settle: int = 2) -> Watch:
+def watched(step, settle: int = 2) -> Watch:
     """Return what a step does after ``settle`` steps, in which buffers and tables are made."""
-    with watching(value):
+    with watching():
         for _ in range(settle):
             step()
-    with watching(value) as watch:
+    with watching() as watch:
         step()
     return watch
 
@@ -218,7 +219,7 @@ def budget(case: str, clusters: int = 8) -> tuple[Watch, Watch]:
     plain = watched(step_of(model, batch, loss), settle=1)
     model, batch, loss, features = CASES[case]()
     step = step_of(model, batch, loss, n_clusters=clusters, features=features)
-    return plain, watched(step, value=len(batch[0]) / clusters, settle=1)
+    return plain, watched(step, settle=1)
 
 
 def report(case: str) -> str:

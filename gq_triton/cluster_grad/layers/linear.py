@@ -37,8 +37,8 @@ def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     multiply = torch.mm if out.dim() == 2 else torch.bmm
     if left.dtype == out.dtype:
         multiply(left.mT, right, out=out)
-    elif left.is_cuda:
-        out.copy_(multiply(left.mT, right, out_dtype=out.dtype))
+    elif left.device.type != "cpu":
+        multiply(left.mT, right, out_dtype=out.dtype, out=out)
     else:
         multiply(left.to(out.dtype).mT, right.to(out.dtype), out=out)
 
