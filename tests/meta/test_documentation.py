@@ -29,6 +29,7 @@ FRAGMENTS = {
     "frameworks.md:Hugging Face Accelerate:1": "test_frameworks.py trains so",
     "frameworks.md:Transformers Trainer:1": "test_frameworks.py trains so",
     "frameworks.md:In your own loop:1": "test_figures_go_to_a_writer runs it",
+    "frameworks.md:In your own loop:2": "the zoo's nanoGPT; the script itself was run by hand",
 }
 
 COMPLETE = [b for b in PYTHON if b.name not in FRAGMENTS]
