@@ -16,7 +16,7 @@ from gq_triton.kernels.chunks import (
     QUEUE,
     STRIDE,
     chunk_bounds,
-    count_,
+    count_when_last,
     find_tensor,
     ring_turn,
     typed,
@@ -68,7 +68,7 @@ def _adamw_block(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def _gqadamw_kernel(
-    rows, starts, n_tensors, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr,
+    rows, starts, n_tensors, ticket, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr,
     lr: tl.float64, beta1: tl.float64, log2_beta1: tl.float64, beta2: tl.float64,
     log2_beta2: tl.float64, eps: tl.float64, weight_decay: tl.float64,
     low: tl.float64, high: tl.float64,
@@ -91,6 +91,7 @@ def _gqadamw_kernel(
     first, count = chunk_bounds(starts, row, tensor, chunk, CHUNK)
     count = unless_found_inf(count, found_inf_ptr)
     slot, active, queue_it = ring_turn(row, finite_ptr, L)
+    step = tl.load(typed(tl.load(row + _STEP), tl.float32, False)) + 1
     p_ptr = typed(tl.load(row + _PARAM), P_DTYPE, ALIGNED) + first
     g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
     m_ptr = typed(tl.load(row + _EXP_AVG), M_DTYPE, ALIGNED) + first
@@ -101,7 +102,6 @@ def _gqadamw_kernel(
     unscale = inverse_scale(grad_scale_ptr, C_DTYPE)
     one = tl.full((), 1.0, tl.float64)
     rate = tl.full((), lr, tl.float64) if lr_ptr is None else tl.load(lr_ptr).to(tl.float64)
-    step = tl.load(typed(tl.load(row + _STEP), tl.float32, False)) + 1
     step_size = (rate / (one - _power(log2_beta1, step))).to(C_DTYPE)
     correction2 = tl.sqrt(one - _power(log2_beta2, step)).to(C_DTYPE)
     keep = (one - rate * tl.full((), weight_decay, tl.float64)).to(C_DTYPE)
@@ -128,6 +128,7 @@ def _gqadamw_kernel(
             keep, beta1_c, gain1, beta2_c, gain2, correction2, eps_c, step_size,
             MAXIMIZE, L, ALIGNED,
         )  # fmt: skip
+    count_when_last(rows, n_tensors, ticket, finite_ptr, found_inf_ptr, W, _STEP)
 
 
 def gqadamw_(
@@ -168,17 +169,15 @@ def gqadamw_(
         ring, tables = ring_launch(grads, queues, queued, vectors, {"steps": steps})
         flags = as_bytes(accepted)
         for table in tables:
-            if table.n_chunks:
-                _gqadamw_kernel[(table.n_chunks,)](
-                    table.rows, table.starts, table.n_tensors,
-                    flags, law.length, law.grad_scale, law.found_inf, lr_tensor,
-                    0.0 if on_device else float(lr), float(beta1), _log2(beta1),
-                    float(beta2), _log2(beta2), float(eps), float(weight_decay), 1.0 / law.rho,
-                    float(law.rho), P_DTYPE=ring.dtypes["params"], M_DTYPE=ring.dtypes["exp_avgs"],
-                    V_DTYPE=ring.dtypes["exp_avg_sqs"], MAXIMIZE=maximize,
-                    ALIGNED=table.aligned, **ring.constants,
-                )  # fmt: skip
-            count_(table, flags, law.found_inf, step=_STEP.value)
+            _gqadamw_kernel[table.grid](
+                table.rows, table.starts, table.n_tensors, table.ticket,
+                flags, law.length, law.grad_scale, law.found_inf, lr_tensor,
+                0.0 if on_device else float(lr), float(beta1), _log2(beta1),
+                float(beta2), _log2(beta2), float(eps), float(weight_decay), 1.0 / law.rho,
+                float(law.rho), P_DTYPE=ring.dtypes["params"], M_DTYPE=ring.dtypes["exp_avgs"],
+                V_DTYPE=ring.dtypes["exp_avg_sqs"], MAXIMIZE=maximize,
+                ALIGNED=table.aligned, **ring.constants,
+            )  # fmt: skip
 
 
 def _log2(beta: float) -> float:

@@ -6,9 +6,8 @@ Shape legend: N = tensors, L = queue slots, P = elements of one tensor, W = colu
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from gq_triton.kernels.launch import Table
+from gq_triton.kernels.launch import THREADS
 
 # Columns that every table has, in this order.
 NUMEL = tl.constexpr(0)
@@ -18,6 +17,8 @@ GRAD = tl.constexpr(2)
 QUEUED = tl.constexpr(3)
 QUEUE = tl.constexpr(4)
 STRIDE = tl.constexpr(5)
+# Tensors whose counters one program advances at a time: one per thread.
+_TURNS = tl.constexpr(THREADS)
 
 
 @triton.jit
@@ -71,41 +72,55 @@ def unless_found_inf(count, found_inf_ptr):
     return count
 
 
-@triton.jit(do_not_specialize=["n_tensors"])
-def _count_kernel(
-    rows, finite_ptr, found_inf_ptr, n_tensors,
-    W: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def count_when_last(
+    rows, n_tensors, ticket, finite_ptr, found_inf_ptr, W: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Add ``finite`` to each tensor's queue counter and 1 to its step; one program does all.
+    """Advance the counters of all tensors of a launch, in the program that gets here last.
+
+    Every program of the launch calls this function once, at its end. Each takes a number from
+    ``ticket``. Whoever takes the last one knows that no other program will read a counter any more:
+    it advances them all, and puts the ticket back to 0 for the next launch. No program waits for
+    another.
+
+    Args:
+        rows: the table's rows.
+        n_tensors: the number of rows.
+        ticket: one int64, 0 when the launch begins.
+        finite_ptr: as in `count`.
+        found_inf_ptr: as in `count`.
+        W: columns of a row.
+        STEP: as in `count`.
+    """
+    tl.debug_barrier()  # every thread of this program has read its counters
+    if tl.atomic_add(ticket, 1) == tl.num_programs(0) - 1:
+        tl.store(ticket, 0)
+        for at in range(0, n_tensors, _TURNS):
+            tensor = at + tl.arange(0, _TURNS)
+            row = rows + tensor.to(tl.int64) * W
+            count(row, tensor < n_tensors, finite_ptr, found_inf_ptr, STEP)
+
+
+@triton.jit
+def count(row, mask, finite_ptr, found_inf_ptr, STEP: tl.constexpr):
+    """Add ``finite`` to the queue counters of some tensors and 1 to their steps.
+
+    Args:
+        row: pointers to the tensors' rows, ``(BLOCK,)`` or one.
+        mask: which of them to use.
+        finite_ptr: uint8 over all tensors of the call, 1 where the gradient was queued, or None.
+        found_inf_ptr: non-zero where no counter may advance, one float32, or None.
+        STEP: the column that holds the address of a float32 step, or 0.
 
     Example: ``finite = [1, 0]`` turns queue counters 5, 5 into 6, 5 and steps 5, 5 into 6, 6.
     """
     one = unless_found_inf(tl.full((), 1, tl.int32), found_inf_ptr)
-    for at in range(0, n_tensors, BLOCK):
-        tensor = at + tl.arange(0, BLOCK)
-        mask = tensor < n_tensors
-        row = rows + tensor.to(tl.int64) * W
-        amount = tl.zeros((BLOCK,), tl.int64) + one
-        if finite_ptr is not None:
-            index = tl.load(row + INDEX, mask=mask, other=0)
-            amount = amount * tl.load(finite_ptr + index, mask=mask, other=0)
-        queued = tl.load(row + QUEUED, mask=mask, other=0).to(tl.pointer_type(tl.int64))
-        tl.store(queued, tl.load(queued, mask=mask, other=0) + amount, mask=mask)
-        if STEP > 0:
-            step = tl.load(row + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-            tl.store(step, tl.load(step, mask=mask, other=0.0) + one, mask=mask)
-
-
-def count_(table: Table, finite: Tensor | None, found_inf: Tensor | None, *, step: int = 0) -> None:
-    """Advance the counters of one table's tensors, after everything that reads them.
-
-    Args:
-        table: the tensors.
-        finite: ``(N,)`` uint8 over all tensors of the call, 1 where the gradient was queued; None
-            where all were.
-        found_inf: non-zero where no counter may advance, 0-d, or None.
-        step: the column that holds the address of a float32 step, or 0.
-    """
-    _count_kernel[(1,)](
-        table.rows, finite, found_inf, table.n_tensors, W=table.rows.shape[1], STEP=step, BLOCK=256
-    )
+    amount = one.to(tl.int64)
+    if finite_ptr is not None:
+        index = tl.load(row + INDEX, mask=mask, other=0)
+        amount = amount * tl.load(finite_ptr + index, mask=mask, other=0)
+    queued = tl.load(row + QUEUED, mask=mask, other=0).to(tl.pointer_type(tl.int64))
+    tl.store(queued, tl.load(queued, mask=mask, other=0) + amount, mask=mask)
+    if STEP > 0:
+        step = tl.load(row + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+        tl.store(step, tl.load(step, mask=mask, other=0.0) + one, mask=mask)

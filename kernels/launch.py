@@ -44,17 +44,24 @@ class Table:
         rows: ``(N, W)`` int64, one row per tensor.
         starts: ``(N,)`` int64, the number of chunks before each tensor.
         n_tensors: N.
-        n_chunks: programs of the launch.
+        n_chunks: the number of chunks of all tensors.
+        ticket: one int64, 0 between launches; see `chunks.count_when_last`.
         aligned: whether every address and every row of a ring is a multiple of 16 bytes.
-        host: the source of ``rows`` and ``starts``, kept while a copy may still read it.
+        host: the source of the three tensors, kept while a copy may still read it.
     """
 
     rows: Tensor
     starts: Tensor
     n_tensors: int
     n_chunks: int
+    ticket: Tensor
     aligned: bool
     host: Tensor
+
+    @property
+    def grid(self) -> tuple[int]:
+        """The programs of a launch that counts: one works on no chunk where all are empty."""
+        return (max(self.n_chunks, 1),)
 
 
 # Gradients often recur at a few sets of addresses, so a few tables are kept.
@@ -144,13 +151,18 @@ def _build(device: torch.device, rows: list[Row], aligned: bool, pin: bool) -> T
         n_chunks += -(-row[0] // CHUNK)
     if n_chunks >= 2**31:
         raise ValueError(f"one call covers fewer than 2**31 chunks of {CHUNK}, got {n_chunks}")
-    flat = [value for row in rows for value in row] + starts
+    # Rows, starts and ticket begin at multiples of 16 bytes: for an argument that does not, Triton
+    # compiles the kernel anew.
+    parts = [value for row in rows for value in row], starts, [0]
+    flat = [value for part in parts for value in (*part, *[0] * (len(part) % 2))]
     host = torch.tensor(flat, dtype=torch.int64, device="cpu")  # whatever the default device is
     host = host.pin_memory() if pin else host
-    both = host.to(device, non_blocking=True)
-    split = len(flat) - len(rows)
-    table_rows = both[:split].view(len(rows), -1)
-    return Table(table_rows, both[split:], len(rows), n_chunks, aligned, host)
+    whole = host.to(device, non_blocking=True)
+    begin = len(flat) - 2 - len(starts) - len(starts) % 2
+    return Table(
+        whole[: len(parts[0])].view(len(rows), -1), whole[begin:][: len(starts)], len(rows),
+        n_chunks, whole[-2:-1], aligned, host,
+    )  # fmt: skip
 
 
 class RingLaunch:

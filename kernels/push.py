@@ -15,7 +15,7 @@ from gq_triton.kernels.chunks import (
     QUEUE,
     STRIDE,
     chunk_bounds,
-    count_,
+    count_when_last,
     find_tensor,
     ring_turn,
     typed,
@@ -28,7 +28,7 @@ __all__ = ["push_"]
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def _push_kernel(
-    rows, starts, n_tensors, finite_ptr, grad_scale_ptr,
+    rows, starts, n_tensors, ticket, finite_ptr, grad_scale_ptr,
     G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, C_DTYPE: tl.constexpr, L: tl.constexpr,
     W: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -55,6 +55,7 @@ def _push_kernel(
             offsets = full + tl.arange(0, BLOCK)
             g = load(g_ptr + offsets, offsets < count, C_DTYPE) * unscale
             tl.store(oldest + offsets, to_queue(g, Q_DTYPE), mask=offsets < count)
+    count_when_last(rows, n_tensors, ticket, finite_ptr, None, W, 0)
 
 
 def push_(
@@ -76,9 +77,7 @@ def push_(
         ring, tables = ring_launch(grads, queues, queued, {})
         flags = as_bytes(accepted)
         for table in tables:
-            if table.n_chunks:
-                _push_kernel[(table.n_chunks,)](
-                    table.rows, table.starts, table.n_tensors, flags, grad_scale,
-                    ALIGNED=table.aligned, **ring.constants,
-                )  # fmt: skip
-            count_(table, flags, None)
+            _push_kernel[table.grid](
+                table.rows, table.starts, table.n_tensors, table.ticket, flags, grad_scale,
+                ALIGNED=table.aligned, **ring.constants,
+            )  # fmt: skip

