@@ -20,6 +20,7 @@ __all__ = [
     "new_queue",
     "place_gradients",
     "rows",
+    "shaped",
     "shard_groups",
     "write_back_",
 ]
@@ -133,6 +134,15 @@ def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
         return tensor.view(-1)
     permuted = tensor.permute(_memory_order(like))
     return permuted.contiguous().view(-1)  # reshape may return a strided view
+
+
+def shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """Return rows ``(K, P)`` in the memory order of ``like`` as a view ``(K, *like.shape)``."""
+    if like.is_contiguous():
+        return rows.view(len(rows), *like.shape)
+    order = _memory_order(like)
+    permuted = rows.view(len(rows), *(like.shape[d] for d in order))
+    return permuted.permute(0, *(1 + order.index(d) for d in range(like.dim())))
 
 
 def write_back_(tensor: Tensor, values: Tensor, like: Tensor | None = None) -> None:

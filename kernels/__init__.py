@@ -14,15 +14,18 @@ from gq_triton.kernels.sgd import gqsgd_
 from gq_triton.kernels.statistics import queue_statistics
 from gq_triton.kernels.sums import channel_sums, position_sums
 from gq_triton.kernels.weigh import weigh_
+from gq_triton.kernels.weight_grad import convolution_sums, product_sums
 
 __all__ = [
     "all_finite",
     "channel_sums",
     "combine",
+    "convolution_sums",
     "gqadamw_",
     "gqsgd_",
     "group",
     "position_sums",
+    "product_sums",
     "push_",
     "queue_statistics",
     "weigh_",

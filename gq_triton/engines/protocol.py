@@ -314,3 +314,63 @@ class Engine(Protocol):
             three numbers for all samples as one cluster, and ``n**a``.
         """
         ...
+
+    def product_sums(
+        self,
+        left: Tensor,
+        right: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        out: Tensor,
+        *,
+        tf32: bool = False,
+    ) -> None:
+        """Write the sums of ``left.T @ right`` by cluster: the gradient of a linear layer's weight.
+
+        Args:
+            left: ``(B, T, M)``, of any floating type.
+            right: ``(B, T, N)``, of the same type.
+            order: ``(B,)`` int32 or int64, the samples sorted by cluster.
+            offsets: ``(K + 1,)`` int32 or int64, as in ``position_sums``.
+            out: ``(K, M, N)`` at any strides, in the type of the sums: float32, or float64 for
+                float64. The sums of an empty cluster are 0.
+            tf32: whether a GPU may round float32 factors to tf32, which plain torch leaves to
+                torch's own setting.
+        """
+        ...
+
+    def convolution_sums(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        out: Tensor,
+        *,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int = 1,
+        tf32: bool = False,
+    ) -> None:
+        """Write the gradients of a convolution's kernel by cluster.
+
+        The kernel of a transposed convolution is that of the convolution which leads back: its
+        gradient has input and ``dy`` exchanged.
+
+        Args:
+            dy: ``(B, O, *)`` gradients at the output in one to three dimensions, of any floating
+                type.
+            x: ``(B, I, *)`` the layer's input, of the same type. It may be larger than the windows
+                reach.
+            order: ``(B,)`` int32 or int64, the samples sorted by cluster.
+            offsets: ``(K + 1,)`` int32 or int64, as in ``position_sums``.
+            out: ``(K, O, I / groups, *taps)`` at any strides, in the type of the sums, as in
+                ``product_sums``.
+            stride: distance of the window's places, by dimension.
+            padding: zeros that were added on both sides.
+            dilation: distance of the window's taps.
+            groups: groups of channels.
+            tf32: as in ``product_sums``.
+        """
+        ...

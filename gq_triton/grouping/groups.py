@@ -17,10 +17,10 @@ __all__ = ["Groups"]
 
 @dataclass(frozen=True)
 class Groups:
-    """The samples of one batch by cluster: B samples, K clusters, S samples in the largest.
+    """The samples of one batch by cluster: B samples, K clusters.
 
     On a GPU the groups are made without a wait. The first use of ``sizes`` waits, and so does what
-    needs them: ``padding``, ``padded``, ``blank_``, ``sorted`` and ``each``.
+    needs them: ``sorted`` and ``each``.
 
     Attributes:
         labels: the cluster of every sample, ``(B,)`` int64.
@@ -170,32 +170,6 @@ class Groups:
             order=self.rows(each)[0],
             offsets=self.offsets * each,
         )
-
-    @cached_property
-    def padding(self) -> tuple[Tensor, Tensor]:
-        """The samples by cluster, with every cluster padded to S samples.
-
-        Two tensors ``(K * S,)``: a sample for each place, and True at the surplus places, which
-        repeat the first sample of ``order``.
-        """
-        room, begin, places = max(self.sizes), 0, []
-        for size in self.sizes:
-            places += [*range(begin, begin + size), *[-1] * (room - size)]
-            begin += size
-        where = torch.tensor(places, device="cpu").to(self.order.device, non_blocking=True)
-        return self.order.index_select(0, where.clamp(min=0)), where < 0
-
-    def padded(self, rows: Tensor) -> Tensor:
-        """Return rows ``(B, ...)`` by cluster, ``(K, S, ...)``; surplus places repeat a sample.
-
-        The rows are gathered, not scattered: gathering is fast with deterministic algorithms too.
-        """
-        return rows.index_select(0, self.padding[0]).unflatten(0, (self.n_clusters, -1))
-
-    def blank_(self, padded: Tensor) -> Tensor:
-        """Write zeros to the surplus places of ``padded`` and return it."""
-        absent = self.padding[1].view(*padded.shape[:2], *[1] * (padded.dim() - 2))
-        return padded.masked_fill_(absent, 0)
 
     def rows(self, per_sample: int) -> tuple[Tensor, Tensor]:
         """Return order and offsets of rows, of which each sample has ``per_sample`` in a row."""

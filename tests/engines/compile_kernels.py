@@ -27,7 +27,9 @@ from gq_triton.kernels.group import NUM_WARPS as GROUP_WARPS
 from gq_triton.kernels.group import TILE_B as GROUP_TILE_B
 from gq_triton.kernels.group import TILE_K as GROUP_TILE_K
 from gq_triton.kernels.group import _group_kernel
-from gq_triton.kernels.launch import CHUNK, THREADS, block_size
+from gq_triton.kernels.launch import CHUNK, THREADS, TRITON_DTYPE, block_size
+from gq_triton.kernels.tiles import Device, precision_of, strip_of, tile_of
+from gq_triton.kernels.weight_kernels import FREE, depthwise_kernel, weight_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -138,6 +140,27 @@ GROUP_TILES = {
     "num_warps": GROUP_WARPS,
 }  # fmt: skip
 
+# The devices of the architectures, from which the tiles of products follow.
+DEVICES = {
+    "sm_80": Device(108, 166912), "sm_90": Device(132, 232448), "sm_100": Device(148, 232448),
+    "gfx942": Device(304, 65536, amd=True),
+}  # fmt: skip
+WEIGHT = dict.fromkeys(("stride_split", "stride_tap", *FREE), "i32") | dict.fromkeys(
+    ("dy_sample", "x_sample", "outputs", "inputs", "stride_k", "stride_o"), "i32:16"
+)
+WHOLE, TAPS, MIXED = ({name: True} for name in ("WHOLE", "TAPS", "MIXED"))
+# Type and precision of the factors, height and width of the product, constants.
+WEIGHT_CASES = {
+    "bfloat16, rows of one sample": (torch.bfloat16, False, 4096, WHOLE),
+    "bfloat16": (torch.bfloat16, False, 4096, {}),
+    "bfloat16, taps": (torch.bfloat16, False, 4096, TAPS | WHOLE),
+    "bfloat16, mixed taps": (torch.bfloat16, False, 4096, TAPS | MIXED),
+    "bfloat16, smallest": (torch.bfloat16, False, 3, TAPS | MIXED),
+    "tf32, mixed taps": (torch.float32, True, 4096, TAPS | MIXED),
+    "float32, taps": (torch.float32, False, 4096, TAPS),
+    "float64, mixed taps": (torch.float64, False, 4096, TAPS | MIXED),
+}
+
 
 def scalars(kernel: triton.JITFunction) -> dict[str, str]:
     """Return the types of the kernel's floating scalars, which its annotations fix."""
@@ -167,6 +190,7 @@ def cases():
         types = STATISTICS | changed
         yield "statistics", case, statistics._statistics_kernel, types, settled | constants
     yield from sums_cases()
+    yield from weight_cases()
     for case, more in {"plain": {}, "weights": {"weights": "*fp32", "whole_ptr": "*fp64"}}.items():
         types = GROUP | scalars(_group_kernel) | more
         yield "group", case, _group_kernel, types, GROUP_TILES
@@ -196,6 +220,32 @@ def sums_cases():
     yield "total_parts", "float64", sums._total_parts_kernel, wide, tiles
 
 
+def weight_cases():
+    """Yield the cases of the gradients of weights, whose tiles depend on the architecture."""
+    for arch, device in DEVICES.items():
+        shared = {"rows": 2**20, "clusters": 8, "device": device}
+        for case, (dtype, tf32, size, constants) in WEIGHT_CASES.items():
+            precision = precision_of(dtype, tf32, device)
+            tile = tile_of(dtype, precision, size, size, 8, **shared)
+            more = {"BI": tile.inputs, "F_DTYPE": TRITON_DTYPE[dtype], "PRECISION": precision}
+            more |= {"WHOLE": False, "TAPS": False, "MIXED": False} | constants
+            yield "weight_grad", case, weight_kernel, *_weight_case(arch, dtype, tile, more)
+        for dtype in (torch.float32, torch.float64):
+            case, tile = str(dtype).removeprefix("torch."), strip_of(512, 72, **shared)
+            yield "depthwise", case, depthwise_kernel, *_weight_case(arch, dtype, tile, {})
+
+
+def _weight_case(arch, dtype, tile, constants):
+    """Return types and constants of a case."""
+    wide = torch.promote_types(dtype, torch.float32)
+    names = {torch.bfloat16: "*bf16:16", torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
+    types = {"dy": names[dtype], "x": names[dtype], "order": "*i64", "offsets": "*i64"}
+    return types | {"sums": names[wide]} | WEIGHT, constants | {
+        "stride_i": 1, "BO": tile.outputs, "BR": tile.rows, "KP": 8, "C_DTYPE": TRITON_DTYPE[wide],
+        "num_warps": tile.warps, "num_stages": tile.stages, "arch": arch,
+    }  # fmt: skip
+
+
 def source_of(kernel: triton.JITFunction, types: dict, constants: dict) -> ASTSource:
     """Return a kernel for arguments; those that are neither typed nor named are None.
 
@@ -218,11 +268,14 @@ def compile_for_all(source: ASTSource, constants: dict, folder: str):
     for the first, which saves a sixth of the time.
     """
     path = Path(folder, f"{source.name}.ttir")
-    for arch, target in TARGETS.items():
+    targets = {name: TARGETS[name] for name in (constants.get("arch"),) if name} or TARGETS
+    for arch, target in targets.items():
         warps = 4 if constants.get("CHUNK") is None else THREADS // target.warp_size
         warps = sums.NUM_WARPS if "PART" in constants else warps
         options = {"num_warps": constants.get("num_warps", warps)}
-        first = arch == next(iter(TARGETS))
+        if "num_stages" in constants:
+            options["num_stages"] = constants["num_stages"]
+        first = arch == next(iter(targets))
         compiled = triton.compile(source if first else str(path), target=target, options=options)
         if first:
             path.write_text(compiled.asm["ttir"])
@@ -277,8 +330,11 @@ def line_of(name: str, case: str, arch: str, compiled, block: int | None) -> dic
     line["layouts"] = len(set(layouts))
     if "cubin" in compiled.asm:
         line |= resources(compiled.asm["cubin"])
-        accesses = re.findall(r"(?:ld|st)\.global[\w.:]*", compiled.asm["ptx"])
-        line["accesses"] = Counter(accesses)
+        ptx = compiled.asm["ptx"]
+        line["accesses"] = Counter(re.findall(r"(?:ld|st)\.global[\w.:]*", ptx))
+        line["products"] = Counter(re.findall(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync", ptx))
+        # Bytes of each copy from global to shared memory.
+        line["copies"] = Counter(re.findall(r"cp\.async\.c[ag]\.[^;]*\], (0x\w+), ", ptx))
     return line
 
 

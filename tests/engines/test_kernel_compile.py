@@ -54,7 +54,7 @@ def select(*, kernels=None, case=None, archs=NVIDIA):
 @pytest.mark.parametrize("arch", [*NVIDIA, "gfx942"])
 def test_every_kernel_compiles(arch):
     kernels = {entry["kernel"] for entry in select(archs=(arch,))}
-    clustered = {"combine", "statistics", *SUMS, "total_parts", "group"}
+    clustered = {"combine", "statistics", *SUMS, "total_parts", "group", "weight_grad", "depthwise"}
     assert kernels == {*RINGS, *clustered, "all_finite", "total"}
 
 
@@ -91,6 +91,18 @@ def test_sums_by_cluster_load_16_bytes():
         assert entry["accesses"]["ld.global.v4.b32"] == 2
     for entry in select(kernels=SUMS, case="unaligned"):
         assert "ld.global.v4.b32" not in entry["accesses"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "product"),
+    [("sm_80", "mma.sync"), ("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")],
+)
+def test_gradients_of_weights_use_tensor_cores(arch, product):
+    """Factors go to shared memory by copies of 16 bytes, also where rows are looked up."""
+    for case in ("bfloat16, rows of one sample", "bfloat16", "bfloat16, taps"):
+        for entry in select(kernels=("weight_grad",), case=case, archs=(arch,)):
+            assert set(entry["products"]) == {product}
+            assert set(entry["copies"]) == {"0x10"}
 
 
 def test_float64_loads_are_16_bytes_wide():

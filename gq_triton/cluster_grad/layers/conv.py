@@ -12,11 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
-from gq_triton.cluster_grad.layers.rows import accumulation_type, check_rows, launches_cost
+from gq_triton.cluster_grad.layers.rows import (
+    accumulation_type,
+    check_rows,
+    launches_cost,
+    rounds_to_tf32,
+)
 from gq_triton.cluster_grad.site import Block, Call, Family, Site
 from gq_triton.cluster_grad.step import Step
 from gq_triton.engines import engine
-from gq_triton.ring import flat
+from gq_triton.grouping.groups import Groups
+from gq_triton.ring import flat, shaped
 
 __all__ = ["CONV", "TRANSPOSED", "Geometry", "convolved"]
 
@@ -97,20 +103,9 @@ def _gradients(
     for position in wanted:
         param = site.param(position)
         if position == 0:
-            total = site.scratch(groups.n_clusters, param.numel(), grad, dtype)
-            # Where launches cost time, sorting once is worth a copy of all samples.
-            parts = groups.sorted if launches_cost(grad) else groups.each
-            pairs = zip(parts(grad), parts(x), strict=True)
-            weight, geometry = param.detach().to(dtype), site.options or geometry_of(site.module)
-            geometry = _with_added(geometry, x, grad, weight)
-            for k, (dy, images) in enumerate(pairs):
-                if len(dy):
-                    wide = (dy.to(dtype), images.to(dtype), weight)
-                    part = _grads(*wide, geometry, [False, True, False])[1]
-                    assert part is not None
-                    total[k] = flat(part, like=param)
-                else:
-                    total[k] = 0
+            geometry = site.options or geometry_of(site.module)
+            sums_of = _sums_at_once if launches_cost(grad) else _sums_in_turn
+            total = sums_of(site, groups, grad, x, geometry)
         else:
             ops = engine(grad.device, site.collector.backend)
             images = grad.flatten(2)
@@ -121,6 +116,42 @@ def _gradients(
         blocks: Iterator[Block] = iter([(0, param.numel(), total)])
         result.append(site.give(step, position, blocks, dtype))
     return result
+
+
+def _sums_in_turn(
+    site: Site, groups: Groups, grad: Tensor, x: Tensor, geometry: Geometry
+) -> Tensor:
+    """Return the sums of a kernel by cluster, in its memory order, from one cluster at a time."""
+    param, dtype = site.param(0), accumulation_type(grad.dtype)
+    total = site.scratch(groups.n_clusters, param.numel(), grad, dtype)
+    weight = param.detach().to(dtype)
+    geometry = _with_added(geometry, x, grad, weight)
+    for k, (dy, images) in enumerate(zip(groups.each(grad), groups.each(x), strict=True)):
+        if len(dy):
+            wide = (dy.to(dtype), images.to(dtype), weight)
+            part = _grads(*wide, geometry, [False, True, False])[1]
+            assert part is not None
+            total[k] = flat(part, like=param)
+        else:
+            total[k] = 0
+    return total
+
+
+def _sums_at_once(
+    site: Site, groups: Groups, grad: Tensor, x: Tensor, geometry: Geometry
+) -> Tensor:
+    """Return what ``_sums_in_turn`` returns, formed where each launch costs time."""
+    param, dtype = site.param(0), accumulation_type(grad.dtype)
+    total = site.scratch(groups.n_clusters, param.numel(), grad, dtype)
+    # A transposed convolution leads from the output of an ordinary one to its input.
+    pair = (grad, x) if geometry.output_padding is None else (x, grad)
+    ops = engine(grad.device, site.collector.backend)
+    ops.convolution_sums(
+        *pair, groups.order, groups.offsets, shaped(total, like=param), stride=geometry.stride,
+        padding=geometry.padding, dilation=geometry.dilation, groups=geometry.groups,
+        tf32=rounds_to_tf32("conv"),
+    )  # fmt: skip
+    return total
 
 
 def _geometry(module: Any) -> Geometry:

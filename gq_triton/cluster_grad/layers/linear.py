@@ -11,61 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
-from gq_triton.cluster_grad.layers.rows import accumulation_type, launches_cost, samples
+from gq_triton.cluster_grad.layers.rows import (
+    accumulation_type,
+    launches_cost,
+    rounds_to_tf32,
+    samples,
+)
 from gq_triton.cluster_grad.site import Block, Call, Family, Site
 from gq_triton.cluster_grad.step import Step
 from gq_triton.engines import engine
+from gq_triton.engines.eager.weight_grad import product_into
 from gq_triton.grouping.groups import Groups
-from gq_triton.ring import flat
+from gq_triton.ring import flat, shaped
 
 __all__ = ["CONV1D", "LINEAR", "linear"]
 
 # Bytes of sums formed at a time on the CPU; more would leave the cache before they are weighted.
 ROOM = 1 << 24
-# Operations and bytes of a GPU per second, estimated low; seconds that a launch costs the host.
-OPERATIONS, BYTES, LAUNCH = 2e13, 1e12, 2e-5
-
-
-def product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Write ``left.T @ right``, summed in float32 at least, to ``out``.
-
-    Args:
-        out: ``(M, N)``, or ``(K, M, N)`` for K products.
-        left: ``(R, M)``, or ``(K, R, M)``.
-        right: ``(R, N)``, or ``(K, R, N)``.
-    """
-    multiply = torch.mm if out.dim() == 2 else torch.bmm
-    if left.dtype == out.dtype:
-        multiply(left.mT, right, out=out)
-    elif left.device.type != "cpu":
-        multiply(left.mT, right, out_dtype=out.dtype, out=out)
-    else:
-        multiply(left.to(out.dtype).mT, right.to(out.dtype), out=out)
-
-
-def pays_padding(groups: Groups, left: Tensor, right: Tensor) -> bool:
-    """Return whether one batched product, all clusters padded to the largest, is the cheaper way.
-
-    It takes four launches and wastes the work on the padding. The other way, one product per
-    cluster, takes two launches and one for each cluster.
-    """
-    clusters, (batch, positions, height), width = groups.n_clusters, left.shape, right.shape[2]
-    added = (clusters * max(groups.sizes) - batch) * positions
-    moved = added * (height + width) * 2 * left.element_size()
-    work = 2 * added * height * width / OPERATIONS + moved / BYTES
-    return work < (clusters - 2) * LAUNCH
-
-
-def products_of_all(groups: Groups, left: Tensor, right: Tensor, products: Tensor) -> None:
-    """Write ``left.T @ right`` of each cluster, ``(K, M, N)``, with few launches."""
-    if pays_padding(groups, left, right):
-        # Zeros in one factor suffice. Zero times a repeated sample that is not finite is NaN, but
-        # then the sum over all samples is not finite either.
-        a, b = groups.blank_(groups.padded(left)), groups.padded(right)
-        product_into(products, a.flatten(1, 2), b.flatten(1, 2))
-        return
-    for out, a, b in zip(products, groups.sorted(left), groups.sorted(right), strict=True):
-        product_into(out, a.flatten(0, 1), b.flatten(0, 1))  # zero for an empty cluster
 
 
 def weight_blocks(
@@ -75,7 +37,7 @@ def weight_blocks(
     param: Tensor,
     scratch: Callable[[int, int, Tensor, torch.dtype], Tensor],
 ) -> Iterator[Block]:
-    """Yield the sums of ``left.T @ right`` by cluster, some rows of the product at a time.
+    """Yield the sums of ``left.T @ right`` by cluster, some rows of the product at a time: the CPU.
 
     Args:
         groups: the clusters.
@@ -87,15 +49,11 @@ def weight_blocks(
     height, width, clusters = left.shape[2], right.shape[2], groups.n_clusters
     dtype = accumulation_type(left.dtype)
     step = max(1, ROOM // max(1, clusters * width * dtype.itemsize))
-    few = launches_cost(left)
-    if few or step >= height or not param.is_contiguous():
+    if step >= height or not param.is_contiguous():
         sums = scratch(clusters, height * width, param, dtype)
         products = sums.view(clusters, height, width)
-        if few:
-            products_of_all(groups, left, right, products)
-        else:
-            for out, a, b in zip(products, groups.each(left), groups.each(right), strict=True):
-                product_into(out, a.flatten(0, 1), b.flatten(0, 1))
+        for out, a, b in zip(products, groups.each(left), groups.each(right), strict=True):
+            product_into(out, a.flatten(0, 1), b.flatten(0, 1))
         if not param.is_contiguous():
             sums = torch.stack([flat(s, like=param) for s in products])
         yield 0, param.numel(), sums
@@ -109,6 +67,18 @@ def weight_blocks(
         for out, a, b in zip(products, outputs, inputs, strict=True):
             product_into(out, a.flatten(0, 1), b)
         yield row * width, end * width, sums
+
+
+def _weight_sums(site: Site, groups: Groups, left: Tensor, right: Tensor) -> Iterator[Block]:
+    """Return the sums of ``left.T @ right`` by cluster, formed where each launch costs time."""
+    param = site.param(0)
+    dtype = accumulation_type(left.dtype)
+    sums = site.scratch(groups.n_clusters, param.numel(), param, dtype)
+    ops = engine(left.device, site.collector.backend)
+    out = shaped(sums, like=param)
+    tf32 = rounds_to_tf32("matmul")
+    ops.product_sums(left, right, groups.order, groups.offsets, out, tf32=tf32)
+    return iter([(0, param.numel(), sums)])
 
 
 class _Linear(torch.autograd.Function):
@@ -150,7 +120,10 @@ def _gradients(
         if position == 0:
             inputs = samples(x, groups, site.name)
             left, right = (inputs, rows) if transposed else (rows, inputs)
-            blocks = weight_blocks(groups, left, right, param, site.scratch)
+            if launches_cost(left):
+                blocks = _weight_sums(site, groups, left, right)
+            else:
+                blocks = weight_blocks(groups, left, right, param, site.scratch)
         else:
             ops = engine(rows.device, site.collector.backend)
             sums = ops.position_sums(rows, groups.order, groups.offsets)[0]

@@ -3,13 +3,15 @@
 Shapes: B samples, T rows per sample, N numbers per row.
 """
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
 from gq_triton.cluster_grad.site import UnknownRows
 from gq_triton.grouping.groups import Groups
 
-__all__ = ["accumulation_type", "check_rows", "launches_cost", "samples"]
+__all__ = ["accumulation_type", "check_rows", "launches_cost", "rounds_to_tf32", "samples"]
 
 
 def samples(tensor: Tensor, groups: Groups, layer: str) -> Tensor:
@@ -35,3 +37,15 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
 def launches_cost(tensor: Tensor) -> bool:
     """Return whether operations on a tensor are launches, each of which costs the host time."""
     return tensor.device.type != "cpu"
+
+
+def rounds_to_tf32(operation: Literal["matmul", "conv"]) -> bool:
+    """Return whether torch's setting lets an operation round float32 to tf32 on a GPU.
+
+    Torch 2.9 introduced a setting by name. Where it was used, to read the older one is an error.
+    """
+    cuda: Any = torch.backends.cuda.matmul
+    setting: Any = cuda if operation == "matmul" else getattr(torch.backends.cudnn, "conv", None)
+    if hasattr(setting, "fp32_precision"):
+        return setting.fp32_precision == "tf32"
+    return cuda.allow_tf32 if operation == "matmul" else torch.backends.cudnn.allow_tf32

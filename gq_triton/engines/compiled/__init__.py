@@ -12,16 +12,25 @@ from gq_triton.engines.compiled.sgd import gqsgd_
 from gq_triton.engines.compiled.statistics import queue_statistics
 from gq_triton.engines.compiled.sums import channel_sums
 from gq_triton.engines.compiled.weigh import weigh_
-from gq_triton.engines.eager import all_finite, group, position_sums, push_
+from gq_triton.engines.eager import (
+    all_finite,
+    convolution_sums,
+    group,
+    position_sums,
+    product_sums,
+    push_,
+)
 
 __all__ = [
     "all_finite",
     "channel_sums",
     "combine",
+    "convolution_sums",
     "gqadamw_",
     "gqsgd_",
     "group",
     "position_sums",
+    "product_sums",
     "push_",
     "queue_statistics",
     "weigh_",

@@ -12,15 +12,18 @@ from gq_triton.engines.eager.sgd import gqsgd_
 from gq_triton.engines.eager.statistics import queue_statistics
 from gq_triton.engines.eager.sums import channel_sums, position_sums
 from gq_triton.engines.eager.weigh import weigh_
+from gq_triton.engines.eager.weight_grad import convolution_sums, product_sums
 
 __all__ = [
     "all_finite",
     "channel_sums",
     "combine",
+    "convolution_sums",
     "gqadamw_",
     "gqsgd_",
     "group",
     "position_sums",
+    "product_sums",
     "push_",
     "queue_statistics",
     "weigh_",

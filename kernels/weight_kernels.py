@@ -1,0 +1,196 @@
+# pyright: basic, reportInvalidTypeForm=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+"""Gradients of weights by cluster: products of ``dy`` and ``x``, summed over a cluster's samples.
+
+A program forms one tile of one cluster's sum. It walks through the cluster's samples by ``order``
+and ``offsets``, which stay on the device: no sorted copy of the batch, no padding, no wait of the
+host. A convolution has one weight matrix per *tap*, a place in its window. Every tap is a product
+of its own, whose rows of ``x`` are those that the tap meets.
+
+Shape legend: B = samples, K = clusters, T = positions of a sample at the output, O = columns of
+``dy``, I = columns of ``x``, G = groups of channels; BO, BI and BR = outputs, inputs and rows of a
+tile, KP = K padded to a power of two.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["GEOMETRY", "depthwise_kernel", "weight_kernel"]
+
+# Tiles of outputs that are taken in turns, so that neighbouring programs share rows in cache.
+TURN = tl.constexpr(8)
+# How a window moves over three dimensions, the last of which is the innermost: sizes at the output
+# and at the input, taps, steps, zeros of padding, distances between taps.
+GEOMETRY = (
+    "out1", "out2", "in0", "in1", "in2", "taps", "taps1", "taps2", "step0", "step1", "step2",
+    "pad0", "pad1", "pad2", "gap0", "gap1", "gap2",
+)  # fmt: skip
+FREE = ("positions", "groups", "n_clusters", "splits", *GEOMETRY)
+
+
+@triton.jit
+def _cluster_at(offsets, place, n_clusters, KP: tl.constexpr):
+    """Return the cluster at a place in the order of sizes, the largest first.
+
+    The largest clusters then start first, and the others fill the gaps behind them. KP = 0 keeps
+    the order of the clusters.
+
+    Example: sizes 3, 0, 5, 3: places 0, 1, 2, 3 are clusters 2, 0, 3, 1.
+    """
+    cluster = place
+    if KP > 0:
+        k = tl.arange(0, KP)
+        begin = tl.load(offsets + k, mask=k < n_clusters, other=0)
+        end = tl.load(offsets + k + 1, mask=k < n_clusters, other=-1)
+        # One key for size and number: no two clusters have the same.
+        key = (end - begin).to(tl.int64) * KP + (KP - 1 - k)
+        before = tl.sum((key[None, :] > key[:, None]).to(tl.int32), axis=1)
+        cluster = tl.sum(tl.where(before == place, k, 0))
+    return cluster
+
+
+@triton.jit
+def _span(offsets, cluster, split, splits, positions, BR: tl.constexpr):
+    """Return a cluster's first sample, a split's first row in the cluster and the row past it.
+
+    The rows are cut into equal numbers of blocks of BR rows.
+    """
+    begin = tl.load(offsets + cluster).to(tl.int32)
+    rows = (tl.load(offsets + cluster + 1).to(tl.int32) - begin) * positions
+    share = tl.cdiv(tl.cdiv(rows, BR), splits) * BR
+    first = split * share
+    return begin, first, tl.minimum(first + share, rows)
+
+
+@triton.jit
+def _samples(order, begin, start, last, positions, BR: tl.constexpr, WHOLE: tl.constexpr):
+    """Return the samples of BR rows of a cluster; WHOLE says that BR divides the positions.
+
+    They are looked up one turn of a loop ahead. Otherwise every copy to shared memory would have to
+    wait for its address, and the compiler would keep fewer copies under way.
+    """
+    if WHOLE:
+        sample = tl.load(order + begin + start // positions, mask=start < last, other=0)
+    else:
+        row = start + tl.arange(0, BR)[:, None]
+        sample = tl.load(order + begin + row // positions, mask=row < last, other=0)
+    return sample.to(tl.int64)
+
+
+@triton.jit
+def _met(
+    at, tap, out1, out2, in0, in1, in2, taps1, taps2, step0, step1, step2, pad0, pad1, pad2, gap0,
+    gap1, gap2,
+):  # fmt: skip
+    """Return the input position that a tap meets from an output position, and whether it exists.
+
+    Example: one dimension, step 2, one zero of padding: tap 0 meets -1, 1, 3, ... from 0, 1, 2, ...
+    """
+    high, tap_high = at // out2, tap // taps2
+    i0 = high // out1 * step0 - pad0 + tap_high // taps1 * gap0
+    i1 = high % out1 * step1 - pad1 + tap_high % taps1 * gap1
+    i2 = at % out2 * step2 - pad2 + tap % taps2 * gap2
+    exists = (i0 >= 0) & (i0 < in0) & (i1 >= 0) & (i1 < in1) & (i2 >= 0) & (i2 < in2)
+    return (i0 * in1 + i1) * in2 + i2, exists
+
+
+@triton.jit(do_not_specialize=FREE)
+def weight_kernel(
+    dy, x, order, offsets, sums, dy_sample, x_sample, outputs, inputs, stride_split, stride_k,
+    stride_o, stride_i, stride_tap, positions, groups, n_clusters, splits,
+    out1, out2, in0, in1, in2, taps, taps1, taps2, step0, step1, step2, pad0, pad1, pad2, gap0,
+    gap1, gap2,
+    BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, KP: tl.constexpr, WHOLE: tl.constexpr,
+    TAPS: tl.constexpr, MIXED: tl.constexpr, C_DTYPE: tl.constexpr, F_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of one cluster's sum of ``dy.T @ x``, or of one split of its rows.
+
+    ``outputs`` and ``inputs`` are those of one group of channels. TAPS says that there is a window.
+    MIXED counts the columns through all taps, ``tap * inputs + input``, so that a tile holds
+    several taps of few inputs. F_DTYPE is the type of the factors, C_DTYPE that of the sums.
+    """
+    width = inputs
+    if MIXED:
+        width = inputs * taps
+    across, high = tl.cdiv(width, BI), tl.cdiv(outputs, BO)
+    tile, tap = tl.program_id(0), 0
+    if TAPS and not MIXED:
+        # The taps of a tile read the same rows: they come one after the other.
+        tap, tile = tile % taps, tile // taps
+    rest, tile = tile // (across * high), tile % (across * high)
+    group, rest = rest % groups, rest // groups
+    split, place = rest % splits, rest // splits
+    cluster = _cluster_at(offsets, place, n_clusters, KP)
+    turn, within = tile // (TURN * across), tile % (TURN * across)
+    height = tl.minimum(high - turn * TURN, TURN)
+    o = (turn * TURN + within % height) * BO + tl.arange(0, BO)
+    j = within // height * BI + tl.arange(0, BI)
+    i = j
+    if MIXED:
+        tap, i = (j // inputs)[None, :], j % inputs
+    dy_columns, x_columns = (group * outputs + o)[None, :], (group * inputs + i)[None, :]
+    known_o, known_j = (o < outputs)[None, :], (j < width)[None, :]
+    total = tl.zeros((BO, BI), C_DTYPE)
+    begin, first, last = _span(offsets, cluster, split, splits, positions, BR)
+    sample = _samples(order, begin, first, last, positions, BR, WHOLE)
+    for start in range(first, last, BR):
+        ahead = _samples(order, begin, start + BR, last, positions, BR, WHOLE)
+        row = start + tl.arange(0, BR)[:, None]
+        at, live = row % positions, row < last
+        if WHOLE:
+            at, live = start % positions + tl.arange(0, BR)[:, None], row >= 0
+        a_at = dy + sample * dy_sample + at * (groups * outputs) + dy_columns
+        a = tl.load(a_at, mask=live & known_o, other=0.0)
+        if TAPS:
+            at, exists = _met(
+                at, tap, out1, out2, in0, in1, in2, taps1, taps2, step0, step1, step2, pad0, pad1,
+                pad2, gap0, gap1, gap2,
+            )  # fmt: skip
+            live = live & exists
+        b_at = x + sample * x_sample + at * (groups * inputs) + x_columns
+        b = tl.load(b_at, mask=live & known_j, other=0.0)
+        a, b = a.to(F_DTYPE).T, b.to(F_DTYPE)
+        total = tl.dot(a, b, acc=total, input_precision=PRECISION, out_dtype=C_DTYPE)
+        sample = ahead
+    sums += split.to(tl.int64) * stride_split + cluster.to(tl.int64) * stride_k
+    to = (group * outputs + o)[:, None].to(tl.int64) * stride_o + i[None, :] * stride_i
+    tl.store(sums + to + tap * stride_tap, total, mask=(o < outputs)[:, None] & known_j)
+
+
+@triton.jit(do_not_specialize=FREE)
+def depthwise_kernel(
+    dy, x, order, offsets, sums, dy_sample, x_sample, outputs, inputs, stride_split, stride_k,
+    stride_o, stride_i, stride_tap, positions, groups, n_clusters, splits,
+    out1, out2, in0, in1, in2, taps, taps1, taps2, step0, step1, step2, pad0, pad1, pad2, gap0,
+    gap1, gap2,
+    BO: tl.constexpr, BR: tl.constexpr, KP: tl.constexpr, C_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Write one tap of BO channels, of which each meets one channel of the input alone.
+
+    Nothing is a matrix here: the products are added up element by element.
+    """
+    tap, rest = tl.program_id(0) % taps, tl.program_id(0) // taps
+    across = tl.cdiv(groups * outputs, BO)
+    o, rest = rest % across * BO + tl.arange(0, BO), rest // across
+    split, place = rest % splits, rest // splits
+    cluster = _cluster_at(offsets, place, n_clusters, KP)
+    known = o < groups * outputs
+    total = tl.zeros((BR, BO), C_DTYPE)
+    begin, first, last = _span(offsets, cluster, split, splits, positions, BR)
+    for start in range(first, last, BR):
+        sample = _samples(order, begin, start, last, positions, BR, False)
+        row = start + tl.arange(0, BR)[:, None]
+        at, live = row % positions, (row < last) & known[None, :]
+        a_at = dy + sample * dy_sample + at * (groups * outputs) + o[None, :]
+        a = tl.load(a_at, mask=live, other=0.0).to(C_DTYPE)
+        at, exists = _met(
+            at, tap, out1, out2, in0, in1, in2, taps1, taps2, step0, step1, step2, pad0, pad1, pad2,
+            gap0, gap1, gap2,
+        )  # fmt: skip
+        b_at = x + sample * x_sample + at * groups + (o // outputs)[None, :]
+        b = tl.load(b_at, mask=live & exists, other=0.0).to(C_DTYPE)
+        total += a * b
+    sums += split.to(tl.int64) * stride_split + cluster.to(tl.int64) * stride_k
+    to = o.to(tl.int64) * stride_o + tap * stride_tap
+    tl.store(sums + to, tl.sum(total, axis=0), mask=known)
