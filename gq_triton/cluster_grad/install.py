@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import Untraced, unordered, use
 from gq_triton.cluster_grad.copies import recorded
+from gq_triton.cluster_grad.layers.attention import attend, shows_parameters
 from gq_triton.cluster_grad.layers.conv import CONV
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
@@ -37,6 +38,9 @@ class _Converted:
     ) -> None:
         self.collector, self.module, self.name = collector, layer.module, layer.name
         self.family, self.inner = layer.family, inner
+        # Attention whose parameters are met by stand-ins, in a forward pass of our own.
+        alone = layer.family is None and inner is None
+        self.attends = alone and shows_parameters(layer.module)
         # A compiled graph ends before a module that runs again, and cannot take stand-ins along.
         self.broken = any(runs_whole(part) for part in layer.module.modules())
         # The attributes that show a stand-in to the whole model while its forward pass runs.
@@ -49,6 +53,8 @@ class _Converted:
         # By parameter, its sites: one for each kind of operation in which it may meet samples.
         self.alone: dict[str, list[Site]] = {}
         self.keys: dict[str, dict[str, Tensor]] = {}
+        # By weight of a linear layer, the bias that goes with it.
+        self.biases: dict[str, str] = {}
         for attribute in self.attributes:
             param = layer.module._parameters[attribute]
             kinds: dict[str, Family] = {"expanded": EXPANDED}
@@ -65,12 +71,23 @@ class _Converted:
                 kind: Site(collector, layer.name, layer.module, family, [attribute])
                 for kind, family in kinds.items()
             }
+            bias = _bias_of(attribute, layer.module)
+            if "linear" in kinds and bias:
+                self.biases[attribute] = bias
+                both = [attribute, bias]
+                sites["linear, bias"] = Site(collector, layer.name, layer.module, LINEAR, both)
             self.alone[attribute] = list(sites.values())
             self.keys[attribute] = {kind: site.key for kind, site in sites.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Converted":
         """Return the object itself: a copy of the model has no clusters."""
         return self
+
+
+def _bias_of(attribute: str, module: nn.Module) -> str:
+    """Return the name of the bias that goes with a weight; empty if there is none."""
+    bias = attribute.removesuffix("weight") + "bias"
+    return bias if module._parameters.get(bias) is not None else ""
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +183,7 @@ def _as_whole(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwar
 
 def _trains(module: nn.Module, own: _Converted) -> bool:
     """Return whether a parameter of the module itself needs a gradient."""
-    whole = own.site is not None and own.site.runs_whole
+    whole = own.attends or (own.site is not None and own.site.runs_whole)
     return any(param.requires_grad for param in module.parameters(recurse=whole))
 
 
@@ -205,8 +222,9 @@ def _by_sample(indices: Tensor, collector: Collector) -> bool:
 
 def _origin(own: _Converted, token: Tensor, root: Root, start: Tensor, link: str) -> Origin:
     collector = own.collector
-    # Operations that meet samples in the second dimension are not followed.
-    batch = 0 if collector.batch_dim else collector.batch
+    # Operations that meet samples in the second dimension are not followed. Attention puts them in
+    # the first one.
+    batch = 0 if collector.batch_dim and not own.attends else collector.batch
     return Origin(
         token, collector.clock, batch, collector.trusted, collector.inputs, (root,), (start,), link,
         saving_hooks(),
@@ -229,6 +247,8 @@ def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwar
     attributes = vars(module)
     placed = _place(module, own, token)
     try:
+        if own.attends:
+            return attend(module, *args, **kwargs)
         return _unchanged(module, own, args, kwargs)
     finally:
         for attribute in placed:
@@ -245,7 +265,8 @@ def _place(module: nn.Module, own: _Converted, token: Tensor) -> list[str]:
         param = module._parameters[attribute]
         if param is not None and param.requires_grad and attribute not in attributes:
             start = param.view(param.shape)
-            root = Root(own.keys[attribute], param)
+            bias = module._parameters[own.biases[attribute]] if attribute in own.biases else None
+            root = Root(own.keys[attribute], param, bias=bias)
             # An attribute of the instance hides the parameter, which stays where it is.
             attributes[attribute] = stand_in(start, _origin(own, token, root, start, SAME))
             placed.append(attribute)

@@ -85,7 +85,7 @@ class Windows(nn.Module):
 
 
 class Opaque(nn.Module):
-    """A recurrent layer and attention, which run again, and a weight made of others."""
+    """A recurrent layer, which runs again, attention, and a weight made of others."""
 
     def __init__(self, recurrent, drop=0.0, batch_first=True):
         super().__init__()
@@ -157,7 +157,8 @@ def test_modules_that_show_no_operations_run_again(kind):
     model = kind()
     queue = judged(model, [torch.randn(9, 9, 3, dtype=F64) for _ in range(4)])
     assert queue.report()["recurrent.weight_ih_l0"].startswith("clusters")
-    assert queue.report()["attention.out_proj.weight"] == "clusters (MultiheadAttention run again)"
+    attention = queue.report()["attention.in_proj_weight"]
+    assert attention == "clusters (expanded in MultiheadAttention)"
 
 
 def test_samples_that_a_layer_sees_in_no_order_are_taken_from_the_module_around_it():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
+from gq_triton.cluster_grad.layers.attention import shows_parameters
 from gq_triton.cluster_grad.layers.conv import CONV, TRANSPOSED
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
@@ -104,9 +105,10 @@ def register_layer(cls: type[nn.Module], like: type[nn.Module] | None = None) ->
 
 def runs_whole(module: nn.Module) -> bool:
     """Return whether a module is run again as a whole."""
-    return isinstance(module, OPAQUE) or any(
+    registered = any(
         isinstance(module, cls) and type(module).forward is cls.forward for cls in _WHOLE
     )
+    return registered or (isinstance(module, OPAQUE) and not shows_parameters(module))
 
 
 def _family_of(module: nn.Module) -> Family | None:

@@ -21,11 +21,13 @@ class Root:
         sites: the key of the parameter's site, by the kind of operation that meets the samples.
         param: the parameter.
         indices: the rows that were looked up; None for a whole parameter.
+        bias: the module's bias that goes with this weight of a linear layer, or None.
     """
 
     sites: dict[str, Tensor]
     param: Tensor
     indices: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -441,17 +441,40 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return _other(F.linear, (x, weight, bias), {})
     if not isinstance(weight, StandIn):
         return _with_bias(F.linear(x, weight), bias, (-1,))
+    both = _with_its_bias(weight, bias) if isinstance(bias, StandIn) else None
+    if both is not None:
+        return linear(x, both[0], both[1], False, both[2])
     entered = _entered(weight, "linear", LINEAR)
     out = F.linear(x, weight) if entered is None else linear(x, entered[0], None, False, entered[1])
     return _with_bias(out, bias, (-1,))
+
+
+def _with_its_bias(weight: Any, bias: Any) -> Any:
+    """Return weight and bias as those of one linear layer, and its call; None if they are not."""
+    if not (_is_whole(weight) and _is_whole(bias)):
+        return None
+    origin: Origin = weight._gq_origin
+    root, other = origin.roots[0], bias._gq_origin.roots[0].param
+    if root.bias is not other or weight.dtype != bias.dtype or len(bias) != len(weight):
+        return None
+    key = root.sites["linear, bias"]
+    use(origin.clock, origin.token, key, torch.is_grad_enabled())
+    return root.param, other, (origin.token, key)
+
+
+def _is_whole(stand: Any) -> bool:
+    """Return whether a stand-in has the shape and type of its only parameter."""
+    origin: Origin = stand._gq_origin
+    root = origin.roots[0]
+    same = origin.link == SAME and root.indices is None
+    return same and stand.shape == root.param.shape and stand.dtype == root.param.dtype
 
 
 def _entered(weight: Any, kind: str, family: Any) -> tuple[Tensor, Any] | None:
     """Return a stand-in as the parameter of a family's operation, with its call; None if not."""
     origin: Origin = weight._gq_origin
     root = origin.roots[0]
-    whole = origin.link == SAME and root.indices is None
-    if whole and weight.shape == root.param.shape and weight.dtype == root.param.dtype:
+    if _is_whole(weight):
         key = root.sites.get(kind)
         if key is not None:
             use(origin.clock, origin.token, key, torch.is_grad_enabled())
