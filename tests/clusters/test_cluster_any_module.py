@@ -10,6 +10,7 @@ from torch import nn
 
 import gq_triton
 from gq_triton import GradQueue
+from gq_triton.cluster_grad.layers.again import Backward
 from gq_triton.cluster_grad.layers.order import in_order
 
 F64 = torch.float64
@@ -159,6 +160,96 @@ def test_modules_that_show_no_operations_run_again(kind):
     assert queue.report()["recurrent.weight_ih_l0"].startswith("clusters")
     attention = queue.report()["attention.in_proj_weight"]
     assert attention == "clusters (expanded in MultiheadAttention)"
+
+
+class Noisy(nn.Module):
+    """Random numbers of many kinds: by sample, by row, shared by all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x):
+        hidden = F.dropout(self.up(x.flatten(0, 1)).relu(), 0.3).view(*x.shape[:2], -1)
+        hidden = hidden * torch.rand(len(x), 1, 1, dtype=F64) + torch.randn(16, dtype=F64)
+        hidden = F.dropout1d(hidden.transpose(0, 1), 0.3).transpose(0, 1)
+        hidden = F.gumbel_softmax(hidden) + 0.1 * torch.empty_like(hidden).normal_()
+        return self.down(F.alpha_dropout(hidden, 0.2, self.training))
+
+
+@pytest.mark.parametrize("labels", [LABELS, torch.zeros(9, dtype=torch.int64)])
+@pytest.mark.parametrize("kind", [Noisy, lambda: nn.LSTM(WIDTH, WIDTH, 2, True, True, 0.3)])
+def test_a_module_that_runs_again_gets_its_random_numbers_again(kind, labels, monkeypatch):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.noisy, self.head = nn.Linear(3, WIDTH), kind(), nn.Linear(WIDTH, 2)
+
+        def forward(self, x):
+            x = self.noisy(self.features(x))
+            return self.head(x[0] if isinstance(x, tuple) else x)
+
+    gq_triton.register_layer(Noisy)
+    torch.manual_seed(0)
+    judge = Judge(Around().to(F64), labels, 5, strict=True)
+    judge.steps(square, [torch.randn(9, 5, 3, dtype=F64)])
+    # The first step shows that there are any.
+    monkeypatch.setattr(Backward, "_masked", None)
+    judge.steps(square, [torch.randn(9, 5, 3, dtype=F64) for _ in range(3)])
+    square(judge.model, torch.randn(9, 5, 3, dtype=F64)).mean().backward()
+    after = torch.get_rng_state()
+    square(judge.twin, torch.randn(9, 5, 3, dtype=F64))
+    assert torch.equal(after, torch.get_rng_state())  # the second run has taken none
+
+
+class Twice(nn.Module):
+    """Two outputs, which the model changes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x):
+        x = x @ self.weight
+        return x, (2 * x).sin()
+
+
+@pytest.mark.parametrize("kind", [Twice, lambda: nn.LSTM(WIDTH, WIDTH, batch_first=True)])
+def test_what_a_module_that_runs_again_returns_may_be_changed_in_place(kind):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.twice, self.head = nn.Linear(3, WIDTH), kind(), nn.Linear(WIDTH, 2)
+
+        def forward(self, x):
+            return self.head(self.twice(self.features(x))[0].mul_(2).relu_())
+
+    gq_triton.register_layer(Twice)
+    torch.manual_seed(0)
+    queue = judged(Around(), [torch.randn(9, 5, 3, dtype=F64) for _ in range(4)])
+    assert any("run again" in how for how in queue.report().values())
+
+
+class Shuffled(nn.Module):
+    """Noise in another order of rows than the samples, and noise that is not given again."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x):
+        rows = F.dropout(x.transpose(0, 1).flatten(0, 1), 0.3)
+        x = rows.view(x.shape[1], x.shape[0], -1).transpose(0, 1) @ self.weight
+        return F.rrelu(x, training=True)
+
+
+def test_random_numbers_in_no_known_order_take_a_product_for_each_cluster():
+    gq_triton.register_layer(Shuffled)
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("features", nn.Linear(3, WIDTH))
+    model.add_module("shuffled", Shuffled())
+    judged(model, [torch.randn(9, 5, 3, dtype=F64) for _ in range(4)])
 
 
 def test_samples_that_a_layer_sees_in_no_order_are_taken_from_the_module_around_it():

@@ -13,7 +13,8 @@ from gq_triton.cluster_grad.layers.conv import CONV, TRANSPOSED
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
 from gq_triton.cluster_grad.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM
-from gq_triton.cluster_grad.layers.slices import OPAQUE, SLICES, parameters_of
+from gq_triton.cluster_grad.layers.run import OPAQUE
+from gq_triton.cluster_grad.layers.slices import SLICES, parameters_of
 from gq_triton.cluster_grad.site import SITE, Family
 
 __all__ = ["Layer", "register_layer", "runs_whole", "survey"]

@@ -1,0 +1,153 @@
+"""One forward pass of a module that runs as a whole, and where its samples are."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from gq_triton.cluster_grad.layers.noise import Noise
+from gq_triton.cluster_grad.layers.order import in_order
+from gq_triton.cluster_grad.site import Collector, Site
+
+__all__ = ["OPAQUE", "Known", "Run", "dim_of", "known_of", "out_dim"]
+
+# Modules of torch that use their submodules' weights, or functions that show nothing of theirs.
+OPAQUE = nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase
+
+
+@dataclass(eq=False)
+class Known:
+    """What runs of a module have shown; the ``options`` of its site.
+
+    Attributes:
+        repeats: whether runs for the samples of one cluster give what the run of the whole batch
+            gave; None before the first backward pass.
+        draws: whether it draws random numbers, which are recorded from then on.
+        in_parts: whether it holds a reentrant checkpoint, so that only its parts can run.
+    """
+
+    repeats: bool | None = None
+    draws: bool = False
+    in_parts: bool = False
+
+
+def known_of(site: Site) -> Known:
+    """Return what runs of a site's module have shown."""
+    if site.options is None:
+        site.options = Known()
+    return site.options
+
+
+def _kept_as_is() -> Any:
+    """Keep saved tensors from the hooks of a checkpointed segment around the module.
+
+    The segment runs again in the backward pass, and must then save what it saved before. The module
+    may run in another way by then.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+@dataclass(eq=False)
+class Run:
+    """One forward pass of a module.
+
+    Attributes:
+        site: the module's site.
+        batch: B.
+        forward: the module's own forward.
+        values: the arguments, with None in place of tensors that need a gradient.
+        spec: the structure of the arguments.
+        dims: by argument, the dimension of the samples, or None.
+        places: the arguments that need a gradient.
+        wanted: the positions of the parameters that need a gradient.
+        autocast: enters the autocast of the forward pass.
+        out_places: the outputs with a gradient.
+        out_dims: by such output, the dimension of the samples.
+        graph: inputs and outputs of the run with their graph, where it is kept.
+        expected: the outputs' values, where runs for some samples must be seen to give the same.
+        repeats: whether another run gives the same.
+        noise: the random numbers that it drew, or None.
+    """
+
+    site: Site
+    batch: int
+    forward: Callable[..., Any]
+    values: list[Any]
+    spec: TreeSpec
+    dims: list[int | None]
+    places: list[int]
+    wanted: list[int]
+    autocast: Callable[[], Any]
+    out_places: list[int] = field(default_factory=list)
+    out_dims: list[int] = field(default_factory=list)
+    graph: tuple[list[Tensor], list[Tensor]] | None = None
+    expected: list[Tensor] | None = None
+    repeats: bool = True
+    noise: Noise | None = None
+
+    def call(
+        self, inputs: list[Tensor], values: list[Any], within: Any = None
+    ) -> tuple[list[Any], TreeSpec]:
+        """Run the module; return its outputs and their structure.
+
+        Args:
+            inputs: the arguments that need a gradient.
+            values: all arguments; those places are overwritten.
+            within: what sees the module's operations, or None.
+        """
+        collector = self.site.collector
+        values = list(values)
+        for place, tensor in zip(self.places, inputs, strict=True):
+            values[place] = tensor
+        args, kwargs = tree_unflatten(values, self.spec)
+        kept, collector.paused = collector.paused, True
+        try:
+            seen = contextlib.nullcontext() if within is None else within
+            with torch.enable_grad(), self.autocast(), _kept_as_is(), seen:
+                return tree_flatten(self.forward(*args, **kwargs))
+        finally:
+            collector.paused = kept
+
+    def outputs(self, leaves: list[Any]) -> list[Tensor]:
+        """Return the outputs with a gradient."""
+        return [leaves[place] for place in self.out_places]
+
+
+def dim_of(module: nn.Module, name: str, value: Any, collector: Collector) -> int | None:
+    """Return the dimension of the samples of an argument; None if all samples share it."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return None
+    first = 0 if getattr(module, "batch_first", True) else 1
+    if isinstance(module, nn.MultiheadAttention):
+        if name == "attn_mask":
+            return 0 if value.dim() == 3 else None
+        return 0 if name == "key_padding_mask" else first
+    if isinstance(module, nn.RNNBase):
+        return 1 if name == "hx" else first
+    rows, batch = value.shape[0], collector.batch
+    if rows == 0 or rows % batch:
+        return None
+    if value.requires_grad:
+        return 0 if in_order(value, batch, collector.trusted) else None
+    return 0 if rows == batch else None
+
+
+def out_dim(module: nn.Module, place: int, value: Tensor, batch: int) -> int | None:
+    """Return the dimension of the samples of an output; None if it is not known."""
+    first = 0 if getattr(module, "batch_first", True) else 1
+    if isinstance(module, nn.MultiheadAttention):
+        return first if place == 0 else 0
+    if isinstance(module, nn.RNNBase):
+        return first if place == 0 else 1
+    sizes = [size == batch for size in value.shape]
+    if sizes.count(True) > 1:
+        return None  # which of them is that of the samples?
+    if True in sizes:
+        # Rows of samples in dimension 0, or positions, of which there are a multiple of B?
+        known = sizes[0] or value.shape[0] % batch
+        return sizes.index(True) if known else None
+    return 0 if value.dim() and value.shape[0] and value.shape[0] % batch == 0 else None
