@@ -266,7 +266,7 @@ class GradQueueOptimizer(Optimizer):
         """Return the tensors of this step if the group has a plan that still fits, else None."""
         plan, group = self._plans.get(number), self.param_groups[number]
         found = None if plan is None else plan.found(group, self.state, self._keys(group))
-        for device in {} if found is None else {shard.device: None for shard in found.shards}:
+        for device in [] if plan is None or found is None else plan.devices:
             engine(device, group["backend"])  # raises where it cannot run
         return found
 

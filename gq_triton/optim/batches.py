@@ -7,14 +7,15 @@ step therefore keeps the batches of its plan if every tensor is as it was then; 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress, repeat
-from operator import attrgetter, is_, itemgetter
+from itertools import chain, compress, islice, repeat
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any, overload
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from gq_triton.optim.layout import Layout
 from gq_triton.ring import flat, local, rows, write_back_
 
 __all__ = ["QUEUE", "QUEUED", "Batch", "Flats", "Plan", "State"]
@@ -26,7 +27,7 @@ QUEUE, QUEUED = "queue", "queued"
 _COUNTERS = QUEUED, "step"
 
 State = dict[str, Any]
-_dtype, _grad, _shape = attrgetter("dtype"), attrgetter("grad"), attrgetter("shape")
+_grad = attrgetter("grad")
 _NOTHING: State = {}
 
 
@@ -127,6 +128,10 @@ class _Part:
 class Plan:
     """The batches of one group, and a record of everything that they depend on.
 
+    Attributes:
+        keys: the keys of the states' tensors that a step uses, beside the ring and its counter.
+        devices: the devices of the parameters.
+
     The plan refers to the parameters, as their group does. It refers to no tensor of a state, so
     that a state that a user drops is freed. It holds no weak references either, because
     ``torch.utils.swap_tensors`` refuses a tensor that has one. Instead a step compares all types,
@@ -149,10 +154,8 @@ class Plan:
                 lacks is left out.
             key_of: returns the properties that all members of one batch share.
         """
-        params = group["params"]
-        self._params = list(params)
-        self._present = [param.grad is not None for param in params]
-        members = list(compress(params, self._present))
+        self._params = list(group["params"])
+        self._present, members, grads = _with_gradient(self._params)
         own = [states[member] for member in members]
         self.keys = tuple(key for key in keys if all(key in state for state in own))
         kinds = {
@@ -161,8 +164,10 @@ class Plan:
             for t in (member, member.grad, *state.values())
         }
         self._sharded = any(issubclass(kind, DTensor) for kind in kinds)
-        found = _find(members, states, self.keys, self._sharded)
-        self._layout, self._addresses = found.layout, found.addresses
+        found = _find(members, grads, states, self.keys, self._sharded)
+        self._placements, self._addresses = found.placements, found.addresses
+        self._layout = Layout(found.tensors)
+        self.devices = list({shard.device: None for shard in found.shards})
         indices: dict[Any, list[int]] = {}
         for index, member in enumerate(members):
             indices.setdefault(key_of(member), []).append(index)
@@ -179,15 +184,15 @@ class Plan:
         params = group["params"]
         if tuple(keys) != self.keys or not _are(params, self._params):
             return None
-        if [grad is not None for grad in map(_grad, params)] != self._present:
+        present, members, grads = _with_gradient(params)
+        if present != self._present:
             return None
         try:
-            members = list(compress(params, self._present))
-            found = _find(members, states, self.keys, self._sharded)
+            found = _find(members, grads, states, self.keys, self._sharded)
+            same = found.addresses == self._addresses and self._layout.fits(found.tensors)
         except (KeyError, RuntimeError):  # a state is gone; a sparse gradient has no strides
             return None
-        same = found.layout == self._layout and found.addresses == self._addresses
-        return found if same else None
+        return found if same and found.placements == self._placements else None
 
     def batches(self, found: "Found") -> list[Batch]:
         """Return the batches of a step; gradients in another memory order are copied."""
@@ -205,42 +210,56 @@ class Found:
             local parts of DTensors.
         grads: the shards of the gradients.
         columns: the shards of the states' tensors, by key.
-        layout: types, shapes and strides of all these tensors.
+        placements: types, meshes and placements where parameters are DTensors.
+        tensors: the shards of gradients, parameters and states.
         addresses: the addresses of parameters and states.
     """
 
-    members: list[Tensor]
+    members: Sequence[Tensor]
     states: list[State]
-    shards: list[Tensor]
+    shards: Sequence[Tensor]
     grads: list[Tensor]
     columns: dict[str, Sequence[Tensor]]
-    layout: tuple[Any, ...]
+    placements: list[Any]
+    tensors: list[Tensor]
     addresses: list[int]
 
 
+def _with_gradient(params: Sequence[Tensor]) -> tuple[list[bool], Sequence[Tensor], list[Tensor]]:
+    """Return which parameters have a gradient, these parameters, and their gradients."""
+    grads: list[Any] = list(map(_grad, params))
+    present = list(map(is_not, grads, repeat(None)))
+    if all(present):
+        return present, params, grads
+    return present, list(compress(params, present)), list(compress(grads, present))
+
+
 def _find(
-    members: list[Tensor], states: Mapping[Tensor, State], keys: tuple[str, ...], sharded: bool
+    members: Sequence[Tensor],
+    grads: list[Tensor],
+    states: Mapping[Tensor, State],
+    keys: tuple[str, ...],
+    sharded: bool,
 ) -> Found:
     # map() over functions written in C: this runs in every step.
     keys = QUEUE, QUEUED, *keys
-    own = list(map(states.get, members, repeat(_NOTHING)))  # [] would add an entry, get does not
-    grads: list[Any] = list(map(_grad, members))
+    if _are(list(states), members):
+        own = list(states.values())  # to look up a tensor is slow
+    else:
+        own = list(map(states.get, members, repeat(_NOTHING)))  # [] would add an entry
     columns: list[Sequence[Tensor]] = list(zip(*map(itemgetter(*keys), own), strict=True))
-    shards, placements = members, None
+    shards, placements = members, []
     if sharded:
-        placements = [(m.device_mesh, m.placements) for m in members if isinstance(m, DTensor)]
+        placements = [
+            (type(m), type(g), getattr(m, "device_mesh", None), getattr(m, "placements", None))
+            for m, g in zip(members, grads, strict=True)
+        ]
         shards, grads = list(map(local, members)), list(map(local, grads))
         columns = [list(map(local, column)) for column in columns]
-    stored = list(chain.from_iterable(columns))
-    layout = (
-        placements, list(map(type, members)), list(map(type, grads)),
-        *(list(map(fact, tensors)) for fact in (_dtype, _shape, Tensor.stride)
-          for tensors in (shards, grads, stored)),
-        list(map(Tensor.get_device, grads)),
-    )  # fmt: skip
-    addresses = list(map(Tensor.data_ptr, chain(shards, stored)))
+    tensors = list(chain(grads, shards, *columns))
+    addresses = list(map(Tensor.data_ptr, islice(tensors, len(grads), None)))
     named = dict(zip(keys, columns, strict=bool(members)))
-    return Found(members, own, shards, grads, named, layout, addresses)
+    return Found(members, own, shards, grads, named, placements, tensors, addresses)
 
 
 def _part(found: Found, indices: list[int]) -> _Part:
