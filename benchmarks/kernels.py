@@ -110,10 +110,89 @@ def group_norm(
     return Case(shape, steps, [("channel_sums", "torch")])
 
 
+def linear(
+    device: torch.device, batch: int = 16, positions: int = 1024, outputs: int = 4096,
+    inputs: int = 4096, clusters: int = 8, dtype: torch.dtype = torch.bfloat16,
+) -> Case:  # fmt: skip
+    """Return the case of a linear layer's weight: all clusters at once against one product.
+
+    The first rival forms the sum over all samples, which is less than what is asked for. The second
+    sorts both factors and forms a product for each cluster.
+    """
+    from gq_triton.engines import eager
+    from gq_triton.kernels import product_sums
+
+    groups, ends = grouped(device, batch, clusters)
+    dy, x = (
+        torch.randn(batch, positions, n, device=device, dtype=dtype) for n in (outputs, inputs)
+    )
+    out, plain = (torch.empty(clusters, outputs, inputs, device=device) for _ in range(2))
+
+    def by(sums: Callable[..., None], target: Tensor) -> tuple[Tensor]:
+        sums(dy, x, groups.order, ends, target)
+        return (target,)
+
+    steps = {
+        "product_sums": lambda: by(product_sums, out),
+        "sum of all": lambda: (dy.flatten(0, 1).T @ x.flatten(0, 1),),
+        "sorted": lambda: by(eager.product_sums, plain),
+        "total": lambda: (by(product_sums, out)[0].sum(dim=0).to(dtype),),
+    }
+    shape = f"linear, {str(dtype)[6:]}, {batch} x {positions}, {outputs} x {inputs}, K = {clusters}"
+    return Case(shape, steps, [("product_sums", "sum of all"), ("product_sums", "sorted")])
+
+
+def convolution(
+    device: torch.device, batch: int = 64, channels: int = 256, side: int = 28, clusters: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:  # fmt: skip
+    """Return the case of a 3 x 3 convolution's kernel in channels_last; rivals as ``linear`` has.
+
+    Each rival is torch's own gradient of the kernel, of all samples or of each cluster.
+    """
+    from gq_triton.engines import eager
+    from gq_triton.kernels import convolution_sums
+
+    groups, ends = grouped(device, batch, clusters)
+    size = batch, channels, side, side
+    dy, x = (
+        torch.randn(size, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    weight = torch.empty(channels, channels, 3, 3, device=device)
+    weight = weight.to(memory_format=torch.channels_last)
+    shape = (clusters, channels, 3, 3, channels)
+    out, plain = (torch.empty(shape, device=device).movedim(-1, 2) for _ in range(2))
+    sides: dict[str, Any] = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+
+    def by(sums: Callable[..., None], target: Tensor) -> tuple[Tensor]:
+        sums(dy, x, groups.order, ends, target, **sides)
+        return (target,)
+
+    def of_all() -> tuple[Tensor]:
+        return (
+            torch.ops.aten.convolution_backward(
+                dy, x, weight.to(dtype), None, *sides.values(), False, [0, 0], 1,
+                [False, True, False],
+            )[1],
+        )  # fmt: skip
+
+    steps = {
+        "convolution_sums": lambda: by(convolution_sums, out),
+        "sum of all": of_all,
+        "sorted": lambda: by(eager.convolution_sums, plain),
+        "total": lambda: (by(convolution_sums, out)[0].sum(dim=0).to(dtype),),
+    }
+    text = f"convolution, {str(dtype)[6:]}, {batch} x {channels} x {side}^2, K = {clusters}"
+    return Case(text, steps, [("convolution_sums", "sum of all"), ("convolution_sums", "sorted")])
+
+
 CASES: dict[str, Callable[[torch.device], Case]] = {
     "bias": bias,
     "LayerNorm": layer_norm,
     "GroupNorm": group_norm,
+    "linear": linear,
+    "convolution": convolution,
 }
 
 
@@ -129,11 +208,12 @@ def milliseconds(step: Callable[[], Any], calls: int) -> float:
 
 
 def compare(name: str, case: Case, repeats: int, calls: int) -> list[list[str]]:
-    times: dict[str, list[float]] = {step: [] for step in case.steps}
-    for step in case.steps.values():
+    steps = {name: case.steps[name] for pair in case.pairs for name in pair}
+    times: dict[str, list[float]] = {step: [] for step in steps}
+    for step in steps.values():
         milliseconds(step, 3)  # compiles and warms up
     for _ in range(repeats):
-        for step, function in case.steps.items():
+        for step, function in steps.items():
             times[step].append(milliseconds(function, calls))
     rows = []
     for ours, rival in case.pairs:

@@ -127,14 +127,25 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT of four layers 256 wide over 128 bytes, whose head is tied to the token table."""
+    """A GPT whose head is tied to the token table; four layers 256 wide over 128 bytes by default.
 
-    def __init__(self) -> None:
+    Args:
+        vocabulary: number of tokens.
+        length: most tokens of a sequence.
+        width: of the layers.
+        heads: of the attention.
+        layers: number of blocks.
+    """
+
+    def __init__(
+        self, vocabulary: int = 256, length: int = 128, width: int = 256, heads: int = 4,
+        layers: int = 4,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(256, 256), nn.Embedding(128, 256)
-        self.blocks = nn.Sequential(*(Block(256, 4) for _ in range(4)))
-        self.features = nn.LayerNorm(256)
-        self.head = nn.Linear(256, 256, bias=False)
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.features = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ GEOMETRY = (
     "out1", "out2", "in0", "in1", "in2", "taps", "taps1", "taps2", "step0", "step1", "step2",
     "pad0", "pad1", "pad2", "gap0", "gap1", "gap2",
 )  # fmt: skip
-FREE = ("positions", "groups", "n_clusters", "splits", *GEOMETRY)
+# Arguments that no compiled kernel depends on.
+FREE = ("stride_split", "stride_tap", "positions", "groups", "n_clusters", "splits", *GEOMETRY)
 
 
 @triton.jit

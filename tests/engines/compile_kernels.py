@@ -145,7 +145,7 @@ DEVICES = {
     "sm_80": Device(108, 166912), "sm_90": Device(132, 232448), "sm_100": Device(148, 232448),
     "gfx942": Device(304, 65536, amd=True),
 }  # fmt: skip
-WEIGHT = dict.fromkeys(("stride_split", "stride_tap", *FREE), "i32") | dict.fromkeys(
+WEIGHT = dict.fromkeys(FREE, "i32") | dict.fromkeys(
     ("dy_sample", "x_sample", "outputs", "inputs", "stride_k", "stride_o"), "i32:16"
 )
 WHOLE, TAPS, MIXED = ({name: True} for name in ("WHOLE", "TAPS", "MIXED"))

@@ -192,12 +192,14 @@ def test_convolutions_of_clusters(device, engine, name, last):
     sizes, outputs, inputs, groups, side, taps, *moves = CONVOLVED[name]
     options = dict(zip(("stride", "padding", "dilation"), moves, strict=True), groups=groups)
     guarded, dtype = Guarded(device, shift=1), torch.float64 if last else torch.float32
-    dy, x, labels, *order = convolution(guarded, sizes, outputs, inputs, taps, side, options, dtype)
+    dy, x, labels, order, ends = convolution(
+        guarded, sizes, outputs, inputs, taps, side, options, dtype
+    )
     out = empty(guarded, (len(sizes), outputs, inputs // groups, *taps), dtype)
     if last:
         dy, x = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (dy, x))
         out = out.view(len(out), outputs, *taps, -1).movedim(-1, 2)
-    ENGINES[engine].convolution_sums(dy, x, *order, out, **options)
+    ENGINES[engine].convolution_sums(dy, x, order, ends, out, **options)
     check_convolutions(out, dy, x, labels, options)
     guarded.check()
 
@@ -208,9 +210,11 @@ def test_convolutions_of_narrow_types(device, name, dtype):
     sizes, outputs, inputs, groups, side, taps, *moves = CONVOLVED[name]
     options = dict(zip(("stride", "padding", "dilation"), moves, strict=True), groups=groups)
     guarded = Guarded(device)
-    dy, x, labels, *order = convolution(guarded, sizes, outputs, inputs, taps, side, options, dtype)
+    dy, x, labels, order, ends = convolution(
+        guarded, sizes, outputs, inputs, taps, side, options, dtype
+    )
     out = empty(guarded, (len(sizes), outputs, inputs // groups, *taps), dtype)
-    kernels.convolution_sums(dy, x, *order, out, **options)
+    kernels.convolution_sums(dy, x, order, ends, out, **options)
     check_convolutions(out, dy, x, labels, options)
 
 
@@ -228,12 +232,12 @@ def test_taps_apart_split_and_in_a_permuted_kernel(device, name, monkeypatch):
 
         monkeypatch.setattr(weight_grad, rule, shared)
     guarded = Guarded(device)
-    dy, x, labels, *order = convolution(
+    dy, x, labels, order, ends = convolution(
         guarded, sizes, outputs, inputs, taps, side, options, torch.float32
     )
     out = empty(guarded, (len(sizes), outputs, inputs // groups, *reversed(taps)), dy.dtype)
     out = out.transpose(-1, -2)
-    kernels.convolution_sums(dy, x, *order, out, **options)
+    kernels.convolution_sums(dy, x, order, ends, out, **options)
     check_convolutions(out, dy, x, labels, options)
 
 
@@ -291,8 +295,9 @@ def test_wrong_inputs_are_named(device):
     sides: dict[str, Any] = {"stride": (1,), "padding": (1,), "dilation": (1,)}
     with pytest.raises(ValueError, match=r"one to three dimensions \*, .* with 2 groups"):
         kernels.convolution_sums(images, images, order, offsets, sums, groups=2, **sides)
+    sides["stride"] = (1, 1)
     with pytest.raises(ValueError, match="one to three dimensions"):
-        kernels.convolution_sums(images, images, order, offsets, sums, **sides | {"stride": (1, 1)})
+        kernels.convolution_sums(images, images, order, offsets, sums, **sides)
 
 
 H100, A100, RTX, MI300 = (
