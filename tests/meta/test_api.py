@@ -12,7 +12,13 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 _SECTION = re.compile(r"^## `([\w.]+)`\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 SECTIONS = dict(_SECTION.findall(PAGE.read_text(encoding="utf-8")))
 # Modules whose `__all__` is for users as a whole. Of gq_triton.grouping only KMeans is.
-WHOLE = ("gq_triton", "gq_triton.dist", "gq_triton.reference", "gq_triton.testing")
+WHOLE = (
+    "gq_triton",
+    "gq_triton.dist",
+    "gq_triton.reference",
+    "gq_triton.sampling",
+    "gq_triton.testing",
+)
 # Modules that need a framework, which this file does not import: their `__all__` is read.
 CALLBACKS = tuple(
     f"gq_triton.integrations.{n}" for n in ("accelerate", "lightning", "transformers")

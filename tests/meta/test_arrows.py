@@ -53,6 +53,7 @@ MAY = {
     # A layer gives its sums to a sink, and may not know of queues.
     "cluster_grad.layers": {"cluster_grad", "grouping"} | ENGINES,
     "cluster_grad.standins": {"cluster_grad", "cluster_grad.layers", "grouping"} | ENGINES,
+    "sampling": {"grouping"} | ENGINES,
     "optim": QUEUES,
     "grad_queue": {"optim", "dist.sharded"} | BELOW,
     "dist": {"dist.routes", "dist.state"} | BELOW,

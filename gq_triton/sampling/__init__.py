@@ -1,0 +1,13 @@
+"""Samplers that lower the variance of a mini-batch's gradient, for torch's own data loading."""
+
+from gq_triton.sampling.costs import EpochCost
+from gq_triton.sampling.importance import ImportanceBatch, ImportanceLoader
+from gq_triton.sampling.scores import importance_score, variance_reduction
+
+__all__ = [
+    "EpochCost",
+    "ImportanceBatch",
+    "ImportanceLoader",
+    "importance_score",
+    "variance_reduction",
+]

@@ -1,0 +1,77 @@
+"""The checks of the samplers that run on all ranks; see test_sampling_ranks.py."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
+
+from gq_triton.sampling import ImportanceLoader
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=generator)
+    y = (x[:, 0] > 0).long()
+    y[::10] = 1 - y[::10]
+    return TensorDataset(x, y)
+
+
+def trained() -> tuple[DistributedDataParallel, ImportanceLoader]:
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(nn.Linear(4, 2))
+    return ddp, ImportanceLoader(data(), ddp, "cross_entropy", 4, tau_th=0.3, steps=8)
+
+
+def train(ddp: nn.Module, loader: ImportanceLoader, stop: int | None = None) -> list[torch.Tensor]:
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.5)
+    seen: list[torch.Tensor] = []
+    for indices, inputs, targets, weights in loader:
+        losses = F.cross_entropy(ddp(inputs), targets, reduction="none")
+        optimizer.zero_grad()
+        (weights * losses).mean().backward()
+        optimizer.step()
+        seen.append(indices)
+        if len(seen) == stop:
+            break
+    return seen
+
+
+def of_all(tensor: torch.Tensor) -> list[torch.Tensor]:
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, tensor)
+    return found
+
+
+def check_ranks_draw_disjoint_samples_in_the_same_steps(rank: int) -> None:
+    ddp, loader = trained()
+    seen = torch.stack(train(ddp, loader) + train(ddp, loader))
+    first, second = (set(one[:8].flatten().tolist()) for one in of_all(seen))
+    assert not first & second
+    cost, tau = loader.costs[-1], loader.tau
+    assert 0 < loader.costs[0].steps_by_score < 8
+    facts = torch.tensor([tau, cost.steps_by_score, cost.scored], dtype=torch.float64)
+    one, other = of_all(facts)
+    assert torch.equal(one, other)
+    weight = next(ddp.parameters()).detach()
+    assert torch.equal(*of_all(weight))
+
+
+def check_ranks_continue_bit_for_bit(rank: int) -> None:
+    ddp, loader = trained()
+    expected = torch.stack(train(ddp, loader) + train(ddp, loader))
+    ddp, loader = trained()
+    seen = train(ddp, loader) + train(ddp, loader, stop=3)
+    other_ddp, other = trained()
+    # state_dict() was asked for after the loop was left, which is the same position
+    other.load_state_dict(loader.state_dict())
+    other_ddp.load_state_dict(ddp.state_dict())
+    seen += train(other_ddp, other)
+    assert torch.equal(torch.stack(seen), expected)
+
+
+CHECKS = [
+    check_ranks_draw_disjoint_samples_in_the_same_steps,
+    check_ranks_continue_bit_for_bit,
+]
