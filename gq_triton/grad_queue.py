@@ -116,7 +116,7 @@ class GradQueue:
                 "with clusters all ranks must share one queue, which GradQueue does not do: use "
                 "gq_triton.dist.register(model, n_clusters=..., features=...) in its place"
             )
-        sink = Weigh(self._queues, grad_scale=self._grad_scale)
+        sink = Weigh(self._queues, grad_scale=self._grad_scale, together=True)
         self._statistics = sink.statistics
         self._clusters = Clusters(bare(model), self._names, sink, clusters)
 
@@ -275,6 +275,7 @@ class GradQueue:
         if self._clusters is None:
             return set()
         accumulator = self._clusters.accumulator
+        accumulator.settle()
         self._declared.check(accumulator.raw.count_passes())
         raw = accumulator.raw.take_all()
         lost = not raw and any(param.grad is not None for param in accumulator.params.values())

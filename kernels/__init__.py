@@ -7,6 +7,7 @@ parameter. Bytes and oracles: README.md in this folder.
 
 from gq_triton.kernels.adamw import gqadamw_
 from gq_triton.kernels.combine import combine
+from gq_triton.kernels.combine_all import combine_all
 from gq_triton.kernels.finite import all_finite
 from gq_triton.kernels.group import group
 from gq_triton.kernels.push import push_
@@ -20,6 +21,7 @@ __all__ = [
     "all_finite",
     "channel_sums",
     "combine",
+    "combine_all",
     "convolution_sums",
     "gqadamw_",
     "gqsgd_",

@@ -37,38 +37,23 @@ __all__ = ["combine"]
 CHUNK = 4096
 
 
-@triton.jit(do_not_specialize=["n_clusters"])
-def _combine_kernel(
+@triton.jit
+def combine_chunk(
     sums, stride_sums, queue, stride_queue, queued_ptr, length_ptr, grad_scale_ptr,
-    inverse_shares, mixture, sigma_scales, weighted, raw, partials, flags, n, n_clusters,
-    low: tl.float64, high: tl.float64,
-    C_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr, REPAIR: tl.constexpr,
+    inverse_shares, mixture, sigma_scales, weighted, raw, out, first, n, n_clusters, low, high,
+    C_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, L: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     """Write ``sum_k p_k w(c_k) c_k`` and ``sum_k sums_k`` of one chunk, and its five statistics.
 
-    Without ``queued_ptr`` the two rows of ``queue`` are the mean and 1 / sigma of a ring of
+    Returns 1 where the raw gradient of the chunk is not finite, else 0. With REPAIR every weight
+    is 1. Without ``queued_ptr`` the two rows of ``queue`` are the mean and 1 / sigma of a ring of
     Q_DTYPE; where 1 / sigma is NaN every weight is 1.
-
-    The first launch sets the chunk's byte of ``flags`` where the raw gradient of the chunk is not
-    finite. The second launch, with REPAIR, returns at once if no byte is set. Otherwise it repeats
-    the work with every weight 1.
 
     Example: L = 4, rows 1, 1, 1, 5 (mu = 2, sigma = sqrt(3)), rho = 3, two clusters with a share of
     1/2 each and sums 2.5 and 1, so means 5 and 2: weights 1.732 and 1/3, weighted
     (8.66 + 0.667) / 2 = 4.66, raw 3.5; statistics 12.25, 21.8, 1.03, 0 and 0.5.
     """
-    if REPAIR:
-        n_chunks = tl.cdiv(n, CHUNK)
-        found = tl.full((), 0, tl.int32)
-        for at in range(0, n_chunks, THREADS):
-            flag = at + tl.arange(0, THREADS)
-            some = tl.load(flags + flag, mask=flag < n_chunks, other=0)
-            found = tl.maximum(found, tl.max(some.to(tl.int32)))
-        if found == 0:
-            return
-    chunk = tl.program_id(0).to(tl.int64)
-    first = chunk * CHUNK
     count = tl.minimum(n - first, CHUNK).to(tl.int32)
     if queued_ptr is not None:
         queued = tl.load(queued_ptr)
@@ -95,7 +80,7 @@ def _combine_kernel(
             active = (inverse == inverse) & (not REPAIR)
         else:
             base, mean, inverse, sigma = spread(
-                queue + first, stride_queue, slot, offsets, mask, length, C_DTYPE, L, False
+                queue + first, stride_queue, slot, offsets, mask, length, C_DTYPE, L, ALIGNED
             )
             rate = reciprocal(sigma)
         total = tl.zeros((BLOCK,), C_DTYPE)
@@ -135,7 +120,6 @@ def _combine_kernel(
         if inverse_share > 0:
             # The shares are rounded as above, so that the mean of weights of 1 is 1.
             whole += reciprocal(inverse_share).to(tl.float64)
-    out = partials + chunk * 5
     tl.store(out, tl.sum(raw_squares).to(tl.float64))
     tl.store(out + 1, tl.sum(squares).to(tl.float64))
     tl.store(out + 2, tl.sum(weights).to(tl.float64) / whole)
@@ -143,8 +127,41 @@ def _combine_kernel(
     whole = tl.where(low_c < high_c, whole, float("inf"))
     tl.store(out + 3, tl.sum(at_high).to(tl.float64) / whole)
     tl.store(out + 4, tl.sum(at_low).to(tl.float64) / whole)
+    return tl.max(bad)
+
+
+@triton.jit(do_not_specialize=["n_clusters"])
+def _combine_kernel(
+    sums, stride_sums, queue, stride_queue, queued_ptr, length_ptr, grad_scale_ptr,
+    inverse_shares, mixture, sigma_scales, weighted, raw, partials, flags, n, n_clusters,
+    low: tl.float64, high: tl.float64,
+    C_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, REPAIR: tl.constexpr,
+):  # fmt: skip
+    """Combine one chunk of a parameter; see `combine_chunk`.
+
+    The first launch sets the chunk's byte of ``flags`` where the raw gradient of the chunk is not
+    finite. The second launch, with REPAIR, returns at once if no byte is set. Otherwise it repeats
+    the work with every weight 1.
+    """
+    if REPAIR:
+        n_chunks = tl.cdiv(n, CHUNK)
+        found = tl.full((), 0, tl.int32)
+        for at in range(0, n_chunks, THREADS):
+            flag = at + tl.arange(0, THREADS)
+            some = tl.load(flags + flag, mask=flag < n_chunks, other=0)
+            found = tl.maximum(found, tl.max(some.to(tl.int32)))
+        if found == 0:
+            return
+    chunk = tl.program_id(0).to(tl.int64)
+    bad = combine_chunk(
+        sums, stride_sums, queue, stride_queue, queued_ptr, length_ptr, grad_scale_ptr,
+        inverse_shares, mixture, sigma_scales, weighted, raw, partials + chunk * 5,
+        chunk * CHUNK, n, n_clusters, low, high,
+        C_DTYPE, Q_DTYPE, L, False, CHUNK, BLOCK, THREADS, REPAIR,
+    )  # fmt: skip
     if not REPAIR:
-        tl.store(flags + chunk, tl.max(bad).to(tl.uint8))
+        tl.store(flags + chunk, bad.to(tl.uint8))
 
 
 def check_clusters(clusters: int, device: torch.device, **vectors: Tensor) -> None:

@@ -111,6 +111,7 @@ def tables(
     cache: Cache,
     rows: Callable[[], list[Row]],
     is_aligned: Callable[[Row], bool],
+    chunk: int = CHUNK,
 ) -> list[Table]:
     """Return one table per alignment class that occurs, from the cache where it holds them.
 
@@ -120,6 +121,7 @@ def tables(
         cache: the tables of earlier launches.
         rows: returns the columns of each tensor; called for new tables only.
         is_aligned: returns whether the fast specialisation may run on a row's tensor.
+        chunk: the elements that one program works on; fixed for a cache's kind of key.
     """
     on_gpu = device.type == "cuda"
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
@@ -134,7 +136,7 @@ def tables(
     for row in rows():
         classes[is_aligned(row)].append(row)
     pin = on_gpu and not capturing
-    built = [_build(device, part, aligned, pin) for aligned, part in classes.items() if part]
+    built = [_build(device, part, aligned, pin, chunk) for aligned, part in classes.items() if part]
     if capturing:
         _captured.append(built)
         return built
@@ -144,13 +146,13 @@ def tables(
     return built
 
 
-def _build(device: torch.device, rows: list[Row], aligned: bool, pin: bool) -> Table:
+def _build(device: torch.device, rows: list[Row], aligned: bool, pin: bool, chunk: int) -> Table:
     starts, n_chunks = [], 0
     for row in rows:
         starts.append(n_chunks)
-        n_chunks += -(-row[0] // CHUNK)
+        n_chunks += -(-row[0] // chunk)
     if n_chunks >= 2**31:
-        raise ValueError(f"one call covers fewer than 2**31 chunks of {CHUNK}, got {n_chunks}")
+        raise ValueError(f"one call covers fewer than 2**31 chunks of {chunk}, got {n_chunks}")
     # Rows, starts and ticket begin at multiples of 16 bytes: for an argument that does not, Triton
     # compiles the kernel anew.
     parts = [value for row in rows for value in row], starts, [0]

@@ -7,15 +7,18 @@ cluster, and the hook returns the gradient that the sink made of the sums. If th
 parameter was used past its layers, and the sink takes the whole gradient as that of one cluster.
 """
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gq_triton.cluster_grad.hooks import LOST, hooks_around
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.cluster_grad.raw import RawGradients
 from gq_triton.cluster_grad.sink import Sink, Taken
@@ -25,12 +28,6 @@ from gq_triton.grouping.groups import Groups
 from gq_triton.ring import flat
 
 __all__ = ["Accumulator"]
-
-_LOST = (
-    "{name} has lost the hook that clusters its gradient: keep the hooks of parameters, and have "
-    "an autograd function that runs under a checkpoint or saved_tensors_hooks save parameters as "
-    "param.detach(), because torch 2.8 drops the hooks of those that it saves"
-)
 
 
 @dataclass(eq=False)
@@ -141,6 +138,7 @@ class Accumulator:
 
     def release(self) -> None:
         """Forget the last step, give its memory back and take the hooks from the parameters."""
+        self.settle()
         self.step = self.token = None
         self._scratch.clear()
         self._markers.clear()
@@ -192,9 +190,11 @@ class Accumulator:
     def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return memory for a parameter's sums ``(K, elements)``, valid until the next call.
 
-        On the CPU every call returns the same memory: fresh pages cost more than the sums.
+        On the CPU every call returns the same memory: fresh pages cost more than the sums. Sums
+        that wait need their own.
         """
-        if like.device.type != "cpu":
+        later = self._sink.later
+        if like.device.type != "cpu" or (later is not None and later.serves(like.device)):
             return torch.empty(clusters, elements, dtype=dtype, device=like.device)
         room = self._scratch.get(dtype)
         if room is None or room.numel() < clusters * elements:
@@ -216,7 +216,7 @@ class Accumulator:
         """
         name = self.names[param]
         if step.uses.get(name, 1) == 1:
-            return self._wait(step, name, self._sink.take(name, step.groups, blocks, dtype))
+            return self._wait(step, name, self._take(step, name, blocks, dtype))
         partial = step.partial.get(name)
         if partial is None:
             shape = step.groups.n_clusters, param.numel()
@@ -225,6 +225,24 @@ class Accumulator:
         for start, stop, sums in blocks:
             partial.sums[:, start:stop] += sums
         return self._wait(step, name, None)
+
+    def _take(self, step: Step, name: str, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
+        """Return the gradients of a parameter that is used once; their values may come later."""
+        later, leaf = self._sink.later, self.leaves[name]
+        first_use = name not in self._waiting and not step.traced and step.groups.unit == 1
+        if later is not None and first_use and later.may_wait(leaf):
+            first = next(blocks)
+            if first[1] - first[0] == leaf.numel():
+                return later.take(name, step.groups, first[2])
+            blocks = itertools.chain([first], blocks)
+        if later is not None and name in later:
+            later.settle()  # an earlier forward pass: the statistics are those of the last one
+        return self._sink.take(name, step.groups, blocks, dtype)
+
+    def settle(self) -> None:
+        """Give values to all gradients that wait for one another."""
+        if self._sink.later is not None:
+            self._sink.later.settle()
 
     def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor | None:
         """Take the sums of some rows of a table that is used once; return what ``give`` returns.
@@ -281,6 +299,13 @@ class Accumulator:
             parts = waiting.taken + [(s, self._take_partial(s, name)) for s in waiting.steps]
         elif not self._finds_groups():
             return None
+        later = self._sink.later
+        if later is not None and name in later:
+            # A hook was added, or p.grad set, since the sums were taken; or the gradient is more
+            # than the sums.
+            alone = len(parts) == 1 and waiting is not None and total is waiting.marker
+            if not alone or not later.may_wait(self.leaves[name]):
+                later.settle()
         if name not in self._whole and waiting is not None and _is_marker(total, waiting):
             for step, taken in parts:
                 self.raw.add(step, name, taken.raw)
@@ -355,6 +380,7 @@ class Accumulator:
 
     def _end_pass(self) -> None:
         """Forget incomplete sums and gradients that did not reach ``p.grad``; warn where due."""
+        self.settle()
         for step in self._steps:
             step.finishing = False
             step.partial.clear()
@@ -426,21 +452,28 @@ class Accumulator:
 
         def after(name: str) -> None:
             alive = accumulator()
-            if alive is None:
-                return
-            if name not in alive._passed:
-                raise RuntimeError(_LOST.format(name=name))
-            alive._passed.discard(name)
-            alive.raw.note(name)
+            if alive is not None:
+                alive._arrive(name)
 
         for name in list(self._unwatched):
             leaf = self.leaves.get(name)
-            if leaf is None or not leaf.requires_grad:
-                continue
-            self._unwatched.remove(name)
-            self._hooks.append(_first_hook(leaf, lambda total, name=name: before(name, total)))
-            hook = leaf.register_post_accumulate_grad_hook(lambda _, name=name: after(name))
-            self._hooks.append(hook)
+            if leaf is not None and leaf.requires_grad:
+                self._unwatched.remove(name)
+                self._hooks += hooks_around(leaf, partial(before, name), partial(after, name))
+
+    def _arrive(self, name: str) -> None:
+        """Note that ``p.grad`` has a parameter's gradient.
+
+        Raises:
+            RuntimeError: the gradient did not pass the first hook.
+        """
+        if name not in self._passed:
+            raise RuntimeError(LOST.format(name=name))
+        self._passed.discard(name)
+        grad, later = self.leaves[name].grad, self._sink.later
+        if later is not None and grad is not None:
+            later.arrived(name, grad)
+        self.raw.note(name)
 
 
 def _is_marker(total: Tensor, waiting: _Waiting) -> bool:
@@ -453,14 +486,3 @@ def _is_marker(total: Tensor, waiting: _Waiting) -> bool:
         return True
     traced = any(s.traced for s in [*waiting.steps, *(step for step, _ in waiting.taken)])
     return traced and not bool(total.any())
-
-
-def _first_hook(param: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
-    """Register a hook that autograd calls before the other hooks of a parameter."""
-    handle = param.register_hook(hook)
-    hooks: Any = param._backward_hooks
-    others = [(key, other) for key, other in hooks.items() if key != handle.id]
-    for key, other in others:  # autograd calls hooks in the order of insertion
-        del hooks[key]
-        hooks[key] = other
-    return handle

@@ -1,13 +1,16 @@
 """The protocol of a sink, which makes a gradient of a parameter's sums by cluster."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gq_triton.cluster_grad.site import Block
 from gq_triton.grouping.groups import Groups
+
+if TYPE_CHECKING:
+    from gq_triton.cluster_grad.later import Later
 
 __all__ = ["Sink", "Taken"]
 
@@ -31,9 +34,11 @@ class Sink(Protocol):
 
     Attributes:
         backend: the engine that forms the layers' sums.
+        later: takes sums in place of ``take`` where their gradient may wait; None where none may.
     """
 
     backend: str
+    later: "Later | None"
 
     def take(self, name: str, groups: Groups, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
         """Take a parameter's sums; return its gradients.

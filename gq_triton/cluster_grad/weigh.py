@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from gq_triton.cluster_grad.later import Later
 from gq_triton.cluster_grad.sink import Taken
 from gq_triton.cluster_grad.site import Block
 from gq_triton.grouping.groups import Groups
@@ -29,9 +30,12 @@ class Weigh:
         grad_scale: returns the loss scale that the gradients carry, or None.
         leaves: by parameter name, the tensors that have the shape, memory order and type of the
             gradients; None stands for the parameters of the queues.
+        together: whether gradients may wait for one another until the backward pass ends. All that
+            sees them earlier, as buckets do, must be a hook of the parameter itself.
 
     Attributes:
         backend: the engine that forms the layers' sums.
+        later: as in ``Sink``.
         statistics: by parameter name, the statistics of its last weighting, rows ``(N, 5)`` to be
             added up (see ``queues/measures.py``).
     """
@@ -43,12 +47,16 @@ class Weigh:
         match_norm: bool | None = None,
         grad_scale: Callable[[], Tensor | None] = _no_scale,
         leaves: Mapping[str, Tensor] | None = None,
+        together: bool = False,
     ) -> None:
         self.backend = queues.options.backend
         self.statistics: dict[str, Tensor] = {}
         self._queues, self._grad_scale = queues, grad_scale
         self._leaves = queues.params if leaves is None else leaves
         self._match_norm = queues.options.match_norm if match_norm is None else match_norm
+        # The norms of match_norm are those of each parameter, known when it has been weighted.
+        waits = together and not self._match_norm
+        self.later = Later(queues, self.statistics, grad_scale) if waits else None
 
     def take(self, name: str, groups: Groups, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
         """Weight a parameter's cluster means, block by block."""

@@ -203,6 +203,38 @@ class Engine(Protocol):
         """
         ...
 
+    def combine_all(
+        self,
+        sums: Sequence[Tensor],
+        queues: Sequence[Tensor],
+        queued: Sequence[Tensor],
+        weighted: Sequence[Tensor],
+        raw: Sequence[Tensor],
+        law: Law,
+        *,
+        inverse_shares: Tensor,
+        mixture: Tensor,
+        sigma_scales: Tensor,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Do ``combine`` for many parameters of one batch, on one device, with few launches.
+
+        Args:
+            sums: N tensors ``(K, P)`` of one type, as in ``combine``.
+            queues: N rings ``(L, P)`` of one type; read only.
+            queued: N counters, 0-d int64.
+            weighted: where to write the weighted gradients, N tensors ``(P,)`` of one type.
+            raw: where to write the raw gradients, N tensors ``(P,)`` of the type of the sums.
+            law: as in ``combine``.
+            inverse_shares: ``(K,)`` float64, as in ``combine``.
+            mixture: ``(K,)`` float64.
+            sigma_scales: ``(K,)`` float64.
+
+        Returns:
+            For each parameter the rows of statistics that ``combine`` returns; and ``(N,)`` bool,
+            whether all elements of the raw gradient are finite.
+        """
+        ...
+
     def queue_statistics(
         self, queue: Tensor, queued: Tensor, out: Tensor, *, length: Tensor | None = None
     ) -> None:

@@ -174,6 +174,48 @@ class Queues:
             queue_dtype=self.options.queue_dtype or self.params[name].dtype,
         )
 
+    def combine_all(
+        self,
+        names: Sequence[str],
+        sums: Sequence[Tensor],
+        weighted: Sequence[Tensor],
+        raw: Sequence[Tensor],
+        *,
+        inverse_shares: Tensor,
+        mixture: Tensor,
+        sigma_scales: Tensor,
+        grad_scale: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Weight cluster means of whole parameters and add them up, with few launches.
+
+        Args:
+            names: the parameters' names, whose rings are of one type.
+            sums: for each, the gradients summed by cluster, ``(K, P)``, of one type.
+            weighted: where to write the weighted gradients, flat, of one type.
+            raw: where to write the raw gradients, flat.
+            inverse_shares: as in ``combine``.
+            mixture: as in ``combine``.
+            sigma_scales: as in ``combine``.
+            grad_scale: as in ``combine``.
+
+        Returns:
+            For each parameter ``(C, 5)`` statistics to add up.
+        """
+        for name in names:
+            self._allocate(name)
+        device = sums[0].device
+        return engine(device, self.options.backend).combine_all(
+            sums,
+            [rows(local(self._queue[name])) for name in names],
+            [self._queued[name] for name in names],
+            weighted,
+            raw,
+            self._law(device, grad_scale),
+            inverse_shares=inverse_shares,
+            mixture=mixture,
+            sigma_scales=sigma_scales,
+        )[0]
+
     def _read(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return a parameter's ring ``(L, P)`` and its counter, as ``combine`` takes them."""
         self._allocate(name)

@@ -18,7 +18,7 @@ LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])
 class Collect:
     """A sink that keeps the K mean gradients and leaves ``p.grad`` as torch computes it."""
 
-    backend = "torch"
+    backend, later = "torch", None
 
     def __init__(self, params):
         self.params, self.means, self.whole = params, {}, []

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled he
 
 # Launches of a clustered step beyond those of the plain step, K = 8. They may only become fewer;
 # the aim is 12. A change that saves launches lowers its numbers here.
-BEYOND = {"tiny GPT": 847, "GPT-2 small": 1176, "ResNet-18": 986}
+BEYOND = {"tiny GPT": 792, "GPT-2 small": 898, "ResNet-18": 867}
 # What a clustered step still reads of the device, and what it still sends there: functions and
 # operations. The aim is nothing. Whoever removes one takes it from the list.
 READS = {
@@ -137,6 +137,8 @@ ALLOWED = {
     ("queues/saved.py", "cpu"),
     # Tables of addresses are copied where they are new; a captured graph keeps their source.
     ("kernels/launch.py", "pin_memory"),
+    # Of such a source.
+    ("kernels/combine_all.py", "tolist"),
     # To be removed.
     ("cluster_grad/layers/embedding.py", "unique"),
     ("cluster_grad/standins/meet.py", "unique"),

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from gq_triton.kernels import adamw, finite, push, sgd, statistics, sums, weigh
 from gq_triton.kernels.combine import CHUNK as COMBINE_CHUNK
 from gq_triton.kernels.combine import _combine_kernel
+from gq_triton.kernels.combine_all import _combine_all_kernel
 from gq_triton.kernels.group import NUM_WARPS as GROUP_WARPS
 from gq_triton.kernels.group import TILE_B as GROUP_TILE_B
 from gq_triton.kernels.group import TILE_K as GROUP_TILE_K
@@ -99,6 +100,26 @@ COMBINE_CASES = {
     "L = 20": ({"L": 20}, {}),
     "repair": ({"REPAIR": True}, {}),
 }
+COMBINE_ALL = {
+    "rows": "*i64", "starts": "*i64", "n_tensors": "i32", "inverse_shares": "*fp64",
+    "mixture": "*fp64", "sigma_scales": "*fp64", "partials": "*fp64", "flags": "*u8",
+    "n_clusters": "i32",
+}  # fmt: skip
+COMBINED_ALL = COMBINED | {"S_DTYPE": F32, "W_DTYPE": F32, "ALIGNED": True}
+COMBINE_ALL_CASES = {
+    "float32": ({}, {}),
+    "bfloat16 queue": ({"Q_DTYPE": BF16}, {}),
+    "bfloat16 parameters": ({"Q_DTYPE": BF16, "W_DTYPE": BF16}, {}),
+    "float64": (
+        {"S_DTYPE": F64, "W_DTYPE": F64, "Q_DTYPE": F64, "C_DTYPE": F64,
+         "BLOCK": block_size(torch.float64)}, {},
+    ),
+    "unaligned": ({"ALIGNED": False}, {}),
+    "loss scaler, effective length": ({}, AMP),
+    "L = 12": ({"L": 12}, {}),
+    "L = 20": ({"L": 20}, {}),
+    "repair": ({"REPAIR": True}, {}),
+}  # fmt: skip
 SUMS = {
     "dy": "*fp32:16", "x": "*fp32:16", "mean": "*fp32", "rstd": "*fp32", "order": "*i64",
     "offsets": "*i64", "shifts": "*fp32:16", "scales": "*fp32:16", "positions": "i32:16",
@@ -185,6 +206,11 @@ def cases():
         merged = (COMBINE | scalars(kernel) | used).items()
         types = {key: text for key, text in merged if text is not None}
         yield "combine", case, kernel, types, COMBINED | constants
+    kernel = _combine_all_kernel
+    for case, (constants, extra) in COMBINE_ALL_CASES.items():
+        used = {key: value for key, value in extra.items() if key in kernel.arg_names}
+        types = COMBINE_ALL | scalars(kernel) | used
+        yield "combine_all", case, kernel, types, COMBINED_ALL | constants
     settled = {"L": 5, "BLOCK": statistics.BLOCK, "C_DTYPE": F32}
     for case, (constants, changed) in STATISTICS_CASES.items():
         types = STATISTICS | changed

@@ -54,7 +54,8 @@ def select(*, kernels=None, case=None, archs=NVIDIA):
 @pytest.mark.parametrize("arch", [*NVIDIA, "gfx942"])
 def test_every_kernel_compiles(arch):
     kernels = {entry["kernel"] for entry in select(archs=(arch,))}
-    clustered = {"combine", "statistics", *SUMS, "total_parts", "group", "weight_grad", "depthwise"}
+    clustered = {"combine", "combine_all", "statistics", *SUMS, "total_parts", "group"}
+    clustered |= {"weight_grad", "depthwise"}
     assert kernels == {*RINGS, *clustered, "all_finite", "total"}
 
 
@@ -78,7 +79,7 @@ def test_float32_loads_and_stores_are_16_bytes_wide():
 
 def test_combine_loads_and_stores_are_16_bytes_wide():
     """There is one load per queue row, one of the sums in the loop over clusters, two stores."""
-    for entry in select(kernels=("combine",), case="float32"):
+    for entry in select(kernels=("combine", "combine_all"), case="float32"):
         assert entry["accesses"]["ld.global.v4.b32"] == 5 + 1
         assert entry["accesses"]["st.global.v4.b32"] == 2
 

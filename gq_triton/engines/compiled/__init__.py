@@ -14,6 +14,7 @@ from gq_triton.engines.compiled.sums import channel_sums
 from gq_triton.engines.compiled.weigh import weigh_
 from gq_triton.engines.eager import (
     all_finite,
+    combine_all,
     convolution_sums,
     group,
     position_sums,
@@ -25,6 +26,7 @@ __all__ = [
     "all_finite",
     "channel_sums",
     "combine",
+    "combine_all",
     "convolution_sums",
     "gqadamw_",
     "gqsgd_",

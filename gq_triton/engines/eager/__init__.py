@@ -4,7 +4,7 @@ A block's intermediates stay in cache. The operations are those of ``engines.pro
 """
 
 from gq_triton.engines.eager.adamw import gqadamw_
-from gq_triton.engines.eager.combine import combine
+from gq_triton.engines.eager.combine import combine, combine_all
 from gq_triton.engines.eager.finite import all_finite
 from gq_triton.engines.eager.group import group
 from gq_triton.engines.eager.push import push_
@@ -18,6 +18,7 @@ __all__ = [
     "all_finite",
     "channel_sums",
     "combine",
+    "combine_all",
     "convolution_sums",
     "gqadamw_",
     "gqsgd_",

@@ -4,7 +4,7 @@ Shape legend: K = clusters, L = queue slots, P = elements of one parameter.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from gq_triton.engines.eager.law import Turn, blocks
 from gq_triton.engines.eager.statistics import statistics_missing
 from gq_triton.law import Law, Spread, compute_type, to_queue
 
-__all__ = ["combine"]
+__all__ = ["combine", "combine_all"]
 
 
 def combine(
@@ -58,6 +58,30 @@ def combine(
         statistics[0] += total.double().square().sum() * unscale**2
         statistics[1] += result.double().square().sum() * unscale**2
     return weighted, raw, statistics[None]
+
+
+def combine_all(
+    sums: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    queued: Sequence[Tensor],
+    weighted: Sequence[Tensor],
+    raw: Sequence[Tensor],
+    law: Law,
+    *,
+    inverse_shares: Tensor,
+    mixture: Tensor,
+    sigma_scales: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """Weight the cluster means of parameters one after the other; see ``protocol``."""
+    tables = []
+    for part, queue, count, out, mean in zip(sums, queues, queued, weighted, raw, strict=True):
+        values = combine(
+            part, queue, count, law, inverse_shares=inverse_shares, mixture=mixture,
+            sigma_scales=sigma_scales, into=(torch.empty_like(mean), mean),
+        )  # fmt: skip
+        out.copy_(values[0])
+        tables.append(values[2])
+    return tables, torch.stack([torch.isfinite(mean).all() for mean in raw])
 
 
 def _spreads(

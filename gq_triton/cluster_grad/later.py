@@ -1,0 +1,165 @@
+"""Parameters whose sums are known and whose gradients are not yet: weighted together, on a GPU.
+
+A launch costs the host more than a small parameter costs the device. So the sums of a backward pass
+wait until there are many, or until the pass ends, and a few launches weight all of them. The
+gradients that autograd puts into ``p.grad`` meanwhile are memory without values.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gq_triton.cluster_grad.sink import Taken
+from gq_triton.grouping.groups import Groups
+from gq_triton.queues import Queues
+from gq_triton.ring import flat, write_back_
+
+__all__ = ["Later"]
+
+# Bytes of sums that wait for one another. Each launch has work for all of a large GPU well before.
+ROOM = 512 << 20
+
+
+class _Due(NamedTuple):
+    """A parameter whose sums wait.
+
+    Attributes:
+        name: its name.
+        groups: the clusters.
+        sums: ``(K, P)``.
+        weighted: where the weighted gradient goes, ``(P,)``.
+        raw: where the raw gradient goes, ``(P,)``.
+        stream: the stream on which the sums are formed; None on the CPU.
+    """
+
+    name: str
+    groups: Groups
+    sums: Tensor
+    weighted: Tensor
+    raw: Tensor
+    stream: Any
+
+
+class Later:
+    """The parameters of a backward pass that are yet to be weighted.
+
+    Args:
+        queues: the rings, read for the weights.
+        statistics: by parameter name, where the statistics of its weighting go.
+        grad_scale: returns the loss scale that the sums carry, or None.
+    """
+
+    def __init__(
+        self,
+        queues: Queues,
+        statistics: dict[str, Tensor],
+        grad_scale: Callable[[], Tensor | None],
+    ) -> None:
+        self._queues, self._statistics, self._grad_scale = queues, statistics, grad_scale
+        self._due: list[_Due] = []
+        self._bytes = 0
+        # By parameter name, the memory of a gradient that waits. Autograd takes a gradient into
+        # p.grad without a copy only if nobody else holds the tensor, and a view holds its base. So
+        # the gradient is the view, and this is the base.
+        self._places: dict[str, Tensor] = {}
+
+    def serves(self, device: torch.device) -> bool:
+        """Return whether waiting saves anything: launches do not cost the CPU."""
+        return device.type != "cpu" or self._queues.options.backend == "triton"
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether a gradient waits that did not reach ``p.grad`` yet."""
+        return name in self._places
+
+    def may_wait(self, param: Tensor) -> bool:
+        """Return whether nobody reads a parameter's gradient before the backward pass ends.
+
+        Autograd does where it adds to ``p.grad``, where it looks for NaN, and where it calls hooks.
+        One hook of each kind is the accumulator's.
+        """
+        hooks: Any = param
+        return (
+            self.serves(param.device)
+            and param.grad is None
+            and len(hooks._backward_hooks or ()) == 1
+            and len(hooks._post_accumulate_grad_hooks or ()) == 1
+            and not torch.is_anomaly_enabled()
+        )
+
+    def take(self, name: str, groups: Groups, sums: Tensor) -> Taken:
+        """Take the sums of a parameter, ``(K, P)``; return gradients that get their values later.
+
+        Args:
+            name: the parameter's name.
+            groups: the clusters.
+            sums: gradients summed by cluster, in the memory order of the parameter. They must not
+                change any more.
+        """
+        param = self._queues.params[name]
+        place = torch.empty(param.numel(), dtype=param.dtype, device=sums.device)
+        raw = torch.empty_like(
+            param, dtype=sums.dtype, device=sums.device, memory_format=torch.preserve_format
+        )
+        on_gpu = sums.device.type == "cuda"
+        stream = torch.cuda.current_stream(sums.device) if on_gpu else None
+        self._due.append(_Due(name, groups, sums, place, flat(raw, like=param), stream))
+        self._places[name] = place
+        self._bytes += sums.nbytes
+        if self._bytes > ROOM:
+            self._weigh()
+        return Taken(place.as_strided(raw.shape, raw.stride()), raw)
+
+    def arrived(self, name: str, grad: Tensor) -> None:
+        """Note that ``p.grad`` has the gradient of a parameter.
+
+        Autograd copies a gradient whose layout is not that of the parameter. The copy was made of
+        memory without values.
+        """
+        place = self._places.pop(name, None)
+        if place is not None and grad.data_ptr() != place.data_ptr():
+            self._weigh()
+            with torch.no_grad():
+                write_back_(grad, place, self._queues.params[name])
+
+    def settle(self) -> None:
+        """Give all gradients their values."""
+        self._places.clear()
+        self._weigh()
+
+    @torch.no_grad()
+    def _weigh(self) -> None:
+        due, self._due, self._bytes = self._due, [], 0
+        batches: dict[Any, list[_Due]] = {}
+        for one in due:
+            # Of one launch: the clusters, the types and the stream.
+            kind = one.sums.dtype, one.weighted.dtype, one.sums.device, one.stream
+            batches.setdefault((id(one.groups.inverse_shares), *kind), []).append(one)
+        for batch in batches.values():
+            with _on(batch[0].stream):
+                self._weigh_batch(batch)
+
+    def _weigh_batch(self, batch: list[_Due]) -> None:
+        names, _, sums, weighted, raw, _ = zip(*batch, strict=True)
+        groups = batch[0].groups
+        tables = self._queues.combine_all(
+            names, sums, weighted, raw, inverse_shares=groups.inverse_shares,
+            mixture=groups.mixture, sigma_scales=groups.sigma_scales,
+            grad_scale=self._grad_scale(),
+        )  # fmt: skip
+        self._statistics.update(zip(names, tables, strict=True))
+
+
+@contextmanager
+def _on(stream: Any) -> Iterator[None]:
+    """Launch what is inside on a stream, for which the current one then waits."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(stream):
+        yield
+    if current != stream:
+        current.wait_stream(stream)
