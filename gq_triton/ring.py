@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 __all__ = [
+    "capturing",
     "flat",
     "in_use",
     "least_over",
@@ -19,6 +20,7 @@ __all__ = [
     "new_counter",
     "new_queue",
     "place_gradients",
+    "refuse_capture",
     "rows",
     "shaped",
     "shard_groups",
@@ -33,6 +35,9 @@ def new_queue(like: Tensor, length: int, dtype: torch.dtype | None = None) -> Te
     and queue walks all of them in step. A DTensor gets a DTensor, sharded along the same dimension
     of the parameter. The zeros are never read: every weight is 1 until ``length`` gradients are
     queued.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
     """
     dtype = dtype or like.dtype
     if isinstance(like, DTensor):
@@ -43,9 +48,24 @@ def new_queue(like: Tensor, length: int, dtype: torch.dtype | None = None) -> Te
         return DTensor.from_local(
             shard, like.device_mesh, placements, run_check=False, shape=shape, stride=stride
         )
+    refuse_capture("a queue", like.device)
     row = torch.empty_like(like, dtype=dtype, memory_format=torch.preserve_format)
     size, stride = (length, *row.shape), (row.numel(), *row.stride())
     return torch.empty_strided(size, stride, dtype=dtype, device=row.device).zero_()
+
+
+def capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured on a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(what: str, device: torch.device) -> None:
+    """Raise a RuntimeError if a CUDA graph is being captured where state is about to be made."""
+    if capturing(device):
+        raise RuntimeError(
+            f"{what} cannot be made while a CUDA graph is captured, because every replay would "
+            "empty it again: take two steps before the capture"
+        )
 
 
 def new_counter(like: Tensor) -> Tensor:

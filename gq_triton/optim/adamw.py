@@ -45,13 +45,15 @@ class GQAdamW(GradQueueOptimizer):
 
     Args:
         params: parameters, named parameters, or groups of them, as for any torch optimizer.
-        lr: learning rate, a number or a 0-d tensor.
+        lr: learning rate, a number or a 0-d tensor. A captured step reads a tensor on the device
+            anew in every replay; any number is that of the capture.
         betas: decay of the first and the second moment.
         eps: added to the denominator.
         weight_decay: decoupled decay.
         maximize: ascend instead of descend.
-        foreach, fused: taken as in torch, without effect: a step is one fused pass in any case.
-        amsgrad, capturable, differentiable: as in torch, but True is refused.
+        foreach, fused, capturable: taken as in torch, without effect: a step is one fused pass in
+            any case, and a CUDA graph may capture it.
+        amsgrad, differentiable: as in torch, but True is refused.
         **options: those of ``LawOptions``.
 
     Raises:

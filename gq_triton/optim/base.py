@@ -35,6 +35,7 @@ from gq_triton.ring import (
     new_counter,
     new_queue,
     place_gradients,
+    refuse_capture,
     shard_groups,
 )
 from gq_triton.saved.rules import Record, check
@@ -143,8 +144,10 @@ class GradQueueOptimizer(Optimizer):
                 continue
             if LOSSES not in group:
                 device = local(group["params"][0]).device
+                refuse_capture("a history of losses", device)
                 group[LOSSES] = new_losses(window, group["queue_length"], device)
-            group[LOSSES] = record_loss(group[LOSSES], loss)
+            # In place: a replay of a CUDA graph finds the losses where they are now.
+            group[LOSSES].copy_(record_loss(group[LOSSES], loss))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

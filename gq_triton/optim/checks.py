@@ -62,12 +62,13 @@ def beta_problems(betas: Any) -> Iterator[str]:
 def torch_problems(options: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with options of torch's optimizers that these ones do not follow.
 
-    ``foreach`` and ``fused`` choose how torch runs a step, and mean nothing here.
+    ``foreach`` and ``fused`` choose how torch runs a step, and mean nothing here. A step can always
+    be captured in a CUDA graph, whatever ``capturable`` says.
 
     Args:
         options: the options of a group; one that is absent is off.
     """
-    for name in ("foreach", "fused"):
+    for name in ("foreach", "fused", "capturable"):
         value = options.get(name)
         if not (value is None or isinstance(value, bool)):
             yield f"{name} must be None, True or False, got {shown(value)}"
@@ -81,7 +82,6 @@ def torch_problems(options: Mapping[str, Any]) -> Iterator[str]:
 _NOT_FOLLOWED = {
     "amsgrad": "no maximum of the second moments is kept; use torch.optim.AdamW with GradQueue",
     "differentiable": "a step is not recorded by autograd; use torch's optimizer with GradQueue",
-    "capturable": "no CUDA graph has captured a step so far; run step() outside of graphs",
 }
 
 

@@ -15,6 +15,7 @@ from gq_triton.optim.batches import Batch, State
 from gq_triton.optim.checks import number_problems, rate_problems, torch_problems
 from gq_triton.optim.saved import MOMENTUM_BUFFER
 from gq_triton.options import LawKeywords, LawOptions, shown, takes
+from gq_triton.ring import local, refuse_capture
 
 __all__ = ["GQSGD"]
 
@@ -38,7 +39,8 @@ class GQSGD(GradQueueOptimizer):
 
     Args:
         params: parameters, named parameters, or groups of them, as for any torch optimizer.
-        lr: learning rate, a number or a 0-d tensor.
+        lr: learning rate, a number or a 0-d tensor. A captured step reads a tensor on the device
+            anew in every replay; any number is that of the capture.
         momentum: decay of the momentum buffer; 0 keeps none.
         weight_decay: L2 penalty, added after the law.
         nesterov: look one momentum step ahead.
@@ -114,9 +116,10 @@ class GQSGD(GradQueueOptimizer):
                 self._new_momentum(param)
 
     def _new_momentum(self, param: Tensor) -> None:
-        self.state[param].setdefault(
-            MOMENTUM_BUFFER, torch.zeros_like(param, memory_format=torch.preserve_format)
-        )
+        if MOMENTUM_BUFFER not in self.state[param]:
+            refuse_capture("a momentum buffer", local(param).device)
+            fresh = torch.zeros_like(param, memory_format=torch.preserve_format)
+            self.state[param][MOMENTUM_BUFFER] = fresh
 
     def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return (MOMENTUM_BUFFER,) if group["momentum"] != 0 else ()

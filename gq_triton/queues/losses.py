@@ -18,7 +18,10 @@ def new_losses(window: int, longest: int, device: torch.device) -> Tensor:
 
 def record_loss(losses: Tensor, loss: Tensor | float) -> Tensor:
     """Return the history with ``loss`` as its newest entry, without waiting for the device."""
-    value = torch.as_tensor(loss).detach()
+    if not isinstance(loss, Tensor):
+        # As a number of a launch: a copy from the host's memory could not be replayed.
+        return torch.cat([losses.new_full((1,), float(loss)), losses[:-1]])
+    value = loss.detach()
     if value.numel() != 1:
         raise ValueError(f"loss must be one number, got a tensor of shape {tuple(value.shape)}")
     value = value.to(losses, non_blocking=True)

@@ -16,12 +16,14 @@ from gq_triton.queues.losses import length_of, new_losses, record_loss
 from gq_triton.queues.measures import measures, measures_by_name
 from gq_triton.queues.saved import digests
 from gq_triton.ring import (
+    capturing,
     flat,
     in_use,
     least_over,
     local,
     new_counter,
     new_queue,
+    refuse_capture,
     rows,
     shard_groups,
 )
@@ -309,7 +311,13 @@ class Queues:
         earlier = self._history(device)
         # Loaded losses may lie on another device.
         losses = earlier.to(loss.device) if isinstance(loss, Tensor) else earlier
-        self._losses = record_loss(losses, loss)
+        recorded = record_loss(losses, loss)
+        if capturing(recorded.device):  # a replay finds the losses where they are now
+            if self._losses is not losses:
+                refuse_capture("a history of losses", recorded.device)
+            losses.copy_(recorded)
+            return
+        self._losses = recorded
         in_use(earlier, losses)
 
     def effective_length(

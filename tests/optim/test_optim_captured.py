@@ -1,0 +1,178 @@
+"""A captured step depends on nothing that Python does between two replays."""
+
+import pytest
+import torch
+from kernel_cases import INTERPRETED, QUIET
+from optim_cases import (
+    PAIR,
+    assert_same,
+    both_optimizers,
+    gradients_of,
+    parameters,
+    set_gradients,
+    snapshot,
+    values,
+)
+from replay import Recording
+
+from gq_triton import GQAdamW, GradQueue, ring
+
+pytestmark = [
+    *QUIET,
+    pytest.mark.skipif(not INTERPRETED, reason="Kernels are recorded in the interpreter."),
+]
+LENGTH = 3
+CASES = {
+    "plain": {},
+    "effective length": {"loss_window": 2, "min_queue_length": 2},
+    "match_norm": {"match_norm": True},
+    "loss scaler": {"scaled": True},
+}
+
+
+class Loop:
+    """A loop over memory that stays where it is: gradients, loss, learning rate, loss scale."""
+
+    def __init__(self, variant, scaled=False, **options):
+        self.params = parameters()[3:6]
+        self.rate, self.loss = torch.tensor(0.1), torch.zeros(())
+        self.optimizer = variant.build(
+            self.params, lr=self.rate, queue_length=LENGTH, backend="triton", **options
+        )
+        self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
+        self.measured = "loss_window" in options
+        self.scale = self.found_inf = None
+        if scaled:
+            self.scale, self.found_inf = torch.ones(()), torch.zeros(())
+            self.optimizer.grad_scale, self.optimizer.found_inf = self.scale, self.found_inf
+        for param in self.params:
+            param.grad = torch.empty_like(param)
+
+    def feed(self, step):
+        """Write the numbers of a step to where the step reads them."""
+        new = set_gradients([torch.empty_like(p) for p in self.params], step)
+        for grad, value in zip(gradients_of(self.params), new, strict=True):
+            grad.copy_(value)
+        self.loss.fill_(20.0 - step)
+        if self.scale is not None and self.found_inf is not None:
+            self.scale.fill_(2.0**step)
+            self.found_inf.fill_(float(step == 5))
+            for grad in gradients_of(self.params):
+                grad.mul_(self.scale)
+
+    def step(self):
+        if self.measured:
+            self.optimizer.record_loss(self.loss)
+        self.optimizer.step()
+
+
+@pytest.mark.slow
+@both_optimizers
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_replays_are_steps(variant, options):
+    """The queue becomes full, its slots turn, and a scheduler changes the rate in place."""
+    captured, eager = Loop(variant, **options), Loop(variant, **options)
+    graph = Recording()
+    for step in range(7):
+        for loop in (captured, eager):
+            loop.feed(step)
+        if step < 2:
+            captured.step()
+        elif step == 2:
+            with graph():
+                captured.step()
+        else:
+            graph.replay()
+        eager.step()
+        assert_same(snapshot(captured.optimizer), snapshot(eager.optimizer))
+        for loop in (captured, eager):
+            loop.schedule.step()
+    assert float(captured.rate) == pytest.approx(0.1 * 0.5**7)
+
+
+@pytest.mark.slow
+def test_a_state_that_was_loaded_between_replays_goes_on():
+    """Its values are copied into the memory that the graph reads."""
+    captured, eager = Loop(PAIR["adamw"]), Loop(PAIR["adamw"])
+    graph, saved = Recording(), snapshot(captured.optimizer)
+    for step in range(4):
+        for loop in (captured, eager):
+            loop.feed(step)
+        eager.step()
+        if step < 2:
+            captured.step()
+        elif step == 2:
+            with graph():
+                captured.step()
+        else:
+            graph.replay()
+        if step == 1:
+            saved = snapshot(captured.optimizer)
+    params, states, _ = saved
+    with torch.no_grad():
+        for loop in (captured, eager):
+            for param, value, state in zip(loop.params, params, states.values(), strict=True):
+                param.copy_(value)
+                for key, entry in state.items():
+                    loop.optimizer.state[param][key].copy_(entry)
+    for loop in (captured, eager):
+        loop.feed(9)
+    graph.replay()
+    eager.step()
+    assert_same(snapshot(captured.optimizer), snapshot(eager.optimizer))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"loss_window": 2}, {"match_norm": True}], ids=str)
+def test_replays_of_the_plug_in_are_steps(options):
+    def build():
+        model = torch.nn.Linear(5, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        queue = GradQueue(model, queue_length=LENGTH, backend="triton", **options)
+        queue.attach(optimizer)
+        for param in model.parameters():
+            param.data.fill_(0.5)
+            param.grad = torch.empty_like(param)
+        return model, optimizer, queue, torch.zeros(())
+
+    captured, eager, graph = build(), build(), Recording()
+
+    def step_of(model, optimizer, queue, loss):
+        if options.get("loss_window"):
+            queue.record_loss(loss)
+        optimizer.step()
+
+    for step in range(7):
+        for model, _, _, loss in (captured, eager):
+            new = set_gradients([torch.empty_like(p) for p in model.parameters()], step)
+            for grad, value in zip(gradients_of(model.parameters()), new, strict=True):
+                grad.copy_(value)
+            loss.fill_(20.0 - step)
+        if step < 2:
+            step_of(*captured)
+        elif step == 2:
+            with pytest.MonkeyPatch.context() as patch:
+                for module in ("gq_triton.queues.queues.capturing", "gq_triton.ring.capturing"):
+                    patch.setattr(module, lambda device: True)
+                with graph():
+                    step_of(*captured)
+        else:
+            graph.replay()
+        step_of(*eager)
+        assert captured[2].digest() == eager[2].digest()
+        assert captured[2].metrics() == eager[2].metrics()
+        assert_same(values(captured[0].parameters()), values(eager[0].parameters()))
+
+
+@both_optimizers
+def test_a_first_step_cannot_be_captured(variant, monkeypatch):
+    """A replay would empty the state that the step makes."""
+    monkeypatch.setattr(ring, "capturing", lambda device: True)
+    loop = Loop(variant)
+    loop.feed(0)
+    with pytest.raises(RuntimeError, match="a queue cannot be made while a CUDA graph is captured"):
+        loop.step()
+
+
+def test_capturable_is_taken():
+    GQAdamW(parameters(), capturable=True)
