@@ -183,5 +183,5 @@ class ShardedQueues(Queues):
             counters = [self._queued[name] for name in names]
             ops.push_(shards, rings, counters, accept, grad_scale=grad_scale)
             table = self._place.add_up_(torch.cat([statistics[name] for name in names]))
-            owners = [name for name in names for _ in statistics[name]]
+            owners = [name for name in names for _ in range(len(statistics[name]))]
             self._keep_statistics(tuple(names), table, owners)

@@ -190,16 +190,19 @@ class Accumulator:
     def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return memory for a parameter's sums ``(K, elements)``, valid until the next call.
 
-        On the CPU every call returns the same memory: fresh pages cost more than the sums. Sums
-        that wait need their own.
+        On the CPU every call returns the same memory: fresh pages cost more than the sums.
         """
-        later = self._sink.later
-        if like.device.type != "cpu" or (later is not None and later.serves(like.device)):
+        if self._keeps_sums(like.device):
             return torch.empty(clusters, elements, dtype=dtype, device=like.device)
         room = self._scratch.get(dtype)
         if room is None or room.numel() < clusters * elements:
             room = self._scratch[dtype] = torch.empty(clusters * elements, dtype=dtype)
         return room[: clusters * elements].view(clusters, elements)
+
+    def _keeps_sums(self, device: torch.device) -> bool:
+        """Return whether sums have memory of their own, which may be kept."""
+        later = self._sink.later
+        return device.type != "cpu" or (later is not None and later.serves(device))
 
     def give(
         self, step: Step, param: Tensor, blocks: Iterator[Block], dtype: torch.dtype
@@ -217,14 +220,26 @@ class Accumulator:
         name = self.names[param]
         if step.uses.get(name, 1) == 1:
             return self._wait(step, name, self._take(step, name, blocks, dtype))
-        partial = step.partial.get(name)
+        self._add_partial(step, name, blocks, dtype)
+        return self._wait(step, name, None)
+
+    def _add_partial(
+        self, step: Step, name: str, blocks: Iterator[Block], dtype: torch.dtype
+    ) -> None:
+        """Add the sums of one use of a parameter that is used several times."""
+        partial, param = step.partial.get(name), self.leaves[name]
         if partial is None:
+            start, stop, sums = next(blocks)
+            if stop - start == param.numel() and self._keeps_sums(sums.device):
+                step.partial[name] = Partial(sums)
+                return
             shape = step.groups.n_clusters, param.numel()
-            partial = Partial(torch.zeros(shape, dtype=dtype, device=param.device))
+            partial = Partial(torch.zeros(shape, dtype=dtype, device=param.device), given=0)
             step.partial[name] = partial
+            blocks = itertools.chain([(start, stop, sums)], blocks)
+        partial.given += 1
         for start, stop, sums in blocks:
             partial.sums[:, start:stop] += sums
-        return self._wait(step, name, None)
 
     def _take(self, step: Step, name: str, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
         """Return the gradients of a parameter that is used once; their values may come later."""
@@ -332,6 +347,8 @@ class Accumulator:
         """
         partial = step.partial[name]
         blocks = iter([(0, partial.sums.shape[1], partial.sums)])
+        if partial.given == step.uses.get(name) and partial.taken is None:
+            return self._take(step, name, blocks, partial.sums.dtype)  # no other use follows
         taken = self._sink.take(name, step.groups, blocks, partial.sums.dtype)
         before, partial.taken = partial.taken, taken
         if before is None:

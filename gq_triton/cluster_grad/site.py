@@ -91,7 +91,10 @@ class Collector(Protocol):
     def give(
         self, step: Step, param: Tensor, blocks: Iterator[Block], dtype: torch.dtype
     ) -> Tensor | None:
-        """Take the sums of one use of a parameter; return what the layer returns as gradient."""
+        """Take the sums of one use of a parameter; return what the layer returns as gradient.
+
+        The collector may keep a block, and add to it, except where ``scratch`` reuses its memory.
+        """
         ...
 
     def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor | None:

@@ -20,11 +20,13 @@ class Partial:
 
     Attributes:
         sums: gradients summed by cluster so far, ``(K, elements)``.
+        given: the number of uses whose sums these are.
         taken: the gradients that the sink made of the sums when the parameter's hook was last
             called; None before the first call.
     """
 
     sums: Tensor
+    given: int = 1
     taken: "Taken | None" = None
 
 

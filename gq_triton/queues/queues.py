@@ -281,7 +281,9 @@ class Queues:
         rings = [rows(local(self._queue[name])) for name in names]
         counters = [self._queued[name] for name in names]
         ops.push_(raw, rings, counters, accept, grad_scale=grad_scale)
-        owners = [name for name, part in zip(names, statistics, strict=True) for _ in part]
+        owners = [
+            name for name, part in zip(names, statistics, strict=True) for _ in range(len(part))
+        ]
         self._keep_statistics(tuple(names), torch.cat(list(statistics)), owners)
 
     def _allocate(self, name: str) -> None:

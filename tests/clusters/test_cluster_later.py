@@ -122,7 +122,7 @@ def test_gradients_are_those_that_do_not_wait(case, weighed):
         pair.each(train(loss, batch))
         pair.assert_same()
     assert len(weighed) == 3  # once in each step
-    assert len(weighed[-1]) >= (2 if case == "tables" else 6)
+    assert len(weighed[-1]) == {"mlp": 6, "tables": 3, "images": 6}[case]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled here, for CUDA.")
