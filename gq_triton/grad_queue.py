@@ -9,13 +9,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from gq_triton.attachment import Handle, check_optimizer, own_parameters
 from gq_triton.claims import ATTACH, claim, release
 from gq_triton.cluster_grad import Check, Clusters, DeclaredPasses, Weigh, check_batch
 from gq_triton.describe import changed, described
 from gq_triton.grouping import Groups
 from gq_triton.loss_scale import GradScale, scaler_of
 from gq_triton.names import bare, is_divided, parameter_names
-from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.options import (
     ClusterKeywords,
     ClusterOptions,
@@ -29,19 +29,6 @@ from gq_triton.ring import flat, local, place_gradients, write_back_
 from gq_triton.wrappers import innermost, refuse_wrappers
 
 __all__ = ["GradQueue", "Handle"]
-
-
-class Handle:
-    """The connection of a ``GradQueue`` to an optimizer; ``remove`` ends it."""
-
-    def __init__(self, undo: Callable[[], None]) -> None:
-        self._undo: Callable[[], None] | None = undo
-
-    def remove(self) -> None:
-        """End the connection: later steps use plain gradients. A second call does nothing."""
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
 
 
 class PlugInKeywords(ClusterKeywords, LawKeywords, total=False):
@@ -158,7 +145,7 @@ class GradQueue:
                 belongs to the model.
         """
         optimizer = innermost(optimizer)
-        self._check_optimizer(optimizer)
+        check_optimizer(optimizer, self._names)
         if self._clusters and self._handle is not None:
             raise ValueError("with clusters a GradQueue serves one optimizer: call remove() first")
 
@@ -174,7 +161,7 @@ class GradQueue:
             return (optimizer, weighing, *args[2:]), rest
 
         # With clusters the backward pass weights the gradients, whichever optimizer steps.
-        claimed = list(self._names) if self._clusters else self._own(optimizer)
+        claimed = list(self._names) if self._clusters else own_parameters(optimizer, self._names)
         claim(claimed, before_step, ATTACH)
         hook = optimizer.register_step_pre_hook(before_step)
         kind = type(optimizer).__name__
@@ -198,32 +185,6 @@ class GradQueue:
 
         self._handle = Handle(undo)
         return self._handle
-
-    def _check_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise an error unless the optimizer's gradients can be weighted, and only once."""
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"attach needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise ValueError(
-                f"{type(optimizer).__name__} did not initialise torch.optim.Optimizer: attach to "
-                "the optimizer that it wraps"
-            )
-        for own in (optimizer, *vars(optimizer).values()):
-            if isinstance(own, GradQueueOptimizer):
-                name = type(own).__name__
-                raise ValueError(
-                    f"{name} weights its gradients itself: attach to a plain torch optimizer, or "
-                    f"use {name} without GradQueue"
-                )
-        if not self._own(optimizer):
-            raise ValueError(
-                "none of the optimizer's parameters belongs to the model: build the GradQueue from "
-                "the model that the optimizer updates, after fully_shard"
-            )
-
-    def _own(self, optimizer: Optimizer) -> list[Tensor]:
-        """Return the optimizer's parameters that belong to the model."""
-        return [p for group in optimizer.param_groups for p in group["params"] if p in self._names]
 
     def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         def weighing() -> Any:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,24 +16,16 @@ from gq_triton.claims import OPTIMIZER, claim, release
 from gq_triton.describe import memory
 from gq_triton.engines import Engine, engine, note_plain_torch
 from gq_triton.law import Law, accepted, match_norm_
-from gq_triton.optim.batches import QUEUE, QUEUED, Batch, Found, Plan, State
+from gq_triton.optim.batches import QUEUE, Batch, Found, Plan, State
 from gq_triton.optim.measured import Measured, figures, measure
-from gq_triton.optim.saved import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    LOSSES,
-    MOMENTUM_BUFFER,
-    STEP,
-    optimizer_rule,
-)
+from gq_triton.optim.saved import LOSSES, optimizer_rule
+from gq_triton.optim.states import allocate_ring, reorder, saved_states, take_over
 from gq_triton.options import LawOptions, read
 from gq_triton.queues.losses import length_of, new_losses, record_loss
 from gq_triton.ring import (
     least_over,
     local,
     mean_over_ranks,
-    new_counter,
-    new_queue,
     place_gradients,
     refuse_capture,
     shard_groups,
@@ -294,28 +286,12 @@ class GradQueueOptimizer(Optimizer):
 
     def _init(self, param: Tensor, group: dict[str, Any], state: State) -> None:
         """Allocate missing parts of a parameter's state, and give it the parameter's order."""
-        if QUEUE not in state:
-            state[QUEUE] = new_queue(param, group["queue_length"], group["queue_dtype"])
-            state[QUEUED] = new_counter(param)
+        allocate_ring(param, group, state)
         self._new_state(param, group, state)
         order = local(param).stride()
         if self._orders.get(param) != order:
             self._orders[param] = order
-            self._reorder(param, state)
-
-    def _reorder(self, param: Tensor, state: State) -> None:
-        """Copy a parameter's state to the parameter's memory order; a checkpoint may differ."""
-        if isinstance(param, DTensor):
-            return
-        for name, value in state.items():
-            if name == QUEUE:
-                fresh = new_queue(param, len(value), value.dtype)
-            elif isinstance(value, Tensor) and value.dim() and value.shape == param.shape:
-                fresh = torch.empty_like(param, dtype=value.dtype)
-            else:
-                continue
-            if fresh.stride() != value.stride():
-                state[name] = fresh.copy_(value)
+            reorder(param, state)
 
     def init_state(self) -> None:
         """Allocate the state of every parameter now instead of in its first step.
@@ -400,9 +376,9 @@ class GradQueueOptimizer(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        for param, saved in self._saved_states(loaded):
+        for param, saved in saved_states(self.param_groups, loaded):
             for name, value in saved.items():
-                self._take_over(param, name, value)
+                take_over(param, self.state[param], name, value)
         for group, before in zip(self.param_groups, options, strict=True):
             # A checkpoint of torch.optim has no options of the law: the group's own ones stay.
             for name, value in before.items():
@@ -412,33 +388,6 @@ class GradQueueOptimizer(Optimizer):
             if losses is not None and window is not None and group["params"]:
                 device = local(group["params"][0]).device
                 group[LOSSES] = filled(new_losses(window, group["queue_length"], device), losses)
-
-    def _take_over(self, param: Tensor, name: str, value: Any) -> None:
-        """Copy one entry of a checked state into new memory with the layout that a step needs.
-
-        An entry of an unknown name stays as torch has loaded it.
-        """
-        state = self.state[param]
-        if name == QUEUE:
-            state[name] = filled(new_queue(param, len(value), value.dtype), value)
-        elif name == QUEUED:
-            state[name] = filled(new_counter(param), value)
-        elif name == STEP:
-            fresh = torch.zeros((), dtype=torch.float32, device=local(param).device)
-            state[name] = fresh.copy_(torch.as_tensor(value))
-        elif name in (EXP_AVG, EXP_AVG_SQ, MOMENTUM_BUFFER):
-            if value is None:
-                del state[name]
-                return
-            fresh = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state[name] = filled(fresh.requires_grad_(False), value)
-
-    def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, State]]:
-        """Yield each parameter with its saved state."""
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for key, param in zip(keys, params, strict=True):
-            yield param, state_dict["state"].get(key, {})
 
     def _problems(self, group: dict[str, Any]) -> Iterable[str]:
         """Yield a clause for each option of the subclass's own that cannot hold."""

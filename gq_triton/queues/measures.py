@@ -1,11 +1,54 @@
 """Metrics: the weights of the last step in numbers for the user."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["measures", "measures_by_name"]
+__all__ = ["LastStep", "measures", "measures_by_name"]
+
+
+class LastStep:
+    """The statistics of the last step's weights, as the engines return them."""
+
+    def __init__(self) -> None:
+        # By the names of a batch: the rows of its statistics, and the parameter of each row.
+        self._batches: dict[tuple[str, ...], tuple[Tensor, Sequence[str]]] = {}
+
+    def keep(self, names: tuple[str, ...], statistics: Tensor, owners: Sequence[str]) -> None:
+        """Keep the statistics of a batch; a parameter that comes again begins a new step.
+
+        Args:
+            names: the parameters of the batch.
+            statistics: ``(N, 5)``, to be added up.
+            owners: the parameter of each row.
+        """
+        if any(not set(names).isdisjoint(batch) for batch in self._batches):
+            self._batches.clear()
+        self._batches[names] = statistics, owners
+
+    def names(self) -> set[str]:
+        """Return the names of the parameters that have statistics."""
+        return {name for names in self._batches for name in names}
+
+    def total(self) -> Tensor:
+        """Return the statistics of all parameters together, ``(1, 5)`` float64."""
+        sums = torch.stack([part.double().sum(dim=0) for part, _ in self._batches.values()])
+        return sums.sum(dim=0, keepdim=True)
+
+    def table(self, names: Sequence[str]) -> Tensor:
+        """Return the statistics of each parameter, ``(N, 5)`` float64."""
+        place = {name: row for row, name in enumerate(names)}
+        parts = [part.double() for part, _ in self._batches.values()]
+        rows = [place[owner] for _, owners in self._batches.values() for owner in owners]
+        device = parts[0].device
+        index = torch.tensor(rows, dtype=torch.int64, device=device)
+        table = torch.zeros(len(names), 5, dtype=torch.float64, device=device)
+        return table.index_add_(0, index, torch.cat([part.to(device) for part in parts]))
+
+    def clear(self) -> None:
+        """Forget the last step."""
+        self._batches.clear()
 
 
 def measures(total: Tensor, elements: int, length: Tensor | int) -> dict[str, float]:

@@ -13,8 +13,8 @@ from gq_triton.engines import engine, note_plain_torch
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.options import LawOptions
 from gq_triton.queues.losses import length_of, new_losses, record_loss
-from gq_triton.queues.measures import measures, measures_by_name
-from gq_triton.queues.saved import digests
+from gq_triton.queues.measures import LastStep, measures, measures_by_name
+from gq_triton.queues.saved import SHAPE_OPTIONS, digests, saved_rule
 from gq_triton.ring import (
     capturing,
     flat,
@@ -27,13 +27,9 @@ from gq_triton.ring import (
     rows,
     shard_groups,
 )
-from gq_triton.saved.rules import COUNTER_LIMIT, Also, Exactly, Maybe, Record, Rule, check
-from gq_triton.saved.state import counter_rule, losses_rule, ring_rule
+from gq_triton.saved.rules import COUNTER_LIMIT, check
 
 __all__ = ["Queues"]
-
-# Options that a saved state must share with the queues it is loaded into.
-_SHAPE_OPTIONS = "queue_length", "loss_window"
 
 
 class Queues:
@@ -58,8 +54,7 @@ class Queues:
         self._queued: dict[str, Tensor] = {}
         self._layouts: dict[str, tuple[torch.device, tuple[int, ...]]] = {}
         self._losses: Tensor | None = None
-        # By the names of a batch: the rows of its statistics, and the parameter of each row.
-        self._statistics: dict[tuple[str, ...], tuple[Tensor, Sequence[str]]] = {}
+        self._last = LastStep()
 
     def weigh_(
         self,
@@ -126,9 +121,7 @@ class Queues:
             statistics: ``(N, 5)``, to be added up.
             owners: the parameter of each row; None says that there is one row for each name.
         """
-        if any(not set(names).isdisjoint(group) for group in self._statistics):
-            self._statistics.clear()
-        self._statistics[names] = statistics, names if owners is None else owners
+        self._last.keep(names, statistics, names if owners is None else owners)
 
     def combine(
         self,
@@ -358,28 +351,17 @@ class Queues:
             and ``saturated_low``, shares of elements at rho and at 1/rho; ``effective_length``,
             which all parameters share and ``per_layer`` leaves out. Empty before the first step.
         """
-        if not self._statistics:
+        seen = self._last.names()
+        if not seen:
             return {}
         # Statistics of a sharded parameter cover all its shards, and so does a DTensor's numel().
-        seen = {name for names in self._statistics for name in names}
         elements = {name: p.numel() for name, p in self.params.items() if name in seen}
         if per_layer:
-            return measures_by_name(self._over_ranks(self._table(list(elements))), elements)
-        sums = torch.stack([part.double().sum(dim=0) for part, _ in self._statistics.values()])
-        (total,) = self._over_ranks(sums.sum(dim=0, keepdim=True))
+            return measures_by_name(self._over_ranks(self._last.table(list(elements))), elements)
+        (total,) = self._over_ranks(self._last.total())
         length = self.effective_length(total.device)
         used = self.options.queue_length if length is None else length
         return measures(total, sum(elements.values()), used)
-
-    def _table(self, names: Sequence[str]) -> Tensor:
-        """Return the statistics of each parameter, ``(N, 5)`` float64."""
-        place = {name: row for row, name in enumerate(names)}
-        parts = [part.double() for part, _ in self._statistics.values()]
-        rows = [place[owner] for _, owners in self._statistics.values() for owner in owners]
-        device = parts[0].device
-        index = torch.tensor(rows, dtype=torch.int64, device=device)
-        table = torch.zeros(len(names), 5, dtype=torch.float64, device=device)
-        return table.index_add_(0, index, torch.cat([part.to(device) for part in parts]))
 
     def _over_ranks(self, table: Tensor) -> Tensor:
         """Return statistics ``(N, 5)`` summed over all ranks: here each has all elements."""
@@ -424,7 +406,7 @@ class Queues:
         """
         rings = list(self._rings())
         return {
-            "options": {name: getattr(self.options, name) for name in _SHAPE_OPTIONS},
+            "options": {name: getattr(self.options, name) for name in SHAPE_OPTIONS},
             "losses": self._losses,
             "queue": {name: queue for name, queue, _ in rings},
             "queued": {name: queued for name, _, queued in rings},
@@ -454,7 +436,7 @@ class Queues:
         losses = state["losses"]
         self._losses = None if losses is None else losses.detach().clone()
         self._layouts.clear()
-        self._statistics.clear()
+        self._last.clear()
 
     def check_saved(self, state: Any, highest: int = COUNTER_LIMIT - 1) -> None:
         """Raise a ValueError that names what keeps a saved state from being loaded.
@@ -463,26 +445,4 @@ class Queues:
             state: what ``state_dict`` returned; further keys are not looked at.
             highest: the largest number of gradients that a ring may have taken.
         """
-        length, window = self.options.queue_length, self.options.loss_window
-        options = {name: Exactly(getattr(self.options, name)) for name in _SHAPE_OPTIONS}
-        rings = {name: ring_rule(p, length) for name, p in self.params.items()}
-        counters = dict.fromkeys(self.params, counter_rule(highest))
-        lacking = "that this model lacks"
-        losses: Rule = Exactly(None)
-        if window is not None:
-            losses = Maybe(losses_rule(window, length))
-        record = {
-            "options": Record(options),
-            "losses": losses,
-            "queue": Record({}, rings, unknown=lacking, named=False),
-            "queued": Record({}, counters, unknown=lacking, named=False),
-        }
-        check(state, Also(Record(record), _unpaired), "the saved queue")
-
-
-def _unpaired(state: Mapping[str, Any]) -> str | None:
-    """Return a clause that names a saved ring without a counter, or a counter without a ring."""
-    alone = sorted(state["queue"].keys() ^ state["queued"].keys())
-    return (
-        f"queue and queued must have the same names, {alone[0]!r} is in one only" if alone else None
-    )
+        check(state, saved_rule(self.params, self.options, highest), "the saved queue")

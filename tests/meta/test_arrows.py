@@ -55,7 +55,8 @@ MAY = {
     "cluster_grad.standins": {"cluster_grad", "cluster_grad.layers", "grouping"} | ENGINES,
     "sampling": {"grouping"} | ENGINES,
     "optim": QUEUES,
-    "grad_queue": {"optim", "dist.sharded"} | BELOW,
+    "attachment": {"optim"},
+    "grad_queue": {"attachment", "dist.sharded"} | BELOW,
     "dist": {"dist.routes", "dist.state"} | BELOW,
     "dist.state": {"dist", "dist.routes"} | BELOW,
     # A route is given what it needs of the state, and may not import the state.

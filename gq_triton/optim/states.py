@@ -1,0 +1,70 @@
+"""The state of one parameter of an optimizer: its ring, its memory order, and what is loaded.
+
+What a step adds to torch's state lies in ``optimizer.state`` too, where checkpoint libraries look.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from gq_triton.optim.batches import QUEUE, QUEUED, State
+from gq_triton.optim.saved import EXP_AVG, EXP_AVG_SQ, MOMENTUM_BUFFER, STEP
+from gq_triton.ring import local, new_counter, new_queue
+from gq_triton.saved.state import filled
+
+__all__ = ["allocate_ring", "reorder", "saved_states", "take_over"]
+
+
+def allocate_ring(param: Tensor, group: dict[str, Any], state: State) -> None:
+    """Give a state its ring and the counter of the ring, unless it has them."""
+    if QUEUE not in state:
+        state[QUEUE] = new_queue(param, group["queue_length"], group["queue_dtype"])
+        state[QUEUED] = new_counter(param)
+
+
+def reorder(param: Tensor, state: State) -> None:
+    """Copy a parameter's state to the parameter's memory order; a checkpoint may differ."""
+    if isinstance(param, DTensor):
+        return
+    for name, value in state.items():
+        if name == QUEUE:
+            fresh = new_queue(param, len(value), value.dtype)
+        elif isinstance(value, Tensor) and value.dim() and value.shape == param.shape:
+            fresh = torch.empty_like(param, dtype=value.dtype)
+        else:
+            continue
+        if fresh.stride() != value.stride():
+            state[name] = fresh.copy_(value)
+
+
+def take_over(param: Tensor, state: State, name: str, value: Any) -> None:
+    """Copy one entry of a checked state into new memory with the layout that a step needs.
+
+    An entry of an unknown name stays as torch has loaded it.
+    """
+    if name == QUEUE:
+        state[name] = filled(new_queue(param, len(value), value.dtype), value)
+    elif name == QUEUED:
+        state[name] = filled(new_counter(param), value)
+    elif name == STEP:
+        fresh = torch.zeros((), dtype=torch.float32, device=local(param).device)
+        state[name] = fresh.copy_(torch.as_tensor(value))
+    elif name in (EXP_AVG, EXP_AVG_SQ, MOMENTUM_BUFFER):
+        if value is None:
+            del state[name]
+            return
+        fresh = torch.zeros_like(param, memory_format=torch.preserve_format)
+        state[name] = filled(fresh.requires_grad_(False), value)
+
+
+def saved_states(
+    groups: Sequence[dict[str, Any]], saved: dict[str, Any]
+) -> Iterator[tuple[Tensor, State]]:
+    """Yield each parameter of the groups with its saved state."""
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    params = [param for group in groups for param in group["params"]]
+    for key, param in zip(keys, params, strict=True):
+        yield param, saved["state"].get(key, {})
