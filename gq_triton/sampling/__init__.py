@@ -3,11 +3,13 @@
 from gq_triton.sampling.costs import EpochCost
 from gq_triton.sampling.importance import ImportanceBatch, ImportanceLoader
 from gq_triton.sampling.scores import importance_score, variance_reduction
+from gq_triton.sampling.stratified import StratifiedBatchSampler
 
 __all__ = [
     "EpochCost",
     "ImportanceBatch",
     "ImportanceLoader",
+    "StratifiedBatchSampler",
     "importance_score",
     "variance_reduction",
 ]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
-from gq_triton.sampling import ImportanceLoader
+from gq_triton.sampling import ImportanceLoader, StratifiedBatchSampler
 
 
 def data() -> TensorDataset:
@@ -71,7 +71,15 @@ def check_ranks_continue_bit_for_bit(rank: int) -> None:
     assert torch.equal(torch.stack(seen), expected)
 
 
+def check_ranks_share_the_batches_of_one_process(rank: int) -> None:
+    labels = torch.arange(60) % 7
+    own = torch.tensor(list(StratifiedBatchSampler(labels, 3)))
+    whole = torch.tensor(list(StratifiedBatchSampler(labels, 6, num_replicas=1, rank=0)))
+    assert torch.equal(torch.cat(of_all(own), dim=1), whole)
+
+
 CHECKS = [
+    check_ranks_share_the_batches_of_one_process,
     check_ranks_draw_disjoint_samples_in_the_same_steps,
     check_ranks_continue_bit_for_bit,
 ]
