@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from gq_triton.kernels.weight_kernels import MULTIPLIES_FLOAT64
+
 __all__ = [
     "Device",
     "Tile",
@@ -29,7 +31,8 @@ LARGEST = {
     "tf32": (128, 128, 32),
     "tf32, small": (128, 64, 32),
     "float32": (128, 64, 16),
-    "float64": (64, 64, 16),
+    # All products of a block of rows are in registers where Triton does not multiply float64.
+    "float64": (64, 64, 16) if MULTIPLIES_FLOAT64 else (16, 16, 16),
 }
 # The smallest area to which a tile is divided so that more programs run, and most copies under way.
 SMALLEST, MOST_STAGES = 64 * 64, 4

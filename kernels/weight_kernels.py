@@ -19,6 +19,8 @@ __all__ = ["GEOMETRY", "depthwise_kernel", "weight_kernel"]
 
 # Tiles of outputs that are taken in turns, so that neighbouring programs share rows in cache.
 TURN = tl.constexpr(8)
+# Whether Triton multiplies matrices of float64; 3.4 does not.
+MULTIPLIES_FLOAT64 = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5))
 # How a window moves over three dimensions, the last of which is the innermost: sizes at the output
 # and at the input, taps, steps, zeros of padding, distances between taps.
 GEOMETRY = (
@@ -152,7 +154,10 @@ def weight_kernel(
         b_at = x + sample * x_sample + at * (groups * inputs) + x_columns
         b = tl.load(b_at, mask=live & known_j, other=0.0)
         a, b = a.to(F_DTYPE).T, b.to(F_DTYPE)
-        total = tl.dot(a, b, acc=total, input_precision=PRECISION, out_dtype=C_DTYPE)
+        if C_DTYPE == tl.float64 and not MULTIPLIES_FLOAT64:
+            total += tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+        else:
+            total = tl.dot(a, b, acc=total, input_precision=PRECISION, out_dtype=C_DTYPE)
         sample = ahead
     sums += split.to(tl.int64) * stride_split + cluster.to(tl.int64) * stride_k
     to = (group * outputs + o)[:, None].to(tl.int64) * stride_o + i[None, :] * stride_i
