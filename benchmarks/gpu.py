@@ -1,0 +1,311 @@
+"""Check the results on a GPU, then time all that README.md and docs/ claim of GPUs, in one run.
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --parts check clusters --csv result.csv
+
+The run takes at most ``--seconds`` (five minutes; what has not begun by then is left out, by name).
+A wrong result ends it before anything is timed. Two steps that are compared are timed in turns over
+the same shapes, so that drift affects both alike. A line has the medians, the median of the ratios
+of the turns, and their range; below 1 ours is faster. "captured" means that a step is a replayed
+CUDA graph. Peak memory is that of one step, the model and its optimizer included.
+
+The table and the CSV name the hardware, the driver and the versions. Without a GPU everything runs
+on the CPU in a reduced form: it shows that the script works, and its figures say nothing.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from correct import CHECKS
+from models import GPT, ResNet18, ResNet50
+from optimizers import OWN_BYTES, PAIRS, copy_rate, new_gradients, parameters
+from record import Line, Run, Step, show
+from shapes import MODELS
+from torch import Tensor, nn
+
+from gq_triton import GradQueue
+from gq_triton.grouping import KMeans
+from gq_triton.testing import spawn
+
+FILL = 7  # steps that fill the queue: from the sixth on every weight is computed
+CLUSTERS = 8
+
+
+def captured(step: Step) -> Step:
+    """Return the replay of a step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def check(run: Run) -> None:
+    """Compare results with the oracle; a wrong one ends the run."""
+    for function in CHECKS:
+        for what, error, bound in function(run.device):
+            run.lines.append(Line("check", what, "error / bound", error, bound))
+            if not error <= bound:
+                run.failures.append(f"{what}: error {error:.3g}, at most {bound:.3g} is allowed")
+    if run.failures:
+        raise SystemExit("wrong results, nothing was timed:\n" + "\n".join(run.failures))
+
+
+def optimizers(run: Run) -> None:
+    """Time a step of our optimizers against torch's fused ones; the queue is full."""
+    models = {"two tensors": lambda: [(64, 64), (64,)]} if run.small else MODELS
+    copied = 0.0 if run.small else copy_rate(run.device, run.turns)
+    for model, shapes in models.items():
+        for name, (build, build_rival) in PAIRS.items():
+            with run.case("optimizers", f"{model}, {name}") as begins:
+                if not begins:
+                    continue
+                params, rivals = (parameters(shapes(), run.device) for _ in range(2))
+                ours, rival = build(params), build_rival(rivals)
+                for _ in range(FILL):
+                    new_gradients(params)
+                    ours.step()
+                    rival.step()
+                compare = functools.partial(run.compare, "optimizers")
+                compare(f"{model}, {name}, alone", ours.step, rival.step)
+                flowing = compare(f"{model}, {name}, back to back", ours.step, rival.step, 20)
+                if copied:
+                    elements = sum(param.numel() for param in params)
+                    moved = elements * (OWN_BYTES[name] + 6 * 4)  # five rows read, one written
+                    share = moved / (float(flowing.ours) / 1000) / copied
+                    flowing.note = f"{share:.0%} of a copy's bytes per second"
+            if run.small:
+                continue
+            with run.case("optimizers", f"{model}, {name}, captured") as begins:
+                if begins:
+                    both = captured(ours.step), captured(rival.step)
+                    compare(f"{model}, {name}, captured", *both, 20)
+
+
+def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def of_text(*sizes: int, batch: int) -> Callable[[torch.device], tuple]:
+    """Return a maker of a GPT, a batch of its longest sequences, and the loss."""
+
+    def make(device: torch.device) -> tuple[nn.Module, Tensor, Tensor, Callable]:
+        tokens = torch.randint(sizes[0], (2, batch, sizes[1]), device=device)
+        with device:
+            return GPT(*sizes), tokens[0], tokens[1], next_token
+
+    return make
+
+
+def of_images(build: Step, batch: int, side: int) -> Callable[[torch.device], tuple]:
+    """Return a maker of a model in ``channels_last``, a batch, and the loss."""
+
+    def make(device: torch.device) -> tuple[nn.Module, Tensor, Tensor, Callable]:
+        with device:
+            model = build().to(memory_format=torch.channels_last)
+            images = torch.randn(batch, 3, side, side).to(memory_format=torch.channels_last)
+            return model, images, torch.randint(10, (batch,)), nn.functional.cross_entropy
+
+    return make
+
+
+# Models, and the ways in which their steps run. GPT-2 and ResNet-50 run under autocast in bfloat16.
+CASES: dict[str, tuple[Callable[[torch.device], tuple], bool, tuple[str, ...]]] = {
+    "tiny GPT, 64 x 128": (of_text(256, 128, 256, 4, 4, batch=64), False,
+                           ("eager", "captured", "compiled")),
+    "ResNet-18, 64 x 32^2": (of_images(ResNet18, 64, 32), False,
+                             ("eager", "captured", "compiled")),
+    "GPT-2 small, 8 x 1024": (of_text(50304, 1024, 768, 12, 12, batch=8), True,
+                              ("eager", "captured")),
+    "GPT-2 small, 16 x 1024": (of_text(50304, 1024, 768, 12, 12, batch=16), True,
+                               ("eager", "captured")),
+    "ResNet-50, 64 x 224^2": (of_images(ResNet50, 64, 224), True, ("eager", "captured")),
+}  # fmt: skip
+SMALL: dict[str, tuple[Callable[[torch.device], tuple], bool, tuple[str, ...]]] = {
+    "GPT": (of_text(16, 8, 16, 2, 1, batch=16), False, ("eager",)),
+    "convolutions": (of_images(lambda: ResNet50((1,), 4, 10), 16, 16), False, ("eager",)),
+}
+
+
+def training_step(
+    made: tuple[nn.Module, Tensor, Tensor, Callable], autocast: bool, way: str, clustered: bool
+) -> Step:
+    """Return a training step with SGD, which zeroes gradients, computes them and updates."""
+    model, inputs, targets, loss = made
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    if clustered:
+        GradQueue(model, n_clusters=CLUSTERS, features="features").attach(optimizer)
+    run = torch.compile(model) if way == "compiled" else model
+    device = inputs.device.type
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            value = loss(run(inputs), targets)
+        value.backward()
+        optimizer.step()
+
+    for _ in range(FILL):
+        step()
+    return captured(step) if way == "captured" else step
+
+
+def clusters(run: Run) -> None:
+    """Time a step with clusters against the plain one: eager, captured and compiled; memory."""
+    # All eager steps come first: they are the claims.
+    for way in ("eager", "captured", "compiled"):
+        for name, (make, autocast, ways) in (SMALL if run.small else CASES).items():
+            if way in ways:
+                _clusters(run, name, make, autocast, way)
+
+
+def _clusters(run: Run, name: str, make: Callable, autocast: bool, way: str) -> None:
+    case = f"{name}, K = {CLUSTERS}, {way}"
+    with run.case("clusters", case) as begins:
+        if begins:
+            torch.manual_seed(0)
+            plain = make(run.device)
+            twin = copy.deepcopy(plain[0]), *plain[1:]
+            ours = training_step(twin, autocast, way, True)
+            rival = training_step(plain, autocast, way, False)
+            run.compare("clusters", case, ours, rival)
+            del plain, twin, ours, rival
+    if way == "eager" and not run.small:
+        with run.case("memory", case) as begins:
+            if begins:
+                mine, other = (peak(make(run.device), autocast, own) for own in (True, False))
+                run.note("memory", case, "MiB", [mine], [other])
+
+
+def peak(made: tuple, autocast: bool, clustered: bool) -> float:
+    """Return the peak memory of a step in MiB, with nothing else on the device."""
+    step = training_step(made, autocast, "eager", clustered)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def kmeans(run: Run) -> None:
+    """Time ten iterations of k-means against a loop of plain torch that does no more than that."""
+    for batch, width in ((64, 8),) if run.small else ((128, 64), (64, 512), (2048, 768)):
+        case = f"{batch} x {width}, K = {CLUSTERS}"
+        with run.case("k-means", case) as begins:
+            if not begins:
+                continue
+            x = torch.randn(batch, width, device=run.device)
+            ours = KMeans(CLUSTERS, max_iter=10, tol=0.0)
+            ours.fit(x)
+
+            def rival(x: Tensor = x) -> None:
+                centers = x[:CLUSTERS]
+                for _ in range(10):
+                    labels = torch.cdist(x, centers).argmin(dim=1)
+                    members = nn.functional.one_hot(labels, CLUSTERS).to(x)
+                    centers = members.T @ x / members.sum(dim=0).clamp(min=1)[:, None]
+
+            run.compare("k-means", case, lambda ours=ours, x=x: ours.fit(x), rival)
+
+
+def kernels(run: Run) -> None:
+    """Time the kernels of ``benchmarks/kernels.py``: a weight's gradient, biases, norms."""
+    if run.small:
+        return  # the interpreter takes minutes
+    # The module of that name is the package's folder of kernels, where that is on the path.
+    spec = importlib.util.spec_from_file_location(
+        "benchmark_kernels", Path(__file__).with_name("kernels.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, build in module.CASES.items():
+        with run.case("kernels", name) as begins:
+            if not begins:
+                continue
+            made = build(run.device)
+            for ours, rival in made.pairs:
+                both = made.steps[ours], made.steps[rival]
+                for step in both:
+                    run.taken(step, 3)
+                run.compare("kernels", f"{made.shape}: {ours} / {rival}", *both, calls=10)
+
+
+def hook(run: Run) -> None:
+    """Time a step with the DDP hook: one NCCL rank, and two gloo ranks that share the GPU."""
+    for backend, ranks in (("gloo", 1),) if run.small else (("nccl", 1), ("gloo", 2)):
+        case = f"ResNet-50, 64 images, {backend}, {ranks} rank{'s' * (ranks > 1)}"
+        with run.case("hook", case) as begins, tempfile.TemporaryDirectory() as folder:
+            if not begins:
+                continue
+            file = Path(folder, "times.json")
+            spawn(ranks, hook_times, backend, str(run.device), str(file), run.turns, timeout=180.0)
+            ours, rival = json.loads(file.read_text())
+            run.note("hook", case, "ms", ours, rival)
+
+
+def hook_times(rank: int, backend: str, device: str, file: str, turns: int) -> None:
+    """Write the milliseconds of steps with and without the hook, from one rank of some."""
+    from distributed import in_turns, make_step
+
+    group = dist.new_group(backend=backend)
+    assert isinstance(group, dist.ProcessGroup)
+    torch.manual_seed(0)
+    small = device == "cpu"
+    model = (ResNet50((1,), 4, 10) if small else ResNet50()).to(device)
+    side = 16 if small else 224
+    batch = torch.randn(64, 3, side, side, device=device), torch.randint(10, (64,), device=device)
+    steps = [make_step(copy.deepcopy(model), options, batch, group)[0] for options in ({}, None)]
+    for step in steps:
+        for _ in range(FILL):
+            step()
+    times = 1000 * in_turns(steps, turns)
+    if rank == 0:
+        Path(file).write_text(json.dumps(times.T.tolist()))
+
+
+PARTS = {
+    "check": check, "optimizers": optimizers, "clusters": clusters, "k-means": kmeans,
+    "kernels": kernels, "hook": hook,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=300.0, help="nothing begins after them")
+    parser.add_argument("--turns", type=int, help="turns of each comparison: 9, without a GPU 2")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", default="gpu.csv", help="the file of the results")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    run = Run(device, args.seconds, args.turns or (2 if device.type == "cpu" else 9))
+    if run.small:
+        torch.set_num_threads(1)
+    try:
+        for part in args.parts:
+            PARTS[part](run)
+    finally:
+        show(run, args.csv)
+    if run.failures:
+        sys.exit("\n".join(["these cases failed:", *run.failures]))
+
+
+if __name__ == "__main__":
+    main()
