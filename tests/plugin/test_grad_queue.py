@@ -9,27 +9,10 @@ import copy
 
 import pytest
 import torch
+from plugin_cases import backward, batch, make_model
 from torch import nn
 
 from gq_triton import GQSGD, GQAdamW, GradQueue, reference
-
-
-def make_model(seed=0, dtype=torch.float64):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-
-
-def batch(step, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(16, 6, generator=generator, dtype=dtype)
-
-
-def backward(model, step, scale=1.0):
-    model.zero_grad()
-    loss = model(batch(step)).square().mean()
-    (loss * scale).backward()
-    return loss
-
 
 OPTIMIZERS = [
     lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
@@ -266,69 +249,6 @@ def test_a_queue_of_another_model_is_refused_and_nothing_changes():
     assert queue.digest() == digest
 
 
-def test_metrics_say_what_the_law_did():
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    queue = GradQueue(model, queue_length=3)
-    queue.attach(optimizer)
-    assert queue.metrics() == {}
-    history = []
-    for step in range(6):
-        backward(model, step)
-        raw = [p.grad.clone() for p in model.parameters()]
-        optimizer.step()
-        history.append(raw)
-    weights = torch.cat(
-        [
-            reference.scarcity_weight(g, torch.stack([h[i] for h in history[2:5]])).flatten()
-            for i, g in enumerate(history[5])
-        ]
-    )
-    flat = torch.cat([g.flatten() for g in history[5]])
-    metrics = queue.metrics()
-    assert metrics["mean_weight"] == pytest.approx(float(weights.mean()), rel=1e-6)
-    assert metrics["norm_ratio"] == pytest.approx(
-        float((weights * flat).norm() / flat.norm()), rel=1e-6
-    )
-    assert metrics["saturated_high"] == pytest.approx(float((weights == 3).double().mean()))
-    assert metrics["saturated_low"] == pytest.approx(float((weights == 1 / 3).double().mean()))
-    assert metrics["effective_length"] == 3
-    assert metrics["cluster_sizes"] is None
-    layers = queue.metrics(per_layer=True)
-    assert list(layers) == [name for name, _ in model.named_parameters()]
-    for (name, param), w in zip(
-        model.named_parameters(), weights.split([g.numel() for g in history[5]]), strict=True
-    ):
-        raw = history[5][list(layers).index(name)].flatten()
-        assert param.numel() == raw.numel()
-        assert layers[name] == pytest.approx(
-            {
-                "mean_weight": float(w.mean()),
-                "norm_ratio": float((w * raw).norm() / raw.norm()),
-                "saturated_high": float((w == 3).double().mean()),
-                "saturated_low": float((w == 1 / 3).double().mean()),
-            },
-            rel=1e-6,
-        )
-
-
-def test_repr_names_options_size_and_what_is_served():
-    model = torch.nn.Linear(4, 2)
-    queue = GradQueue(model, rho=2.0)
-    assert repr(queue) == (
-        "GradQueue(rho=2.0; 2 parameters of 10 elements, queue of 0 bytes; not attached)"
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    handle = queue.attach(optimizer)
-    model(torch.ones(3, 4)).sum().backward()
-    optimizer.step()
-    assert repr(queue).endswith("queue of 200 bytes; attached to SGD)")
-    handle.remove()
-    assert repr(queue).endswith("not attached)")
-    grouped = GradQueue(torch.nn.Sequential(model), n_clusters=2, features="0")
-    assert repr(grouped).startswith("GradQueue(n_clusters=2, features='0'; ")
-
-
 def test_match_norm_keeps_every_parameters_norm():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -451,19 +371,3 @@ def test_two_optimizers_may_share_a_model():
     assert queue.digest() == other.digest()
     for actual, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(actual, expected)
-
-
-def test_metrics_are_about_the_last_step():
-    model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    queue = GradQueue(model, queue_length=2)
-    queue.attach(optimizer)
-    for step in range(4):
-        backward(model, step)
-        for param in model[2].parameters():
-            param.grad = torch.ones_like(param)
-        if step == 3:
-            assert queue.metrics()["mean_weight"] > 1 / 3
-            model[0].weight.grad = model[0].bias.grad = None
-        optimizer.step()
-    assert queue.metrics()["mean_weight"] == pytest.approx(1 / 3)  # constant gradients only
