@@ -59,7 +59,7 @@ class ShardedQueues(Queues):
         self._known: dict[str, Tensor] = {}
         self._arriving: dict[Unit, _Gathering] = {}
         self._gathered: set[Unit] = set()
-        self._last: Unit | None = None
+        self._latest: Unit | None = None
         self._next: dict[Unit, Unit] = {}
         self.clustered: set[str] = set()
 
@@ -101,9 +101,9 @@ class ShardedQueues(Queues):
         self._begin(unit, device)
         self._arrive(unit, self._arriving.pop(unit))
         self._gathered.add(unit)
-        if self._last is not None:
-            self._next[self._last] = unit
-        self._last = unit
+        if self._latest is not None:
+            self._next[self._latest] = unit
+        self._latest = unit
         following = self._next.get(unit)
         if following is not None and following not in self._gathered:
             self._begin(following, device)
@@ -150,7 +150,7 @@ class ShardedQueues(Queues):
         self._known.clear()
         self._arriving.clear()
         self._gathered.clear()
-        self._last = None
+        self._latest = None
 
     def push(
         self,
