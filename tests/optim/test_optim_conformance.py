@@ -1,7 +1,8 @@
 """The rules that every optimizer of one table keeps: steps and numbers.
 
 torch.optim is the reference wherever torch has a behaviour, ``gq_triton.reference`` where it has
-none. State and checkpoints are in test_optim_state.py, loss scaling in test_optim_scaler.py, errors in test_optim_errors.py.
+none. State and checkpoints are in test_optim_state.py, loss scaling in test_optim_scaler.py,
+errors in test_optim_errors.py.
 """
 
 import math
