@@ -61,9 +61,7 @@ class Later:
         self._queues, self._statistics, self._grad_scale = queues, statistics, grad_scale
         self._due: list[_Due] = []
         self._bytes = 0
-        # By parameter name, the memory of a gradient that waits. Autograd takes a gradient into
-        # p.grad without a copy only if nobody else holds the tensor, and a view holds its base. So
-        # the gradient is the view, and this is the base.
+        # By parameter name, the memory of a gradient that waits.
         self._places: dict[str, Tensor] = {}
 
     def serves(self, device: torch.device) -> bool:
@@ -99,10 +97,9 @@ class Later:
                 change any more.
         """
         param = self._queues.params[name]
-        place = torch.empty(param.numel(), dtype=param.dtype, device=sums.device)
-        raw = torch.empty_like(
-            param, dtype=sums.dtype, device=sums.device, memory_format=torch.preserve_format
-        )
+        weighted = torch.empty_like(param, memory_format=torch.preserve_format)
+        raw = torch.empty_like(weighted, dtype=sums.dtype)
+        place = _memory(weighted)
         on_gpu = sums.device.type == "cuda"
         stream = torch.cuda.current_stream(sums.device) if on_gpu else None
         self._due.append(_Due(name, groups, sums, place, flat(raw, like=param), stream))
@@ -110,7 +107,7 @@ class Later:
         self._bytes += sums.nbytes
         if self._bytes > ROOM:
             self._weigh()
-        return Taken(place.as_strided(raw.shape, raw.stride()), raw)
+        return Taken(weighted, raw)
 
     def arrived(self, name: str, grad: Tensor) -> None:
         """Note that ``p.grad`` has the gradient of a parameter.
@@ -150,6 +147,15 @@ class Later:
             grad_scale=self._grad_scale(),
         )  # fmt: skip
         self._statistics.update(zip(names, tables, strict=True))
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """Return the memory of a dense tensor, flat.
+
+    Autograd takes a gradient into ``p.grad`` without a copy only if nobody else holds the tensor. A
+    view holds its base, so this is no view.
+    """
+    return tensor.new_empty(0).set_(tensor.untyped_storage(), 0, (tensor.numel(),), (1,))
 
 
 @contextmanager

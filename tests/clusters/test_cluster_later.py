@@ -163,6 +163,7 @@ def test_autograd_takes_the_memory_without_a_copy(monkeypatch):
         queue.attach(torch.optim.SGD(model.parameters(), lr=0.05))
         loss(model, batches[0]).mean().backward()
         assert places == dict.fromkeys(dict(model.named_parameters()), True)
+        assert not any(param.grad._is_view() for param in model.parameters())
 
 
 def test_a_full_room_is_weighted_at_once(monkeypatch, weighed):

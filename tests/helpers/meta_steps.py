@@ -26,7 +26,7 @@ PACKAGE = os.path.dirname(gq_triton.__file__) + os.sep
 FREE = {
     "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach",
     "diagonal", "empty", "empty_like", "empty_strided", "expand", "lift_fresh", "new_empty",
-    "new_empty_strided", "permute", "promote_types", "resize_", "select", "slice", "split",
+    "new_empty_strided", "permute", "promote_types", "resize_", "select", "set_", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
 }  # fmt: skip
 # Operations whose result has a shape that depends on values: the host waits for it.
