@@ -10,6 +10,7 @@ from gq_triton.kernels.combine import combine
 from gq_triton.kernels.combine_all import combine_all
 from gq_triton.kernels.finite import all_finite
 from gq_triton.kernels.group import group
+from gq_triton.kernels.lloyd import lloyd_
 from gq_triton.kernels.push import push_
 from gq_triton.kernels.sgd import gqsgd_
 from gq_triton.kernels.statistics import queue_statistics
@@ -26,6 +27,7 @@ __all__ = [
     "gqadamw_",
     "gqsgd_",
     "group",
+    "lloyd_",
     "position_sums",
     "product_sums",
     "push_",

@@ -28,7 +28,7 @@ from gq_triton.grouping.features import (
     with_first_tensor,
 )
 from gq_triton.grouping.groups import Groups
-from gq_triton.grouping.kmeans import KMeans
+from gq_triton.grouping.kmeans import NOT_FINITE, KMeans
 from gq_triton.options import OUTPUT_GRADIENT, ClusterOptions
 from gq_triton.saved.rules import Also, Bytes, ListOf, Maybe, Number, OneOf, Record, check
 
@@ -87,6 +87,7 @@ class Clusters:
         self.mode, self.n_clusters = options.mode, options.n_clusters
         self._layer: nn.Module | None = None
         self.uninstall: Callable[[], None] = _nothing
+        self._backend = sink.backend
         self.kmeans = self._new_kmeans() if clusterer is None else None
         self._clusterer = clusterer or self.kmeans
         self._before_assign, self._whole_batch = before_assign, whole_batch
@@ -179,7 +180,8 @@ class Clusters:
         # A loss scaler may let gradients at the output overflow. Such a step is skipped, so its
         # clusters do not matter.
         overflow = self.features == OUTPUT_GRADIENT
-        return KMeans(self.n_clusters, nonfinite="zero" if overflow else "raise")
+        nonfinite = "zero" if overflow else "raise"
+        return KMeans(self.n_clusters, nonfinite=nonfinite, backend=self._backend)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Clusters":
         """Return the clusters themselves: a copy of the model has none."""
@@ -209,10 +211,12 @@ class Clusters:
         clusters, problem = self.n_clusters, None
         if self.kmeans is None:
             labels, clusters, problem = self._checked(labels)
+        elif labels.device.type != "cpu":
+            problem = self.kmeans.nonfinite_, NOT_FINITE
         labels = labels.to(step.features.device)  # labels of scikit-learn are on the CPU
         self.last = step
         whole = self._whole_batch(len(labels))
-        options, weights, backend = self.options, self.sample_weights, self.accumulator.backend
+        options, weights, backend = self.options, self.sample_weights, self._backend
         return Groups.of(labels, clusters, options, weights, whole, backend, problem)
 
     def _checked(self, labels: Tensor) -> tuple[Tensor, int, tuple[Tensor, str] | None]:

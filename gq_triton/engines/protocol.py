@@ -406,3 +406,36 @@ class Engine(Protocol):
             tf32: as in ``product_sums``.
         """
         ...
+
+    def lloyd_(
+        self,
+        features: Tensor,
+        centers: Tensor,
+        flag: Tensor,
+        *,
+        max_iter: int,
+        tol: float,
+        zero: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run k-means on a batch from given centres, and replace them by those that it found.
+
+        On a GPU nothing waits for the device. Here F is the number of features.
+
+        Args:
+            features: ``(B, F)``, of any floating type; read only.
+            centers: ``(K, F)`` finite, contiguous, float64 for float64 features, else float32.
+            flag: 0-d bool, set to True where a feature on a GPU is not finite. All samples then get
+                label 0, and the centres stay.
+            max_iter: iterations, at least 1.
+            tol: iterations end once the squared shift of all centres is at most tol times the mean
+                variance of a feature, or no label changes.
+            zero: whether features that are not finite count as 0.
+
+        Returns:
+            By the centres that were found: labels ``(B,)`` int64, sizes ``(K,)`` int64, and the sum
+            of the squared distances, 0-d in the centres' type; and the iterations, 0-d int64.
+
+        Raises:
+            ValueError: a feature on the CPU is not finite; nothing is changed.
+        """
+        ...

@@ -122,6 +122,7 @@ class Groups:
             facts = torch.cat([facts, self.problem[0].view(1).to(facts.dtype)])
         known = facts.tolist()
         if self.problem is not None and known.pop():
+            self.problem[0].zero_()  # raised once
             raise ValueError(self.problem[1])
         return [end - begin for begin, end in itertools.pairwise(known)]
 

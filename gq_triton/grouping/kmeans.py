@@ -13,70 +13,25 @@ Shapes: B samples, F features, K clusters, T candidates per k-means++ draw, M = 
 
 import math
 import operator
-from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from gq_triton.grouping.distances import cost, nearest_centers, row_norms
+from gq_triton.engines import engine
+from gq_triton.engines.eager.distances import cost, row_norms
+from gq_triton.engines.eager.lloyd import NOT_FINITE, assign, standardise
+from gq_triton.options import check_backend
 from gq_triton.saved.rules import Maybe, Record, check
 from gq_triton.saved.tensors import GeneratorState, TensorLike
 
+__all__ = ["NOT_FINITE", "KMeans"]
+
 _CENTERS = "cluster_centers"
 _GENERATOR = "generator"
-_NOT_FINITE = "features must be finite; KMeans(nonfinite='zero') counts NaN and infinity as 0"
-
-
-class _Frame(NamedTuple):
-    """The coordinates of the arithmetic: scaled, so that squares are finite, then centred.
-
-    The scale is a power of two, so scaling rounds nothing. Centring reduces the cancellation in
-    squared distances.
-    """
-
-    unit: Tensor  # () a power of two, at most the largest |feature|
-    mean: Tensor  # (F,) of the scaled features
-
-    def enter(self, centers: Tensor) -> Tensor:
-        """Return centres (K, F) in these coordinates, where samples are within 4 of the origin."""
-        centers = centers.to(self.mean) / self.unit - self.mean
-        return centers.clamp_(-(2.0**40), 2.0**40)  # a distant one stays distant, and finite
-
-    def leave(self, centers: Tensor) -> Tensor:
-        """Return centres (K, F) in the caller's coordinates."""
-        return (centers + self.mean) * self.unit
-
-
-def _host_may_read(tensor: Tensor) -> bool:
-    """Return whether a value can be read without a wait: on the CPU, outside traced graphs."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _host_may_ask(tensor: Tensor) -> bool:
-    """Return whether events can be queried: on a GPU, outside traced and captured graphs."""
-    on_gpu = tensor.is_cuda and not torch.compiler.is_compiling()
-    return on_gpu and not torch.cuda.is_current_stream_capturing()
-
-
-class _Notices:
-    """Flags that a GPU sets, read on the host without waiting for the GPU."""
-
-    def __init__(self) -> None:
-        self.pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-
-    def any_set(self, flag: Tensor) -> bool:
-        """Request the flag, () bool; return whether a flag that has arrived by now is True."""
-        host = torch.empty((), dtype=torch.bool, pin_memory=True)
-        host.copy_(flag, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.pending.append((host, event))
-        while self.pending and self.pending[0][1].query():
-            if bool(self.pending.popleft()[0]):
-                return True
-        return False
+# Most clusters that the kernel takes.
+_MOST_CLUSTERS = 128
 
 
 def _check_features(features: Tensor, centers: Tensor | None) -> None:
@@ -95,95 +50,8 @@ def _check_features(features: Tensor, centers: Tensor | None) -> None:
         )
 
 
-def _standardise(features: Tensor, nonfinite: str) -> tuple[Tensor, _Frame]:
-    """Return features (B, F) in their frame, and the frame: float64 for float64, else float32."""
-    x = features.to(torch.float64 if features.dtype == torch.float64 else torch.float32)
-    if nonfinite == "zero":
-        x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = torch.aminmax(x)
-    peak = torch.maximum(-low, high)  # NaN if any feature is
-    if not _host_may_read(peak):
-        torch._assert_async(peak.isfinite(), _NOT_FINITE)  # pyright: ignore[reportPrivateImportUsage]
-    elif not bool(peak.isfinite()):
-        raise ValueError(_NOT_FINITE)
-    mantissa, _ = torch.frexp(peak)  # in [1/2, 1): the quotient below is exact
-    unit = torch.where(peak > 0, peak / (2 * mantissa), 1.0)
-    x = x / unit
-    mean = x.mean(0)
-    return x.sub_(mean), _Frame(unit, mean)
-
-
-def _assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the labels (B,) int64 of x's nearest centres, and the squared distances (B,)."""
-    # Of centres that are equal up to the rounding of a mean only the first gets samples. So
-    # rounding cannot spread equal samples over several labels.
-    reach = 64 * torch.finfo(x.dtype).eps * centers.abs().amax(1, keepdim=True)
-    same = torch.cdist(centers, centers, p=math.inf) <= reach
-    distinct = same.int().argmax(1) == torch.arange(len(centers), device=x.device)
-    return nearest_centers(x, centers, distinct)
-
-
-def _relocate(
-    x: Tensor, norms: Tensor, centers: Tensor, labels: Tensor, nearest: Tensor, members: Tensor
-) -> Tensor:
-    """Return memberships (K, B) after each empty cluster took a sample far from its centre.
-
-    This is scikit-learn's rule: the samples farthest from their centres move. A sample whose
-    squared distance is below the resolution ``eps * ||x||^2`` stays, so with fewer distinct samples
-    than clusters some clusters remain empty.
-    """
-    empty = ~members.any(1)
-    if _host_may_read(empty) and not bool(empty.any()):
-        return members
-    # M candidates by the distances of the product, then exact distances for these. The sorts are
-    # stable, so the lowest index comes first.
-    far = nearest.sort(descending=True, stable=True).indices[: len(empty)]
-    gap = x.index_select(0, far) - centers.index_select(0, labels.index_select(0, far))
-    gap, order = row_norms(gap).sort(descending=True, stable=True)
-    far = far.index_select(0, order)
-    far = torch.where(gap > torch.finfo(x.dtype).eps * norms.index_select(0, far), far, -1)
-    # The e-th empty cluster takes the e-th farthest sample, if there is one.
-    rank = empty.cumsum(0) - 1
-    sample = far.index_select(0, rank.clamp(0, len(far) - 1))
-    sample = torch.where(empty & (rank < len(far)), sample, -1)
-    moved = torch.arange(len(x), device=x.device) == sample[:, None]
-    return torch.where(moved.any(0), moved, members)
-
-
-def _update(x: Tensor, norms: Tensor, centers: Tensor, labels: Tensor, nearest: Tensor) -> Tensor:
-    """Return the means (K, F), without atomics; an empty cluster gets the largest one's mean."""
-    members = labels == torch.arange(len(centers), device=x.device)[:, None]  # (K, B)
-    members = _relocate(x, norms, centers, labels, nearest, members)
-    sizes = members.sum(1)
-    means = members.to(x.dtype) @ x / sizes.clamp(min=1)[:, None]
-    largest = means.index_select(0, sizes.argmax().view(1))
-    return torch.where((sizes > 0)[:, None], means, largest)
-
-
-def _lloyd(x: Tensor, centers: Tensor, max_iter: int, tol: float) -> tuple[Tensor, Tensor]:
-    """Return the final centres (K, F), and the iterations until convergence () int64."""
-    norms = row_norms(x)
-    limit = tol * norms.sum() / x.numel()
-    done = torch.zeros((), dtype=torch.bool, device=x.device)
-    n_iter = torch.zeros((), dtype=torch.int64, device=x.device)
-    notices, may_ask = _Notices(), _host_may_ask(x)
-    previous = torch.full_like(norms, -1, dtype=torch.int64)
-    for _ in range(max_iter):
-        labels, nearest = _assign(x, centers)
-        moved = _update(x, norms, centers, labels, nearest)
-        n_iter = n_iter + ~done
-        shift = (moved - centers).square().sum()
-        centers = torch.where(done, centers, moved)
-        done = done | (labels == previous).all() | (shift <= limit)
-        previous = labels
-        # Iterations after convergence do not change the centres: stopping early saves launches.
-        if bool(done) if _host_may_read(done) else may_ask and notices.any_set(done):
-            break
-    return centers, n_iter
-
-
 def _plus_plus(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """Return K of the samples (B, F) by greedy k-means++ (Arthur and Vassilvitskii 2007).
+    """Return K of the samples (B, F), indices, by greedy k-means++ (Arthur and Vassilvitskii 2007).
 
     Each seed is the best of T candidates, which are drawn in proportion to the squared distances to
     the seeds so far. The distances are cumulated as integers, which are exact in any order of
@@ -205,16 +73,21 @@ def _plus_plus(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor
         best = trial.sum(0).argmin().view(1)
         closest = trial.index_select(1, best)
         chosen.append(hits[best])
-    return x[torch.cat(chosen)]
+    return torch.cat(chosen)
+
+
+def _writable(tensor: Tensor) -> bool:
+    """Return whether a tensor may be written in place: none of inference mode may outside of it."""
+    return tensor.is_inference() <= torch.is_inference_mode_enabled()
 
 
 class KMeans:
     """K-means with scikit-learn's names; ``kmeans(features)`` returns labels.
 
-    On a GPU nothing in ``fit`` waits for the device: iterations are launched until the host sees
-    that one has converged, and those after convergence do not change the centres. On the CPU the
-    loop ends at convergence, with the same result. Autocast has no effect here. TF32 has, where it
-    is switched on for float32 products.
+    On a GPU nothing in ``fit`` waits for the device. A small batch takes one launch, which ends at
+    convergence. A large one takes a launch per iteration, and those after convergence return at
+    once. Autocast has no effect here. TF32 has, where it is switched on for float32 products, on
+    k-means++ and on what runs in plain torch.
 
     k-means++ draws from this object's own generator, which is on the CPU for every device and is
     not reset: a second start differs from the first. Global generators are left alone.
@@ -232,14 +105,19 @@ class KMeans:
             k-means++. False starts from ``init`` every time.
         nonfinite: "raise" an error for NaN or infinite features, or replace such values by "zero",
             for features that overflow now and then under a loss scaler.
+        backend: the engine, as for ``GradQueue``. Float64 and more than 128 clusters run in plain
+            torch.
 
     Attributes:
         labels_: (B,) int64, the label of each sample's nearest centre.
-        cluster_centers_: (K, F) float32, float64 for float64 features; never written in place.
+        cluster_centers_: (K, F) float32, float64 for float64 features. The next ``fit`` writes to
+            the same memory.
         cluster_sizes_: (K,) int64, sums to B.
         inertia_: (), the sum of squared distances to the nearest centres, in the centres' dtype.
-        n_iter_: () int64, iterations until convergence. ``fit`` sets all these attributes, on the
-            device of the features.
+        n_iter_: () int64, iterations until convergence.
+        nonfinite_: () bool, whether features on a GPU were NaN or infinite in a batch so far, where
+            that is an error. Such a batch has label 0 throughout and leaves the centres alone.
+            ``fit`` sets all these attributes, on the device of the features.
 
     Raises:
         TypeError: ``n_clusters``, ``max_iter`` or ``random_state`` is no integer.
@@ -271,6 +149,7 @@ class KMeans:
         random_state: SupportsIndex = 0,
         warm_start: bool = True,
         nonfinite: Literal["raise", "zero"] = "raise",
+        backend: str = "auto",
     ) -> None:
         self.n_clusters = operator.index(n_clusters)
         self.max_iter = operator.index(max_iter)
@@ -287,6 +166,8 @@ class KMeans:
             raise ValueError(f"nonfinite must be 'raise' or 'zero', got {nonfinite!r}")
         if isinstance(init, str) and init != "k-means++":
             raise ValueError(f"init must be 'k-means++' or an array of centres, got {init!r}")
+        check_backend(backend)
+        self.backend = backend
         self.init = init if isinstance(init, str) else self._checked_centers(init, "init")
         self._generator = torch.Generator().manual_seed(self.random_state)
 
@@ -310,28 +191,39 @@ class KMeans:
         Raises:
             TypeError: features are not floating point.
             ValueError: features are not (B, F) with B, F >= 1, have another F than the centres to
-                start from, or hold a NaN or an infinity.
-            RuntimeError: features on a CUDA device hold a NaN or an infinity. The error comes from
-                ``torch._assert_async`` at the next synchronisation. After it, as after every
-                device-side assertion, the process cannot use the device.
+                start from, or hold a NaN or an infinity and are on the CPU. On a GPU
+                ``nonfinite_`` says that they do.
         """
         start = None if isinstance(self.init, str) else self.init
         if self.warm_start:
             start = getattr(self, "cluster_centers_", start)
         _check_features(features, start)
+        zero, wide = self.nonfinite == "zero", features.dtype == torch.float64
         with torch.autocast(device_type=features.device.type, enabled=False):
-            x, frame = _standardise(features, self.nonfinite)
-            new = start is None
-            seeds = _plus_plus(x, self.n_clusters, self._generator) if new else frame.enter(start)
-            centers, self.n_iter_ = _lloyd(x, seeds, self.max_iter, self.tol)
-            self.cluster_centers_ = frame.leave(centers)
-            centers = frame.enter(self.cluster_centers_)  # as in predict, for the same labels
-            self.labels_ = _assign(x, centers)[0]
-            clusters = torch.arange(self.n_clusters, device=x.device)
-            self.cluster_sizes_ = (self.labels_ == clusters[:, None]).sum(1)
-            gaps = x.sub_(centers.index_select(0, self.labels_))
-            self.inertia_ = row_norms(gaps).sum() * frame.unit * frame.unit
+            if start is None:
+                x = standardise(features, zero)[0]
+                start = features.index_select(0, _plus_plus(x, self.n_clusters, self._generator))
+                start = torch.nan_to_num(start, nan=0.0, posinf=0.0, neginf=0.0)
+            centers = self._buffer(start, features.device, torch.float64 if wide else torch.float32)
+            flag = getattr(self, "nonfinite_", None)
+            if flag is None or flag.device != centers.device or not _writable(flag):
+                flag = torch.zeros((), dtype=torch.bool, device=centers.device)
+            # What the kernel does not take is done in plain torch.
+            plain = wide or self.n_clusters > _MOST_CLUSTERS
+            ops = engine(features.device, "torch" if plain else self.backend)
+            results = ops.lloyd_(
+                features, centers, flag, max_iter=self.max_iter, tol=self.tol, zero=zero
+            )
+            self.cluster_centers_, self.nonfinite_ = centers, flag
+            self.labels_, self.cluster_sizes_, self.inertia_, self.n_iter_ = results
         return self
+
+    def _buffer(self, start: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the memory of the centres, which hold the start."""
+        own = start is getattr(self, "cluster_centers_", None) and _writable(start)
+        if own and start.device == device and start.dtype == dtype:
+            return start
+        return start.detach().to(device, dtype, copy=True).contiguous()
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
@@ -347,12 +239,14 @@ class KMeans:
             raise RuntimeError("KMeans has no centres yet; call fit or load_state_dict first")
         _check_features(features, centers)
         with torch.autocast(device_type=features.device.type, enabled=False):
-            x, frame = _standardise(features, self.nonfinite)
-            return _assign(x, frame.enter(centers))[0]
+            x, frame, finite = standardise(features, self.nonfinite == "zero")
+            labels = assign(x, frame.enter(centers))[0]
+            return labels if finite is None else torch.where(finite, labels, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the centres (None before a fit) and the generator's state, for a resumed run."""
         centers = getattr(self, "cluster_centers_", None)
+        centers = None if centers is None else centers.clone()
         return {_CENTERS: centers, _GENERATOR: self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

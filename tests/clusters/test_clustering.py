@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 
-from gq_triton.grouping import KMeans, kmeans
+from gq_triton.engines.eager import lloyd
+from gq_triton.grouping import KMeans
 
 quick = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -241,8 +242,8 @@ def test_extreme_float32_features_stay_finite(scale):
     assert model.cluster_centers_.isfinite().all()
     labels = model.labels_
     assert labels[0] == labels[1] != labels[2] == labels[3]
-    frame = kmeans._Frame(torch.tensor(2.0**-10), torch.zeros(1))
-    assert kmeans._assign(x / scale, frame.enter(model.cluster_centers_))[1].isfinite().all()
+    frame = lloyd.Frame(torch.tensor(2.0**-10), torch.zeros(1))
+    assert lloyd.assign(x / scale, frame.enter(model.cluster_centers_))[1].isfinite().all()
     model.fit(x / scale * 1e-3)  # from centres that may be far outside
     model.fit(x / scale * 1e-3)
     assert model.cluster_centers_.isfinite().all()
@@ -296,7 +297,7 @@ def test_equal_samples_are_one_cluster(n_samples):
 def test_ties_take_the_lowest_label_and_the_lowest_index():
     x = torch.tensor([[-1.0], [0.0], [1.0]])
     assert fit(x, torch.tensor([[-1.0], [1.0]]), 1).labels_.tolist()[0::2] == [0, 1]
-    assert kmeans._assign(x, torch.tensor([[-1.0], [1.0]]))[0].tolist() == [0, 0, 1]
-    assert kmeans._assign(x, torch.tensor([[9.0], [2.0], [2.0]]))[0].tolist() == [1, 1, 1]
+    assert lloyd.assign(x, torch.tensor([[-1.0], [1.0]]))[0].tolist() == [0, 0, 1]
+    assert lloyd.assign(x, torch.tensor([[9.0], [2.0], [2.0]]))[0].tolist() == [1, 1, 1]
     # Both ends are equally far from the one centre that has samples: the lower index moves.
     assert fit(x, torch.tensor([[0.0], [99.0]]), 1).labels_.tolist() == [1, 0, 0]

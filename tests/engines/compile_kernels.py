@@ -21,7 +21,7 @@ from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gq_triton.kernels import adamw, finite, push, sgd, statistics, sums, weigh
+from gq_triton.kernels import adamw, finite, lloyd, push, sgd, statistics, sums, weigh
 from gq_triton.kernels.combine import CHUNK as COMBINE_CHUNK
 from gq_triton.kernels.combine import _combine_kernel
 from gq_triton.kernels.combine_all import _combine_all_kernel
@@ -184,6 +184,25 @@ WEIGHT_CASES = {
     "float32, taps": (torch.float32, False, 4096, TAPS),
     "float64, mixed taps": (torch.float64, False, 4096, TAPS | MIXED),
 }
+LLOYD = {
+    "x": "*fp32:16", "published": "*fp32:16", "flag": "*u8", "labels": "*i64:16",
+    "sizes_ptr": "*i64:16", "inertia_ptr": "*fp32", "n_iter": "*i64", "numbers": "*fp32:16",
+    "info": "*i64:16", "B": "i32", "F": "i32:16", "K": "i32", "max_iter": "i32", "rows": "i32",
+    "n_parts": "i32",
+}  # fmt: skip
+LLOYD_TILES = {
+    "TILE_B": lloyd.TILE // 128, "TILE_F": 128, "KP": 8, "ZERO": False,
+    "num_warps": lloyd.NUM_WARPS,
+}  # fmt: skip
+# Few: the first two take longest of all kernels to compile.
+LLOYD_CASES = (
+    ("lloyd", "bfloat16", {}, {"x": "*bf16:16"}),
+    ("lloyd", "128 clusters", {"KP": 128}, {}),
+    ("iterate", "unaligned", {"TILE_B": lloyd.TILE // 16, "TILE_F": 16}, {"F": "i32"}),
+    ("unit", "float32", {}, {}),
+    ("mean", "float32", {}, {}),
+    ("label", "float32", {}, {}),
+)
 
 
 def scalars(kernel: triton.JITFunction) -> dict[str, str]:
@@ -223,6 +242,10 @@ def cases():
     for case, more in {"plain": {}, "weights": {"weights": "*fp32", "whole_ptr": "*fp64"}}.items():
         types = GROUP | scalars(_group_kernel) | more
         yield "group", case, _group_kernel, types, GROUP_TILES
+    for name, case, constants, changed in LLOYD_CASES:
+        kernel = getattr(lloyd, f"_{name}_kernel")
+        types = {key: text for key, text in LLOYD.items() if key in kernel.arg_names}
+        yield name, case, kernel, types | scalars(kernel) | changed, LLOYD_TILES | constants
     flags = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")} | {"flags": "*u8"}
     wide = {"BLOCK": block_size(torch.float32, most=8), "W": 3}
     yield "all_finite", "float32", finite._all_finite_kernel, flags, FULL | wide

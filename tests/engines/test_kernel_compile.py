@@ -63,6 +63,7 @@ def test_every_kernel_compiles(arch):
     kernels = {entry["kernel"] for entry in select(archs=(arch,))}
     clustered = {"combine", "combine_all", "statistics", *SUMS, "total_parts", "group"}
     clustered |= {"weight_grad", "depthwise"}
+    clustered |= {"lloyd", "unit", "mean", "iterate", "label"}
     assert kernels == {*RINGS, *clustered, "all_finite", "total"}
 
 

@@ -7,6 +7,7 @@ from gq_triton.engines.eager.adamw import gqadamw_
 from gq_triton.engines.eager.combine import combine, combine_all
 from gq_triton.engines.eager.finite import all_finite
 from gq_triton.engines.eager.group import group
+from gq_triton.engines.eager.lloyd import lloyd_
 from gq_triton.engines.eager.push import push_
 from gq_triton.engines.eager.sgd import gqsgd_
 from gq_triton.engines.eager.statistics import queue_statistics
@@ -23,6 +24,7 @@ __all__ = [
     "gqadamw_",
     "gqsgd_",
     "group",
+    "lloyd_",
     "position_sums",
     "product_sums",
     "push_",
