@@ -114,10 +114,10 @@ def ring_row(ring, stride, slot, age, L: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the pointer to the row of ``age`` (0 = newest): row ``(slot - 1 - age) mod L``."""
     row = slot - 1 - age
     row = tl.where(row < 0, row + L, row)
-    pointer = ring + row * stride
+    start = row * stride
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+        start = tl.multiple_of(start, 128 // ring.dtype.element_ty.primitive_bitwidth)
+    return ring + start
 
 
 @triton.jit

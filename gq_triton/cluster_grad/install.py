@@ -92,7 +92,7 @@ def _bias_of(attribute: str, module: nn.Module) -> str:
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a module, with clustered gradients if this forward pass will have a backward pass."""
-    # The compiler of torch 2.8 does not know vars(module).
+    # The compiler of torch 2.8 does not know vars(module), here and below.
     own: _Converted | None = getattr(module, SITE, None)
     if own is None:  # undone while the layer was being called
         return type(module).forward(module, *args, **kwargs)
@@ -112,7 +112,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _hidden(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a module of which other modules see stand-ins, without them."""
-    attributes = vars(module)
+    attributes = module.__dict__
     shown = {name: attributes.pop(name) for name in own.shown}
     own.shown = []
     try:
@@ -244,7 +244,7 @@ def _looked_up(module: nn.Module, own: _Converted, token: Tensor, indices: Tenso
 
 def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a module's own ``forward`` on stand-ins of its parameters."""
-    attributes = vars(module)
+    attributes = module.__dict__
     placed = _place(module, own, token)
     try:
         if own.attends:
@@ -257,7 +257,7 @@ def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwar
 
 def _place(module: nn.Module, own: _Converted, token: Tensor) -> list[str]:
     """Put stand-ins in the places of a module's parameters; return their attributes."""
-    attributes = vars(module)
+    attributes = module.__dict__
     placed: list[str] = []
     if own.broken and torch.compiler.is_compiling():
         return placed

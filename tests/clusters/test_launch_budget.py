@@ -119,6 +119,9 @@ def test_gradients_that_are_dropped_in_place():
     assert reads - READS == {"cluster_grad/raw.py:note _local_scalar_dense"}
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.8"), reason="its meta device has no product in a wider type"
+)
 def test_a_product_of_narrow_factors_is_written_at_once():
     """A product in float32 of factors in bfloat16 needs no copy to its place."""
     factors = torch.zeros(2, 4, 3, dtype=torch.bfloat16, device="meta")
@@ -162,9 +165,6 @@ def test_the_source_of_a_step_waits_for_nothing():
 def test_a_default_device_leaves_tokens_on_the_host():
     """``int(token)`` of a tensor on the device would wait for it, in every layer."""
     model, batch, loss, features = small()
-    try:
-        torch.set_default_device("meta")
+    with torch.device("meta"):  # as torch.set_default_device, which torch 2.8 cannot undo
         step = step_of(model, batch, loss, n_clusters=2, features=features)
         assert set(watched(step).reads) <= READS
-    finally:
-        torch.set_default_device(None)

@@ -91,7 +91,7 @@ def test_groups_of_a_device_read_nothing(backend, whole, monkeypatch):
     if backend == "triton":
         from triton.runtime import interpreter
 
-        monkeypatch.setattr(interpreter.InterpretedFunction, "run", lambda *args, **kwargs: None)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *args, **kwargs: None)
     labels = torch.zeros(6, dtype=torch.int64, device="meta")
     options = ClusterOptions(
         n_clusters=3, features="", population_power=0.5, centroid_scale="standard_error"
