@@ -135,8 +135,10 @@ def tables(
     classes: dict[bool, list[Row]] = {True: [], False: []}
     for row in rows():
         classes[is_aligned(row)].append(row)
-    pin = on_gpu and not capturing
-    built = [_build(device, part, aligned, pin, chunk) for aligned, part in classes.items() if part]
+    # Also in a capture: torch takes a copy from pinned memory alone there (an error from 2.11 on).
+    built = [
+        _build(device, part, aligned, on_gpu, chunk) for aligned, part in classes.items() if part
+    ]
     if capturing:
         _captured.append(built)
         return built

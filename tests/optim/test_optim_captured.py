@@ -1,5 +1,8 @@
 """A captured step depends on nothing that Python does between two replays."""
 
+from collections import OrderedDict
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_cases import INTERPRETED, QUIET
@@ -16,6 +19,7 @@ from optim_cases import (
 from replay import Recording
 
 from gq_triton import GQAdamW, GradQueue, ring
+from gq_triton.kernels import launch
 
 pytestmark = [
     *QUIET,
@@ -172,6 +176,20 @@ def test_a_first_step_cannot_be_captured(variant, monkeypatch):
     loop.feed(0)
     with pytest.raises(RuntimeError, match="a queue cannot be made while a CUDA graph is captured"):
         loop.step()
+
+
+def test_tables_of_a_capture_are_copied_from_pinned_memory_that_is_kept(monkeypatch):
+    """torch refuses other memory in a capture, and every replay copies from it again."""
+    pins = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(launch, "_build", lambda *args: pins.append(args[3]) or "a table")
+    kept, cache = len(launch._captured), OrderedDict()
+    launch.tables(torch.device("cuda"), "key", cache, lambda: [(1, 0, 16)], lambda _: True)
+    assert pins == [True]
+    assert launch._captured[kept:] == [["a table"]]
+    assert not cache
+    del launch._captured[kept:]
 
 
 def test_capturable_is_taken():

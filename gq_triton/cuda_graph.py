@@ -1,0 +1,274 @@
+"""A whole training step in one CUDA graph, for loops that are written by hand."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from gq_triton.optim.base import GradQueueOptimizer
+
+__all__ = ["CapturedStep", "cuda_graph"]
+
+
+def cuda_graph(step: Callable[..., Any], *optimizers: Optimizer, warmup: int = 3) -> "CapturedStep":
+    """Return a step that is captured in a CUDA graph once and replayed from then on.
+
+    A replay costs the host one launch, however many kernels the step has. The first ``warmup``
+    calls run the step as it is: they train. The next call captures it. A replay runs no Python, so
+    all that Python decides in the step is decided for good: branches, numbers, which parameters get
+    gradients.
+
+    ``step`` zeroes the gradients, runs forward and backward pass and steps the optimizers, with
+    ``scaler.scale``, ``scaler.step`` and ``scaler.update`` where a ``GradScaler`` is used. A
+    scheduler steps outside. It can change the learning rate of ``GQSGD`` and ``GQAdamW``, which
+    becomes a tensor on the device here. Optimizers of ``torch.optim`` need ``capturable=True`` and
+    such a tensor from the start.
+
+    No step has been captured on a GPU yet: what a call copies, checks and replays was tested with a
+    recording in place of the graph.
+
+    Args:
+        step: takes a batch, takes one step, and returns tensors, such as the loss. Nothing that it
+            does may make the host wait for the device.
+        *optimizers: the optimizers that ``step`` steps.
+        warmup: how many steps come before the capture, at least 2: they make the state.
+
+    Raises:
+        RuntimeError: there is no CUDA device.
+        ValueError: no optimizer, or too short a warm-up.
+
+    Example:
+        >>> from gq_triton import GQAdamW
+        >>> device = "cuda" if torch.cuda.is_available() else "cpu"
+        >>> model = torch.nn.Linear(4, 2, device=device)
+        >>> optimizer = GQAdamW(model.parameters(), lr=1e-3)
+        >>> scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        >>> def step(x):
+        ...     optimizer.zero_grad()
+        ...     loss = model(x).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     return loss
+        >>> if device == "cuda":
+        ...     step = cuda_graph(step, optimizer)
+        >>> for _ in range(6):
+        ...     loss = step(torch.ones(8, 4))
+        ...     scheduler.step()
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("cuda_graph needs a CUDA device, found none: call the step itself")
+    return CapturedStep(step, optimizers, warmup, _CudaGraph)
+
+
+class Graph(Protocol):
+    """What a captured step needs of a graph."""
+
+    def warm_up(self, run: Callable[[], Any]) -> Any:
+        """Run a step without capturing it; return its result."""
+        ...
+
+    def capture(self, run: Callable[[], Any]) -> Any:
+        """Record what a step launches, without launching it; return its result."""
+        ...
+
+    def replay(self) -> None:
+        """Launch what was recorded."""
+        ...
+
+
+class CapturedStep:
+    """A training step that is captured and replayed; see ``cuda_graph``."""
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        optimizers: tuple[Optimizer, ...],
+        warmup: int,
+        new_graph: Callable[[torch.device], Graph],
+    ) -> None:
+        if not optimizers:
+            raise ValueError("cuda_graph needs the optimizers that the step steps, got none")
+        if warmup < 2:
+            raise ValueError(f"warmup must be at least 2, got {warmup}: the steps make the state")
+        self._step, self._optimizers, self._warmup = step, optimizers, warmup
+        self._device = optimizers[0].param_groups[0]["params"][0].device
+        self._new_graph = new_graph
+        self._calls = 0
+        self._graph = new_graph(self._device)
+        self._captured: _Capture | None = None
+        for optimizer in optimizers:
+            if isinstance(optimizer, GradQueueOptimizer):
+                _rates_on_device(optimizer, self._device)
+            # What was loaded lies in other memory than the graph knows.
+            optimizer.register_load_state_dict_post_hook(self._loaded)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one step.
+
+        Args:
+            *args: the arguments of the step. Tensors are copied to the device. A call whose tensors
+                have other shapes or types than the captured ones, or whose other arguments differ,
+                runs as in the warm-up, without the graph.
+            **kwargs: as ``args``.
+
+        Returns:
+            What the step returned. Tensors are copies, which the next step leaves alone.
+
+        Raises:
+            RuntimeError: an option of an optimizer was changed after the capture.
+        """
+        leaves, structure = tree_flatten((args, kwargs))
+        if self._captured is None and self._calls < self._warmup:
+            self._calls += 1
+            return self._run(leaves, structure)
+        if self._captured is None:
+            self._captured = self._capture(leaves, structure)
+        elif not self._captured.take(leaves, structure):
+            return self._run(leaves, structure)
+        self._captured.check_options(self._optimizers)
+        self._graph.replay()
+        return tree_map(_copied, self._captured.result)
+
+    @property
+    def captured(self) -> bool:
+        """Whether calls are replays by now."""
+        return self._captured is not None
+
+    def reset(self) -> None:
+        """Forget the graph: the next calls warm up, and capture the step again.
+
+        Call it after all that gives the model or a queue other memory or other options, such as
+        ``GradQueue.load_state_dict``. After an optimizer's ``load_state_dict`` it is called.
+        """
+        self._captured, self._calls = None, 0
+        self._graph = self._new_graph(self._device)
+
+    def _loaded(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, GradQueueOptimizer):
+            _rates_on_device(optimizer, self._device)
+        self.reset()
+
+    def _run(self, leaves: list[Any], structure: Any) -> Any:
+        args, kwargs = tree_unflatten([_to(leaf, self._device) for leaf in leaves], structure)
+        return self._graph.warm_up(lambda: self._step(*args, **kwargs))
+
+    def _capture(self, leaves: list[Any], structure: Any) -> "_Capture":
+        static = [_owned(leaf, self._device) for leaf in leaves]
+        args, kwargs = tree_unflatten(static, structure)
+        options = [_options(optimizer) for optimizer in self._optimizers]
+        try:
+            result = self._graph.capture(lambda: self._step(*args, **kwargs))
+        except BaseException:
+            self.reset()  # what was begun cannot be captured into again
+            raise
+        return _Capture(static, structure, result, options)
+
+
+class _Capture:
+    """The arguments, the result and the options of a captured step."""
+
+    def __init__(
+        self, static: list[Any], structure: Any, result: Any, options: list[list[dict[str, Any]]]
+    ) -> None:
+        self._static, self._structure = static, structure
+        self.result, self._options = result, options
+
+    def take(self, leaves: list[Any], structure: Any) -> bool:
+        """Copy arguments to where the graph reads them; return False if they do not fit."""
+        if structure != self._structure:
+            return False
+        if not all(map(_fits, leaves, self._static)):
+            return False
+        for leaf, static in zip(leaves, self._static, strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(leaf, non_blocking=True)
+        return True
+
+    def check_options(self, optimizers: tuple[Optimizer, ...]) -> None:
+        """Raise a RuntimeError if an option is another one than in the capture."""
+        for optimizer, before in zip(optimizers, self._options, strict=True):
+            for number, (group, now) in enumerate(zip(before, _options(optimizer), strict=False)):
+                for name, value in group.items():
+                    if not _same(now[name], value):
+                        raise RuntimeError(
+                            f"{name} of group {number} of {type(optimizer).__name__} was changed "
+                            "after the step was captured, which a replay cannot see: change a "
+                            "tensor on the device in place, or call reset() on the captured step"
+                        )
+            if len(before) != len(optimizer.param_groups):
+                raise RuntimeError(
+                    f"a group was added to {type(optimizer).__name__} after the step was captured: "
+                    "call reset() on the captured step"
+                )
+
+
+class _CudaGraph:
+    """A CUDA graph and the stream of its capture, on which the steps before it run too.
+
+    Autograd runs the end of a backward pass on the stream that it first met; were that another
+    stream, the capture would have to join it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._graph = torch.cuda.CUDAGraph()
+
+    def warm_up(self, run: Callable[[], Any]) -> Any:
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = run()
+        current.wait_stream(self._stream)
+        return result
+
+    def capture(self, run: Callable[[], Any]) -> Any:
+        with torch.cuda.graph(self._graph, stream=self._stream):
+            return run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def _rates_on_device(optimizer: Optimizer, device: torch.device) -> None:
+    # In float64, as Python has them: then a replay equals the step that was not captured.
+    for group in optimizer.param_groups:
+        rate = group["lr"]
+        if not isinstance(rate, Tensor) or rate.device != device:
+            group["lr"] = torch.as_tensor(rate, dtype=torch.float64).to(device, copy=True)
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the options of every group: not what a scheduler keeps there too, nor the losses."""
+    names = optimizer.defaults
+    return [{name: group[name] for name in names} for group in optimizer.param_groups]
+
+
+def _same(now: Any, before: Any) -> bool:
+    if isinstance(now, Tensor) or isinstance(before, Tensor):
+        return now is before
+    return bool(now == before)
+
+
+def _fits(leaf: Any, static: Any) -> bool:
+    if not isinstance(static, Tensor):
+        return not isinstance(leaf, Tensor) and bool(leaf == static)
+    tensor = isinstance(leaf, Tensor)
+    return tensor and leaf.shape == static.shape and leaf.dtype == static.dtype
+
+
+def _to(leaf: Any, device: torch.device) -> Any:
+    return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
+
+
+def _owned(leaf: Any, device: torch.device) -> Any:
+    """Return a copy of a tensor on the device, which only the graph uses."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_like(leaf, device=device, requires_grad=False).copy_(leaf)
+
+
+def _copied(result: Any) -> Any:
+    return result.detach().clone() if isinstance(result, Tensor) else result

@@ -1,0 +1,189 @@
+"""What a captured step copies, checks and replays, with a recording in place of the graph."""
+
+import copy
+
+import pytest
+import torch
+from kernel_cases import INTERPRETED, QUIET
+from optim_cases import PAIR, assert_same, both_optimizers, snapshot
+from replay import Recording
+from torch import nn
+
+from gq_triton import cuda_graph
+from gq_triton.cuda_graph import CapturedStep
+
+pytestmark = [
+    *QUIET,
+    pytest.mark.skipif(not INTERPRETED, reason="Kernels are recorded in the interpreter."),
+]
+LENGTH = 3
+CASES = {
+    "plain": {},
+    "effective length": {"loss_window": 2, "min_queue_length": 2},
+    "loss scaler": {"scaled": True},
+}
+
+
+class Loop:
+    """A model with its optimizer, scheduler and loss scaler; ``step`` is the whole step."""
+
+    def __init__(self, variant, scaled=False, **options):
+        torch.manual_seed(0)
+        self.model = nn.Linear(4, 3)
+        self.optimizer = variant.build(
+            self.model.parameters(), queue_length=LENGTH, backend="triton", **options
+        )
+        self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=8.0)
+        self.measured = "loss_window" in options
+
+    def step(self, x, power=2):
+        self.optimizer.zero_grad()
+        loss = self.model(x).abs().pow(power).mean()
+        self.scaler.scale(loss).backward()
+        if self.measured:
+            self.optimizer.record_loss(loss)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return {"loss": loss, "power": power}
+
+    def tensors(self):
+        """Return all that a step changes, apart from gradients."""
+        groups = self.optimizer.param_groups
+        yield from self.model.parameters()
+        for state in self.optimizer.state.values():
+            yield from state.values()
+        yield from (group["losses"] for group in groups if "losses" in group)
+        yield from filter(torch.is_tensor, vars(self.scaler).values())
+
+
+def captured(loop, warmup=3, log=None):
+    """Return a captured step whose graph is a recording, which undoes what the recording ran."""
+
+    class Stand:
+        def __init__(self, device):
+            self.recording = Recording()
+
+        def warm_up(self, run):
+            (log if log is not None else []).append("step")
+            return run()
+
+        def capture(self, run):
+            (log if log is not None else []).append("capture")
+            before = [tensor.detach().clone() for tensor in loop.tensors()]
+            with self.recording():
+                result = run()
+            with torch.no_grad():
+                for tensor, value in zip(loop.tensors(), before, strict=True):
+                    tensor.copy_(value)
+            return result
+
+        def replay(self):
+            (log if log is not None else []).append("replay")
+            self.recording.replay()
+
+    return CapturedStep(loop.step, (loop.optimizer,), warmup, Stand)
+
+
+def batch(step, size=5):
+    return torch.randn(size, 4, generator=torch.Generator().manual_seed(step))
+
+
+def without_rates(loop):
+    return snapshot(loop.optimizer), [float(g["lr"]) for g in loop.optimizer.param_groups]
+
+
+@pytest.mark.slow
+@both_optimizers
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_a_captured_loop_is_the_loop(variant, options):
+    ours, twin = Loop(variant, **options), Loop(variant, **options)
+    step, losses, expected = captured(ours), [], []
+    for number in range(7):
+        assert step.captured == (number > 3)
+        losses.append(step(batch(number))["loss"])
+        expected.append(twin.step(batch(number))["loss"].detach())
+        for loop in (ours, twin):
+            loop.schedule.step()
+        assert_same(without_rates(ours), without_rates(twin))
+    assert_same(losses, expected)
+
+
+def test_what_does_not_fit_runs_as_it_is():
+    """A last batch that is smaller, another number: the graph goes on afterwards."""
+    log = []
+    ours, twin = Loop(PAIR["adamw"]), Loop(PAIR["adamw"])
+    step = captured(ours, warmup=2, log=log)
+    calls = [(5, 2), (5, 2), (5, 2), (2, 2), (5, 2), (5, 3)]
+    for number, (size, power) in enumerate(calls):
+        step(batch(number, size), power=power)
+        twin.step(batch(number, size), power=power)
+        assert_same(snapshot(ours.optimizer), snapshot(twin.optimizer))
+    assert log == ["step", "step", "capture", "replay", "step", "replay", "step"]
+
+
+@pytest.mark.slow
+@both_optimizers
+def test_a_checkpoint_is_resumed_between_replays(variant):
+    log = []
+    ours, twin = Loop(variant), Loop(variant)
+    step, saved = captured(ours, warmup=2, log=log), None
+    for number in range(8):
+        if number == 3:
+            saved = [copy.deepcopy((o.model.state_dict(), o.optimizer.state_dict()))
+                     for o in (ours, twin)]  # fmt: skip
+        if number == 5 and saved is not None:
+            for loop, (model, optimizer) in zip((ours, twin), saved, strict=True):
+                loop.model.load_state_dict(model)
+                loop.optimizer.load_state_dict(optimizer)
+        step(batch(number))
+        twin.step(batch(number))
+        assert_same(snapshot(ours.optimizer), snapshot(twin.optimizer))
+    assert log == ["step", "step", "capture", *3 * ["replay"], "step", "step", "capture", "replay"]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda group: group.update(lr=0.5), "lr"),
+        (lambda group: group.update(weight_decay=0.5), "weight_decay"),
+    ],
+)
+def test_a_number_that_a_replay_cannot_see_is_refused(change, name):
+    loop = Loop(PAIR["adamw"])
+    step = captured(loop, warmup=2)
+    for number in range(3):
+        step(batch(number))
+    change(loop.optimizer.param_groups[0])
+    before = snapshot(loop.optimizer)
+    with pytest.raises(RuntimeError, match=f"^{name} of group 0 of GQAdamW was changed after"):
+        step(batch(3))
+    assert_same(snapshot(loop.optimizer), before)
+    step.reset()
+    step(batch(3))
+
+
+def test_a_capture_that_fails_leaves_no_graph():
+    loop = Loop(PAIR["adamw"])
+    step = captured(loop, warmup=2)
+    fine = step._step
+    step(batch(0))
+    step(batch(1))
+    step._step = lambda x: fine(x)["loss"].item()
+    with pytest.raises(AssertionError, match="reads a value of the device"):
+        step(batch(2))
+    step._step = fine
+    step(batch(2))
+    assert not step.captured
+
+
+def test_wrong_arguments_are_named(monkeypatch):
+    loop = Loop(PAIR["adamw"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs a CUDA device, found none"):
+        cuda_graph(loop.step, loop.optimizer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="needs the optimizers that the step steps"):
+        cuda_graph(loop.step)
+    with pytest.raises(ValueError, match="warmup must be at least 2, got 1"):
+        cuda_graph(loop.step, loop.optimizer, warmup=1)
