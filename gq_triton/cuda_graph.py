@@ -1,6 +1,6 @@
 """A whole training step in one CUDA graph, for loops that are written by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -8,16 +8,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from gq_triton.grad_queue import GradQueue
 from gq_triton.optim.base import GradQueueOptimizer
+from gq_triton.ring import local
 
 __all__ = ["CapturedStep", "cuda_graph"]
 
 
-def cuda_graph(step: Callable[..., Any], *optimizers: Optimizer, warmup: int = 3) -> "CapturedStep":
+def cuda_graph(
+    step: Callable[..., Any], *holders: Optimizer | GradQueue, warmup: int = 3
+) -> "CapturedStep":
     """Return a step that is captured in a CUDA graph once and replayed from then on.
 
-    A replay costs the host one launch, however many kernels the step has. The first ``warmup``
-    calls run the step as it is: they train. The next call captures it. A replay runs no Python, so
+    A replay is one launch, however many kernels the step has. The first ``warmup`` calls run the
+    step as it is: they train. The next call captures it. A replay runs no Python, so
     all that Python decides in the step is decided for good: branches, numbers, which parameters get
     gradients.
 
@@ -27,13 +31,16 @@ def cuda_graph(step: Callable[..., Any], *optimizers: Optimizer, warmup: int = 3
     becomes a tensor on the device here. Optimizers of ``torch.optim`` need ``capturable=True`` and
     such a tensor from the start.
 
+    Before every replay the host compares where parameters and state lie, and the options. If they
+    lie elsewhere, as after loading a checkpoint, the next calls warm up and capture the step anew.
+
     No step has been captured on a GPU yet: what a call copies, checks and replays was tested with a
     recording in place of the graph.
 
     Args:
         step: takes a batch, takes one step, and returns tensors, such as the loss. Nothing that it
             does may make the host wait for the device.
-        *optimizers: the optimizers that ``step`` steps.
+        *holders: the optimizers that ``step`` steps, and each ``GradQueue`` attached to them.
         warmup: how many steps come before the capture, at least 2: they make the state.
 
     Raises:
@@ -60,7 +67,7 @@ def cuda_graph(step: Callable[..., Any], *optimizers: Optimizer, warmup: int = 3
     """
     if not torch.cuda.is_available():
         raise RuntimeError("cuda_graph needs a CUDA device, found none: call the step itself")
-    return CapturedStep(step, optimizers, warmup, _CudaGraph)
+    return CapturedStep(step, holders, warmup, _CudaGraph)
 
 
 class Graph(Protocol):
@@ -85,15 +92,17 @@ class CapturedStep:
     def __init__(
         self,
         step: Callable[..., Any],
-        optimizers: tuple[Optimizer, ...],
+        holders: Sequence[Optimizer | GradQueue],
         warmup: int,
         new_graph: Callable[[torch.device], Graph],
     ) -> None:
+        optimizers = [holder for holder in holders if isinstance(holder, Optimizer)]
         if not optimizers:
             raise ValueError("cuda_graph needs the optimizers that the step steps, got none")
         if warmup < 2:
             raise ValueError(f"warmup must be at least 2, got {warmup}: the steps make the state")
-        self._step, self._optimizers, self._warmup = step, optimizers, warmup
+        self._step, self._warmup = step, warmup
+        self._holders, self._optimizers = holders, optimizers
         self._device = optimizers[0].param_groups[0]["params"][0].device
         self._new_graph = new_graph
         self._calls = 0
@@ -102,7 +111,7 @@ class CapturedStep:
         for optimizer in optimizers:
             if isinstance(optimizer, GradQueueOptimizer):
                 _rates_on_device(optimizer, self._device)
-            # What was loaded lies in other memory than the graph knows.
+            # The learning rate that was loaded is another tensor, wherever the state lies.
             optimizer.register_load_state_dict_post_hook(self._loaded)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +130,8 @@ class CapturedStep:
             RuntimeError: an option of an optimizer was changed after the capture.
         """
         leaves, structure = tree_flatten((args, kwargs))
+        if self._captured is not None and self._captured.places != _places(self._holders):
+            self.reset()
         if self._captured is None and self._calls < self._warmup:
             self._calls += 1
             return self._run(leaves, structure)
@@ -140,8 +151,8 @@ class CapturedStep:
     def reset(self) -> None:
         """Forget the graph: the next calls warm up, and capture the step again.
 
-        Call it after all that gives the model or a queue other memory or other options, such as
-        ``GradQueue.load_state_dict``. After an optimizer's ``load_state_dict`` it is called.
+        Call it after options or anything else that Python decides in the step was changed. Where
+        parameters or state lie in other memory it is called by itself.
         """
         self._captured, self._calls = None, 0
         self._graph = self._new_graph(self._device)
@@ -164,17 +175,22 @@ class CapturedStep:
         except BaseException:
             self.reset()  # what was begun cannot be captured into again
             raise
-        return _Capture(static, structure, result, options)
+        return _Capture(static, structure, result, options, _places(self._holders))
 
 
 class _Capture:
-    """The arguments, the result and the options of a captured step."""
+    """The arguments, the result, the options and the memory of a captured step."""
 
     def __init__(
-        self, static: list[Any], structure: Any, result: Any, options: list[list[dict[str, Any]]]
+        self,
+        static: list[Any],
+        structure: Any,
+        result: Any,
+        options: list[list[dict[str, Any]]],
+        places: list[int],
     ) -> None:
         self._static, self._structure = static, structure
-        self.result, self._options = result, options
+        self.result, self._options, self.places = result, options, places
 
     def take(self, leaves: list[Any], structure: Any) -> bool:
         """Copy arguments to where the graph reads them; return False if they do not fit."""
@@ -187,7 +203,7 @@ class _Capture:
                 static.copy_(leaf, non_blocking=True)
         return True
 
-    def check_options(self, optimizers: tuple[Optimizer, ...]) -> None:
+    def check_options(self, optimizers: Sequence[Optimizer]) -> None:
         """Raise a RuntimeError if an option is another one than in the capture."""
         for optimizer, before in zip(optimizers, self._options, strict=True):
             for number, (group, now) in enumerate(zip(before, _options(optimizer), strict=False)):
@@ -238,6 +254,21 @@ def _rates_on_device(optimizer: Optimizer, device: torch.device) -> None:
         rate = group["lr"]
         if not isinstance(rate, Tensor) or rate.device != device:
             group["lr"] = torch.as_tensor(rate, dtype=torch.float64).to(device, copy=True)
+
+
+def _places(holders: Sequence[Optimizer | GradQueue]) -> list[int]:
+    """Return the addresses of all parameters, states and rings."""
+    return [local(tensor).data_ptr() for holder in holders for tensor in _tensors(holder)]
+
+
+def _tensors(holder: Optimizer | GradQueue) -> Iterator[Tensor]:
+    if isinstance(holder, GradQueue):
+        yield from holder._tensors()
+        return
+    for group in holder.param_groups:
+        yield from group["params"]
+    for state in holder.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:

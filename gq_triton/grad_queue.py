@@ -1,6 +1,6 @@
 """GradQueue: the plug-in that weights the gradients of any torch optimizer in any loop."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -366,6 +366,10 @@ class GradQueue:
         if self._clusters is None or self._clusters.mode != "microbatch":
             raise ValueError('backward(losses) needs n_clusters and mode="microbatch"')
         self._clusters.backward(losses)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of the queue; after a load they are others."""
+        return self._queues.tensors()
 
     def digest(self) -> str:
         """Return the SHA-256 of the queue: two digests are equal if all elements are."""

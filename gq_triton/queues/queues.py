@@ -417,6 +417,11 @@ class Queues:
         for name, queue in self._queue.items():
             yield name, queue, self._queued[name]
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of the rings and counters that this rank holds."""
+        yield from self._queue.values()
+        yield from self._queued.values()
+
     def shared_digests(self) -> dict[str, bytes]:
         """Return the digests, by name, of the state that all ranks must share: here all of it."""
         return self.digests()

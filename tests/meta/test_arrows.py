@@ -56,7 +56,7 @@ MAY = {
     "sampling": {"grouping"} | ENGINES,
     "optim": QUEUES,
     "attachment": {"optim"},
-    "cuda_graph": {"optim"},
+    "cuda_graph": {"grad_queue", "optim"},
     "grad_queue": {"attachment", "dist.sharded"} | BELOW,
     "dist": {"dist.routes", "dist.state"} | BELOW,
     "dist.state": {"dist", "dist.routes"} | BELOW,

@@ -1,6 +1,7 @@
 """What a captured step copies, checks and replays, with a recording in place of the graph."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from optim_cases import PAIR, assert_same, both_optimizers, snapshot
 from replay import Recording
 from torch import nn
 
-from gq_triton import cuda_graph
+from gq_triton import GradQueue, cuda_graph
 from gq_triton.cuda_graph import CapturedStep
 
 pytestmark = [
@@ -47,6 +48,9 @@ class Loop:
         self.scaler.update()
         return {"loss": loss, "power": power}
 
+    def holders(self) -> tuple[Any, ...]:
+        return (self.optimizer,)
+
     def tensors(self):
         """Return all that a step changes, apart from gradients."""
         groups = self.optimizer.param_groups
@@ -82,7 +86,26 @@ def captured(loop, warmup=3, log=None):
             (log if log is not None else []).append("replay")
             self.recording.replay()
 
-    return CapturedStep(loop.step, (loop.optimizer,), warmup, Stand)
+    return CapturedStep(loop.step, loop.holders(), warmup, Stand)
+
+
+class PlugInLoop(Loop):
+    """The same with torch's SGD and a queue."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model, self.measured = nn.Linear(4, 3), False
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.queue = GradQueue(self.model, queue_length=2, backend="triton")
+        self.queue.attach(self.optimizer)
+
+    def holders(self):
+        return self.optimizer, self.queue
+
+    def tensors(self):
+        yield from super().tensors()
+        yield from self.queue._tensors()
 
 
 def batch(step, size=5):
@@ -140,6 +163,22 @@ def test_a_checkpoint_is_resumed_between_replays(variant):
         twin.step(batch(number))
         assert_same(snapshot(ours.optimizer), snapshot(twin.optimizer))
     assert log == ["step", "step", "capture", *3 * ["replay"], "step", "step", "capture", "replay"]
+
+
+def test_a_queue_that_was_loaded_is_captured_anew():
+    """Its rings lie in new memory; the graph would write to memory that is free."""
+    log = []
+    ours, twin = PlugInLoop(), PlugInLoop()
+    step = captured(ours, warmup=2, log=log)
+    for number in range(7):
+        if number == 4:
+            for loop in (ours, twin):
+                loop.queue.load_state_dict(loop.queue.state_dict())
+        step(batch(number))
+        twin.step(batch(number))
+        assert ours.queue.digest() == twin.queue.digest()
+    assert log == ["step", "step", "capture", "replay", "replay", "step", "step", "capture",
+                   "replay"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
