@@ -13,15 +13,25 @@ from gq_triton.cluster_grad.layers.attention import attend, shows_parameters
 from gq_triton.cluster_grad.layers.conv import CONV
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
-from gq_triton.cluster_grad.layers.order import in_order, is_view_of_input
+from gq_triton.cluster_grad.layers.norm import LAYER_NORM, RMS_NORM
+from gq_triton.cluster_grad.layers.order import (
+    JOINED,
+    SECOND,
+    in_order,
+    is_view_of_input,
+    other_order,
+)
 from gq_triton.cluster_grad.layers.registry import Layer, runs_whole
-from gq_triton.cluster_grad.passes import OUTSIDE
+from gq_triton.cluster_grad.passes import OUTSIDE, in_backward
 from gq_triton.cluster_grad.site import SITE, Collector, Family, Site
 from gq_triton.cluster_grad.standins.meet import EXPANDED, LOOKED_UP
 from gq_triton.cluster_grad.standins.origin import SAME, Origin, Root
-from gq_triton.cluster_grad.standins.standin import StandIn, saving_hooks, stand_in, with_samples
+from gq_triton.cluster_grad.standins.standin import StandIn, plain, saving_hooks, stand_in
 
 __all__ = ["Conversion"]
+
+# Families that work on the last dimensions alone.
+_ROW_BY_ROW = (LINEAR, CONV1D, LAYER_NORM, RMS_NORM)
 
 
 class _Converted:
@@ -143,10 +153,10 @@ def _in_family(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwa
     if site.input_name in kwargs:
         args = (*args, kwargs.pop(site.input_name))
     x = args[0] if args else None
-    turned = isinstance(x, Tensor) and _time_major(x, own)
+    order = _order(x, own) if isinstance(x, Tensor) else ""
     if isinstance(x, Tensor):
-        x = x.transpose(0, 1) if turned else x
-        if own.family is EMBEDDING and not turned and not _by_sample(x, collector):
+        x = _samples_first(x, order, collector.batch)
+        if own.family is EMBEDDING and not order and not _by_sample(x, collector):
             return _looked_up(module, own, token, x)
         args = (x, *args[1:])
     graded = torch.is_grad_enabled()
@@ -160,24 +170,55 @@ def _in_family(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwa
         out = site.family.forward(module, (token, site.key), *args, **kwargs)
         if ordered and not torch.compiler.is_compiling() and out.grad_fn is not None:
             collector.trusted.add((out.grad_fn, out.output_nr))
-    return out.transpose(0, 1) if turned else out
+    return _as_before(out, order, collector.batch)
 
 
-def _time_major(x: Tensor, own: _Converted) -> bool:
-    """Return whether the samples are the second dimension of a layer's input."""
-    if not own.collector.batch_dim:
-        return False
-    dims = 2 if own.family is EMBEDDING else 3
-    return x.dim() >= dims and x.shape[1] == own.collector.batch
+def _order(x: Tensor, own: _Converted) -> str:
+    """Return the other order in which a layer's input has its rows; empty if it has none."""
+    collector, family = own.collector, own.family
+    module: Any = own.module
+    # Layers that work on the last dimensions take samples in any other one.
+    kept = x.dim() - (len(module.normalized_shape) if family in (LAYER_NORM, RMS_NORM) else 1)
+    if collector.batch_dim:
+        kept = 2 if family is EMBEDDING else kept
+        second = family in (EMBEDDING, *_ROW_BY_ROW) and kept > 1
+        return SECOND if second and x.shape[1] == collector.batch else ""
+    if torch.compiler.is_compiling() or family is EMBEDDING:
+        return ""
+    by_row = family in _ROW_BY_ROW and kept > 1
+    if not x.requires_grad:
+        turned = by_row and x.shape[1] == collector.batch and not _ordered(x, collector)
+        # The memory of an input of the model shows which dimension is which.
+        return SECOND if turned and collector.inputs.get(x.data_ptr()) == x.stride(1) else ""
+    # A checkpointed segment, which runs again in the backward pass, shows no order there.
+    if saving_hooks() is not None or in_backward() or _ordered(x, collector):
+        return ""
+    order = other_order(x, collector.batch, collector.trusted)
+    return "" if order == SECOND and not by_row else order
+
+
+def _samples_first(x: Tensor, order: str, batch: int) -> Tensor:
+    """Return a tensor with its samples' rows in order."""
+    if order == JOINED:
+        return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(0, 1)
+    return x.transpose(0, 1) if order else x
+
+
+def _as_before(out: Tensor, order: str, batch: int) -> Tensor:
+    """Return a layer's output in the order of its input."""
+    if order == JOINED:
+        return out.unflatten(0, (batch, -1)).transpose(0, 1).flatten(0, 1)
+    return out.transpose(0, 1) if order else out
 
 
 @Untraced  # it compares random states, and may run the module again
 def _as_whole(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a module whose gradients by cluster come from runs of the whole module."""
     assert own.site is not None
-    rows = own.collector.batch
-    args = tuple(with_samples(value, rows) for value in args)
-    kwargs = {name: with_samples(value, rows) for name, value in kwargs.items()}
+    # Nothing shows whether a stand-in with B rows, such as a table of positions, has those of
+    # samples.
+    args = tuple(plain(value) for value in args)
+    kwargs = {name: plain(value) for name, value in kwargs.items()}
     return own.site.family.forward(module, (token, own.site.key), *args, **kwargs)
 
 

@@ -332,7 +332,7 @@ def test_time_steps_are_not_taken_for_samples(length):
     with pytest.warns(UserWarning, match="without clusters"):
         square(model, torch.randn(9, length, 3, dtype=F64)).mean().backward()
     assert [how.partition(" ")[0] for how in queue.report().values()] == [
-        "whole", "clusters", "clusters", "whole", "whole", "clusters", "clusters"
+        "whole", "clusters", "clusters", "clusters", "clusters", "clusters", "clusters"
     ]  # fmt: skip
 
 

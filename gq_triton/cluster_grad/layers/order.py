@@ -6,16 +6,25 @@ mixture of experts, and a transposition to time-major order hold as many rows in
 autograd graph tells them apart.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gq_triton.cluster_grad.layers.sources import (
+    Place,
+    chosen_along,
+    graph_parents,
+    shape_of,
+    sources,
+)
 from gq_triton.cluster_grad.passes import in_backward
 
-__all__ = ["Output", "in_order", "is_view_of_input"]
+__all__ = ["JOINED", "SECOND", "Output", "in_order", "is_view_of_input", "other_order"]
+
+# Other orders of rows: samples in the second dimension, and several batches one after the other.
+SECOND, JOINED = "second dimension", "joined batches"
 
 # An output of an operation: its node in the graph, and which of the outputs it is.
 Output = tuple[Any, int]
@@ -23,38 +32,14 @@ Output = tuple[Any, int]
 _LIMIT = 500
 # The number of operations among which a selection of rows is looked for.
 _NEAR = 50
-# Operations that keep all dimensions but may change sizes elsewhere: row i of the result depends on
-# row i of the operands. Names are those of autograd's nodes without "Backward" at the end.
-_KEEPING = {
-    "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Rsqrt", "Exp", "Log", "Abs", "Tanh",
-    "Sigmoid", "LogSigmoid", "Silu", "Gelu", "Relu", "LeakyRelu", "Elu", "Hardtanh", "Hardswish",
-    "Hardsigmoid", "Softplus", "Mish", "Where", "MaskedFill", "Clamp", "ClampMin", "ClampMax",
-    "Maximum", "Minimum", "Addcmul", "Lerp", "ToCopy", "Clone", "Alias", "NativeDropout",
-    "NativeLayerNorm", "FusedRmsNorm", "NativeGroupNorm", "NativeBatchNorm", "Convolution",
-    "PreluKernel", "ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention",
-    "ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention", "ConstantPadNd",
-    "_Linear", "_Conv", "_Embedding", "_LayerNorm", "_RMSNorm", "_GroupNorm", "_BatchNorm",
-    "_Slices", "AvgPool2D", "MaxPool2DWithIndices",
-    "RegisterPostBackwardFunction", "_DDPSink",  # of FSDP2 and DDP: they return what they are given
+# Operations that may choose or move rows.
+_CHOOSING = {
+    "IndexSelect", "Gather", "Sort", "Flip", "Roll", "Slice", "Split", "SplitWithSizes",
 }  # fmt: skip
 # What became of stand-ins where they met samples, and of modules that run again.
 _MET = {"_Expand", "_Tapped", "_Slices"}
 # Operations of two operands, of which one without a gradient may be a constant.
 _PAIRED = {"Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Where", "MaskedFill", "Maximum", "Minimum"}
-# Operations that are known to put rows in another order.
-_MIXING = {"Index", "IndexSelect", "Gather", "Flip", "Roll", "Sort", "Expand", "View", "UnsafeView"}
-_VIEWING = {"View", "UnsafeView", "ReshapeAlias", "Reshape", "Squeeze", "Unsqueeze"}
-_REDUCING = {
-    "Mean",
-    "Sum",
-    "Softmax",
-    "SafeSoftmax",
-    "LogSoftmax",
-    "Slice",
-    "Cat",
-    "Split",
-    "SplitWithSizes",
-}
 
 
 def in_order(tensor: Tensor, batch: int, trusted: set[Output]) -> bool:
@@ -79,45 +64,92 @@ def in_order(tensor: Tensor, batch: int, trusted: set[Output]) -> bool:
         return True  # whatever the rows are, they belong to the one sample
     if shape[0] == 0 or shape[0] % batch or not _from_samples(tensor, trusted):
         return False
-    if shape[0] == batch and _selected(tensor, trusted):
-        return False  # as many as the samples by chance
-    if node is None or _has_samples_first(shape, batch):
+    # As many rows as samples by chance, or those of samples: the graph must show it.
+    chosen = shape[0] == batch and _selected((node, tensor.output_nr), batch, trusted)
+    if not chosen and (node is None or _has_samples_first(shape, batch)):
         return shape[0] == batch
-    shown = _leads_to_samples(tensor, batch, trusted)
+    shown = _leads_to_samples(tensor, batch, trusted, believing=shape[0] == batch and not chosen)
     if shown:
         trusted.add((node, tensor.output_nr))  # later walks end here
     # Positions, or samples times heads, may be a multiple of B by chance.
-    believed = shape[0] == batch and batch not in _others(shape)
+    believed = shape[0] == batch and not chosen and batch not in _others(shape)
     return shown is True or (believed and shown is None)
 
 
-def _leads_to_samples(tensor: Tensor, batch: int, trusted: set[Output]) -> bool | None:
-    """Return whether dimension 0 leads back to that of the samples; None if nothing shows it."""
-    # With as many rows as samples only a permutation can mislead: selections were looked for.
-    believing = tensor.shape[0] == batch
-    start = (tensor.grad_fn, tensor.output_nr, 0)
-    stack: list[tuple[Any, int, int]] = [start]
+def other_order(tensor: Tensor, batch: int, trusted: set[Output]) -> str:
+    """Return in which other order a tensor has the rows of samples, if the graph shows it.
+
+    Args:
+        tensor: ``(n, ...)``, which is not in order.
+        batch: the number of samples B.
+        trusted: as for ``in_order``.
+
+    Returns:
+        ``SECOND`` for time-major ``(T, B, ...)``, ``JOINED`` for batches of all samples that were
+        joined along dimension 0, or time-major rows ``(T * B, ...)``; else an empty string.
+    """
+    shape = tensor.shape
+    if (
+        torch.compiler.is_compiling()
+        or tensor.grad_fn is None
+        or not _from_samples(tensor, trusted)
+    ):
+        return ""
+    if tensor.dim() > 2 and shape[1] == batch and _leads_to_samples(tensor, batch, trusted, axis=1):
+        return SECOND
+    groups = shape[0] // batch
+    if groups > 1 and shape[0] % batch == 0:
+        return JOINED if _leads_to_samples(tensor, batch, trusted, groups=groups) else ""
+    return ""
+
+
+def _leads_to_samples(
+    tensor: Tensor,
+    batch: int,
+    trusted: set[Output],
+    axis: int = 0,
+    groups: int = 1,
+    believing: bool = False,
+) -> bool | None:
+    """Return whether a place of samples leads back to dimension 0; None if nothing shows it.
+
+    Args:
+        tensor: ``(n, ...)``.
+        batch: the number of samples B.
+        trusted: as for ``in_order``.
+        axis: the dimension that may hold the samples.
+        groups: the number of groups of samples in it.
+        believing: whether operations of which nothing is known keep rows. With as many rows as
+            samples only a permutation can mislead, and selections were looked for.
+    """
+    start = Place(tensor.grad_fn, tensor.output_nr, axis, groups)
+    stack: list[Place] = [start]
     seen, found, ends = set(), False, False
     while stack:
-        entry = stack.pop()
-        if entry in seen:
+        place = stack.pop()
+        if place in seen:
             continue
-        seen.add(entry)
-        node, place, axis = entry
-        if type(node).__name__ == "_SlicesBackward" and node.run.out_dims[place] != axis:
+        seen.add(place)
+        node, output, axis, groups = place
+        if type(node).__name__ == "_SlicesBackward" and node.run.out_dims[output] != axis:
             return False
-        known = entry != start and _has_samples_first(_shape(node, place), batch)
-        if axis == 0 and (known or (node, place) in trusted):
-            found = True
-            continue
-        sources = None if len(seen) > _LIMIT else _sources(node, place, axis, believing)
-        if sources is None:
+        if axis == 0 and groups == 1:
+            known = (node, output) in trusted
+            if not known and place != start and _has_samples_first(shape_of(node, output), batch):
+                known = not _selected((node, output), batch, trusted)
+            if known:
+                found = True
+                continue
+        if (node, output) in trusted:
+            return False  # its samples are at another place
+        into = None if len(seen) > _LIMIT else sources(place, batch, believing)
+        if into is None:
             return None
-        ends = ends or (axis == 0 and not sources)
-        for parent, output, into in sources:
-            if type(parent).__name__ != "AccumulateGrad":
-                stack.append((parent, output, into))
-            elif into == 0 and parent.variable.shape[0] == batch:
+        ends = ends or (axis == 0 and not into)
+        for one in into:
+            if type(one.node).__name__ != "AccumulateGrad":
+                stack.append(one)
+            elif one.axis == 0 and one.groups == 1 and one.node.variable.shape[0] == batch:
                 found = True  # an input of the model, or of a segment that is run again
     return True if found else None if ends else False
 
@@ -143,15 +175,21 @@ def _from_samples(tensor: Tensor, trusted: set[Output]) -> bool:
         known = [(parent, output) for parent, output in node.next_functions if parent is not None]
         if len(known) < len(node.next_functions):  # samples without a gradient, or a constant
             kept = kind in _PAIRED and known
-            if not kept or any(_shape(*one) != _shape(node, place) for one in known):
+            if not kept or any(shape_of(*one) != shape_of(node, place) for one in known):
                 return True
         stack.extend(known)
     return bool(stack)
 
 
-def _selected(tensor: Tensor, trusted: set[Output]) -> bool:
-    """Return whether the rows of a tensor were selected since an operation that is trusted."""
-    rows, stack, seen = tensor.shape[0], [(tensor.grad_fn, tensor.output_nr)], set()
+def _selected(result: Output, rows: int, trusted: set[Output]) -> bool:
+    """Return whether rows of a result were chosen or moved since an operation that is trusted.
+
+    Args:
+        result: the operation and its result.
+        rows: the number of rows.
+        trusted: as for ``in_order``.
+    """
+    stack, seen = [result], set()
     while stack and len(seen) < _NEAR:
         entry = stack.pop()
         if entry[0] is None or entry in seen or entry in trusted:
@@ -159,12 +197,14 @@ def _selected(tensor: Tensor, trusted: set[Output]) -> bool:
         seen.add(entry)
         node: Any = entry[0]
         kind = type(node).__name__.rpartition("Backward")[0]
+        if kind == "_Expand":
+            continue  # a stand-in, of whose rows none belongs to a sample
         if kind == "Index":  # a list of rows; with a second index, a position of each sample
             if len(node._saved_indices) == 1:
                 return True
-        elif kind in ("IndexSelect", "Gather") and node._saved_dim == 0:
+        elif kind in _CHOOSING and chosen_along(node, 0):
             return True
-        stack += [(parent, place) for _, parent, place, shape in _parents(node)
+        stack += [(parent, place) for _, parent, place, shape in graph_parents(node)
                   if (shape and shape[0] == rows) or kind == "Index"]  # fmt: skip
     return False
 
@@ -172,15 +212,26 @@ def _selected(tensor: Tensor, trusted: set[Output]) -> bool:
 def is_view_of_input(tensor: Tensor, inputs: Mapping[int, int], batch: int) -> bool:
     """Return whether the rows of a tensor are those of an input of the model, in their order.
 
+    They may be part of the input: ``tokens[:, 1:]``.
+
     Args:
         tensor: ``(n, ...)``.
         inputs: by the address of an input, the distance in memory from sample to sample.
         batch: the number of samples B.
     """
-    distance, rows = inputs.get(tensor.data_ptr()), tensor.shape[0]
-    if distance is None or rows == 0 or rows % batch:
+    rows = tensor.shape[0]
+    if rows == 0 or rows % batch:
         return False
-    return batch == 1 or tensor.stride(0) * (rows // batch) == distance
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    length = sum((size - 1) * stride for size, stride in [*sizes][1:])
+    each = rows // batch
+    for address, distance in inputs.items():
+        start, rest = divmod(tensor.data_ptr() - address, tensor.element_size())
+        end = start + length + (each - 1) * tensor.stride(0)
+        inside = start == 0 or 0 < start <= end < distance
+        if rest == 0 and inside and (batch == 1 or tensor.stride(0) * each == distance):
+            return True
+    return False
 
 
 def _has_samples_first(shape: tuple[int, ...], batch: int) -> bool:
@@ -191,116 +242,3 @@ def _has_samples_first(shape: tuple[int, ...], batch: int) -> bool:
 def _others(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the sizes of the dimensions besides the first one that may be that of the samples."""
     return shape[1:-1] if len(shape) > 2 else shape[1:]
-
-
-def _shape(node: Any, place: int) -> tuple[int, ...]:
-    """Return the shape of an output of a node."""
-    shape: tuple[int, ...] = tuple(node._input_metadata[place].shape)
-    return shape
-
-
-def _parents(node: Any) -> Iterator[tuple[int, Any, int, tuple[int, ...]]]:
-    """Yield the operands of a node that need a gradient, parameters excepted.
-
-    Yields:
-        The position of the operand; its node; which output of that node it is; its shape.
-    """
-    for position, (parent, place) in enumerate(node.next_functions):
-        if parent is None:
-            continue
-        if type(parent).__name__ != "AccumulateGrad":
-            yield position, parent, place, _shape(parent, place)
-        elif not isinstance(parent.variable, nn.Parameter):
-            yield position, parent, place, tuple(parent.variable.shape)
-
-
-def _sources(
-    node: Any, place: int, axis: int, believing: bool
-) -> list[tuple[Any, int, int]] | None:
-    """Return where rows along an axis of a node's output come from; None if they are mixed.
-
-    Args:
-        node: the node.
-        place: which of its outputs.
-        axis: the dimension of the rows.
-        believing: whether operations of which nothing is known are believed to keep their rows.
-    """
-    kind, shape = type(node).__name__.rpartition("Backward")[0], _shape(node, place)
-    found: list[tuple[Any, int, int]] = []
-    for position, parent, output, inner in _parents(node):
-        into = _axis(node, kind, position, axis, shape, inner)
-        if into is None and believing and kind not in _MIXING:
-            into = _broadcast(axis, shape, inner)
-        if into is None:
-            return None
-        if into >= 0:
-            found.append((parent, output, into))
-    return found
-
-
-def _axis(
-    node: Any, kind: str, position: int, axis: int, shape: tuple[int, ...], inner: tuple[int, ...]
-) -> int | None:
-    """Return the dimension of an operand that the rows come from.
-
-    Returns:
-        The dimension; -1 if no row depends on the operand alone, as on one that is broadcast; None
-        if rows are mixed, or nothing is known of the operation.
-    """
-    dims = len(shape)
-    if kind == "Permute":
-        return _signed(node._saved_dims[axis]) % dims
-    if kind in ("Transpose", "T"):
-        first, second = (0, 1) if kind == "T" else (node._saved_dim0, node._saved_dim1)
-        swap = {_signed(first) % dims: _signed(second) % dims}
-        swap |= {new: old for old, new in swap.items()}
-        return swap.get(axis, axis)
-    if kind in ("Unbind", "Select"):
-        return axis + (_signed(node._saved_dim) % len(inner) <= axis)
-    if kind == "Roll":
-        return None if axis in node._saved_dims else axis
-    if kind in ("_Expand", "_Tapped"):  # a stand-in, expanded over the rows or met by them
-        return -1 if kind == "_Expand" or position else axis
-    if kind == "Expand":
-        return None if len(inner) < dims - axis else _broadcast(axis, shape, inner)
-    if kind in _VIEWING:
-        return _through_view(axis, shape, inner)
-    if kind in ("Mm", "Addmm", "Bmm", "Baddbmm"):
-        right = position - (kind in ("Addmm", "Baddbmm"))
-        if right < 0:
-            return _broadcast(axis, shape, inner)
-        batched = dims == 3 and axis == 0
-        return axis if batched or (right == 0 and axis == dims - 2) else -1 if right else None
-    if kind in _REDUCING:
-        changed = getattr(node, "_saved_dim", ())
-        changed = changed if isinstance(changed, tuple) else (changed,)
-        if (
-            len(inner) != dims
-            or None in changed
-            or axis in {_signed(dim) % len(inner) for dim in changed}
-        ):
-            return None
-        return axis
-    return _broadcast(axis, shape, inner) if kind in _KEEPING else None
-
-
-def _broadcast(axis: int, shape: tuple[int, ...], inner: tuple[int, ...]) -> int:
-    into = axis - (len(shape) - len(inner))
-    return into if into >= 0 and inner[into] == shape[axis] else -1
-
-
-def _through_view(axis: int, shape: tuple[int, ...], inner: tuple[int, ...]) -> int | None:
-    """Return the dimension of the viewed tensor that begins where the axis of the view begins."""
-    if math.prod(shape) != math.prod(inner):
-        return None
-    before, element = math.prod(shape[:axis]), 1
-    for into, size in enumerate(inner):
-        if element == before and size > 1:
-            return into
-        element *= size
-    return None
-
-
-def _signed(number: int) -> int:
-    """Return a dimension that autograd keeps as an unsigned number."""
-    return number - (1 << 64) if number >= 1 << 63 else number

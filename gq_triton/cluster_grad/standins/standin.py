@@ -17,7 +17,7 @@ from gq_triton.cluster_grad.site import site_of
 from gq_triton.cluster_grad.standins.meet import expanded, routed, tapped
 from gq_triton.cluster_grad.standins.origin import OTHER, REPEATED, SAME, Origin
 
-__all__ = ["StandIn", "plain", "saving_hooks", "stand_in", "with_samples", "without_stand_ins"]
+__all__ = ["StandIn", "plain", "saving_hooks", "stand_in", "without_stand_ins"]
 
 
 class StandIn(Tensor):
@@ -84,20 +84,6 @@ def plain(value: Any) -> Any:
         return value
     with torch._C.DisableTorchFunctionSubclass():
         return _plain(value)
-
-
-def with_samples(value: Any, rows: int) -> Any:
-    """Return a stand-in that has rows of samples as an ordinary tensor; other values as they are.
-
-    Args:
-        value: an argument of a module.
-        rows: the number of samples.
-    """
-    if not isinstance(value, StandIn):
-        return value
-    with torch._C.DisableTorchFunctionSubclass():
-        met = _meets(value, value.dim(), rows) if value.dim() and value.shape[0] == rows else None
-        return _plain(value) if met is None else met
 
 
 def without_stand_ins(output: Any) -> Any:
