@@ -1,5 +1,6 @@
 """Samplers that lower the variance of a mini-batch's gradient, for torch's own data loading."""
 
+from gq_triton.sampling.clustering import GradientClustering
 from gq_triton.sampling.costs import EpochCost
 from gq_triton.sampling.importance import ImportanceBatch, ImportanceLoader
 from gq_triton.sampling.scores import importance_score, variance_reduction
@@ -7,6 +8,7 @@ from gq_triton.sampling.stratified import StratifiedBatchSampler
 
 __all__ = [
     "EpochCost",
+    "GradientClustering",
     "ImportanceBatch",
     "ImportanceLoader",
     "StratifiedBatchSampler",

@@ -27,7 +27,7 @@ from gq_triton.sampling.scores import (
     sample_losses,
     variance_reduction,
 )
-from gq_triton.sampling.watch import Watch, device_of, evaluating, run_model, scorer
+from gq_triton.sampling.watch import Watch, device_of, evaluation_mode, run_model, scorer
 from gq_triton.saved.rules import Exactly, Flag, Integer, ListOf, Maybe, Number, Record, check
 
 __all__ = ["ImportanceBatch", "ImportanceLoader"]
@@ -390,7 +390,7 @@ class ImportanceLoader:
     def _run(self, inputs: Any, targets: Any, samples: int) -> Tensor:
         """Run the model on a batch to score it; return ``(samples,)`` float64 on the CPU."""
         model = scorer(self.model)
-        with evaluating(model):
+        with evaluation_mode(model), torch.no_grad():
             outputs = self._forward(model, inputs)
         self.costs[-1].scored += samples
         scores = check_scores(self._score(outputs, targets, self.loss), "the scores of a batch")

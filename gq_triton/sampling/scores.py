@@ -22,6 +22,7 @@ __all__ = [
     "as_module",
     "check_scores",
     "importance_score",
+    "losses_of_samples",
     "sample_losses",
     "variance_reduction",
 ]
@@ -83,12 +84,17 @@ def importance_score(logits: Any, targets: Any, loss: Loss) -> Tensor:
 
 def sample_losses(outputs: Any, targets: Any, loss: Loss) -> Tensor:
     """Return the loss of every sample, ``(B,)``, without a graph; arguments and errors as above."""
-    module = as_module(loss)
     with torch.no_grad():
-        if type(module) in (nn.CrossEntropyLoss, nn.MSELoss):
-            outputs, targets = _tensors(outputs, targets)
-            outputs = _wide(outputs)
-        return _per_sample(module, outputs, targets)
+        return losses_of_samples(outputs, targets, loss)
+
+
+def losses_of_samples(outputs: Any, targets: Any, loss: Loss) -> Tensor:
+    """Return what ``sample_losses`` does, with the graph of the outputs."""
+    module = as_module(loss)
+    if type(module) in (nn.CrossEntropyLoss, nn.MSELoss):
+        outputs, targets = _tensors(outputs, targets)
+        outputs = outputs.to(_wide_type(outputs))
+    return _per_sample(module, outputs, targets)
 
 
 def variance_reduction(scores: Tensor) -> float:
@@ -160,9 +166,13 @@ def as_module(loss: Any) -> Any:
     return loss
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _wide_type(tensor: Tensor) -> torch.dtype:
     dtype = tensor.dtype if tensor.dtype.is_floating_point else torch.float32
-    return tensor.detach().to(torch.promote_types(dtype, torch.float32))
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(_wide_type(tensor))
 
 
 def _norm(grad: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gq_triton.grouping.features import first_dimensions
 
-__all__ = ["Watch", "device_of", "evaluating", "run_model", "scorer"]
+__all__ = ["Watch", "device_of", "evaluation_mode", "run_model", "scorer"]
 
 
 class Watch:
@@ -54,13 +54,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model as in evaluation, without a graph; every module's mode comes back after."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Run the model as in evaluation; every module's mode comes back after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode

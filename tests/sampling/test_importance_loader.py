@@ -445,6 +445,15 @@ def test_ranks_read_disjoint_parts_whose_mean_is_unbiased():
     assert len(set().union(*seen)) > 50
 
 
+def test_a_rank_with_a_smaller_part_counts_less_also_by_score():
+    model = head(0.0)  # all scores are alike
+    for rank, own in ((0, 9), (6, 8)):
+        loader = loader_of(model, num_replicas=7, rank=rank, batch_size=2, tau_th=0)
+        for batch in loader:
+            assert batch.weights.tolist() == pytest.approx([7 * own / 60] * 2)
+        assert loader.costs[-1].steps_by_score > 0
+
+
 # --- errors
 
 

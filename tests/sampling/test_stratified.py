@@ -105,6 +105,17 @@ def test_tgc08_weights_are_unbiased_for_any_batch_size(batch_size):
     assert sampler.weights([0, 1, 4]).tolist() == pytest.approx([0.9, 1.5, 0.6])
 
 
+def test_tgc11_twice_the_batch_has_half_the_variance():
+    gradients = gradients_of(4)
+
+    def uniform(batch_size):
+        draws = torch.tensor(list(itertools.product(range(4), repeat=batch_size)))
+        return trace_variance(gradients[draws].mean(1))
+
+    assert uniform(4) == pytest.approx(uniform(2) / 2, rel=1e-12)
+    assert uniform(2) == pytest.approx(trace_variance(gradients) / 2, rel=1e-12)
+
+
 def test_every_sample_is_as_likely_in_every_draw_of_the_first_round():
     """Over seeds; the first batch alone, and only a part of the round."""
     counts = torch.zeros(10)
@@ -179,6 +190,15 @@ def test_a_sampler_that_is_resumed_goes_on(stop):
     second.load_state_dict(first.state_dict())
     assert seen + list(itertools.islice(batches(second), 9)) == expected
     assert len(expected[0]) == 3
+
+
+def test_a_sampler_that_is_resumed_between_two_blocks_knows_the_passes_that_go_on():
+    labels = [0] * 11 + [1] * 4 + [2] * 17 + [3] * 5000  # the last one is long
+    whole = list(StratifiedBatchSampler(labels, 4))[:1030]
+    for given in (1023, 1024, 1025):  # a block has 1024 rounds of 4
+        sampler = StratifiedBatchSampler(labels, 4)
+        sampler.load_state_dict({**sampler.state_dict(), "given": given, "begun": True})
+        assert list(itertools.islice(sampler, 5)) == whole[given : given + 5]
 
 
 @pytest.mark.slow
