@@ -3,8 +3,8 @@
 """Gradients of shifts and scales by cluster: sums of ``dy`` and of ``dy * (x - mean) * rstd``.
 
 ``dy`` and ``x`` are read once. No sum per sample, no product and no normalised input is stored. A
-program adds up some rows of one cluster, which are a part; a second kernel adds the parts of each
-cluster in a fixed order.
+program adds up some rows of one cluster, which are a part. The program that ends a cluster's last
+part adds its parts, in a fixed order.
 
 Shape legend: B = samples, K = clusters, T or S = positions of a sample, N or C = columns (shifts),
 G = groups of a GroupNorm, M = parts.
@@ -27,44 +27,89 @@ MOST_COLUMNS = 128
 # Rows that a program adds up: enough that the sums it writes are few against the rows it reads.
 ROWS = 128
 NUM_WARPS = 8
-# Parts and columns of a tile of the second kernel.
-TILE_M, TILE_N = 32, 64
+# Tickets that are made at a time.
+TICKETS = 1 << 16
 
 
 @triton.jit
 def _find_part(offsets, n_clusters, unit, PART: tl.constexpr, K: tl.constexpr):
     """Return this program's part: its cluster, its first row, and the row after its last.
 
-    Each cluster is cut into parts of PART rows; a sample has ``unit`` rows. Programs beyond the
-    last part get cluster ``n_clusters``.
+    Each cluster is cut into parts of PART rows; a sample has ``unit`` rows. An empty cluster has
+    one part without rows. Programs beyond the last part get cluster ``n_clusters``. The last two
+    results are the cluster's first part and the number of its parts.
 
     Example: sizes 3, 0, 2 (offsets 0, 3, 3, 5), 2 rows per sample, PART = 4: parts of cluster 0
-    begin at rows 0 and 4 of 6, the one of cluster 2 at row 6; the fourth program has none.
+    begin at rows 0 and 4 of 6, those of clusters 1 and 2 at row 6; the fifth program has none.
     """
     part = tl.program_id(0)
     k = tl.arange(0, K)
     begin = tl.load(offsets + k, mask=k < n_clusters, other=0).to(tl.int32) * unit
     end = tl.load(offsets + k + 1, mask=k < n_clusters, other=0).to(tl.int32) * unit
-    parts = tl.cdiv(end - begin, PART)
+    parts = tl.where(k < n_clusters, tl.maximum(tl.cdiv(end - begin, PART), 1), 0)
     before = tl.cumsum(parts)
     cluster = tl.sum((before <= part).to(tl.int32))
     mine = k == cluster
-    row = tl.sum(tl.where(mine, begin + (part - before + parts) * PART, 0))
+    first = tl.sum(tl.where(mine, before - parts, 0))
+    row = tl.sum(tl.where(mine, begin, 0)) + (part - first) * PART
     last = tl.minimum(row + PART, tl.sum(tl.where(mine, end, 0)))
-    return tl.minimum(cluster, n_clusters), row, last
+    count = tl.sum(tl.where(mine, parts, 0))
+    return tl.minimum(cluster, n_clusters), row, last, first, count
+
+
+@triton.jit
+def _add_parts(
+    parts, sums, cluster, first, count, columns, exists, n, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write the sum of a cluster's parts, for COLUMNS columns of n.
+
+    Example: parts 3, 4, 5 of which the first two are cluster 0's: 7.
+    """
+    total = tl.zeros((ROWS, COLUMNS), parts.dtype.element_ty)
+    for at in range(first, first + count, ROWS):
+        row = at + tl.arange(0, ROWS)
+        mask = (row < first + count)[:, None] & exists[None, :]
+        place = parts + row.to(tl.int64)[:, None] * n + columns[None, :]
+        # Other programs wrote the parts: what this multiprocessor's own cache holds may be older.
+        total += tl.load(place, mask, other=0.0, cache_modifier=".cg")
+    tl.store(sums + cluster.to(tl.int64) * n + columns, tl.sum(total, axis=0), mask=exists)
+
+
+@triton.jit
+def _finish(
+    shifts, scales, sum_shifts, sum_scales, tickets, offsets, n_clusters, unit, columns, exists, n,
+    PART: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of a cluster in the program that gets here last, for its columns.
+
+    Every program of the cluster and these columns calls this once, after it has written its part,
+    and takes a number. Whoever takes the last one knows that all parts are written. It puts the
+    ticket back to 0 for the next launch. No program waits for another.
+    """
+    tl.debug_barrier()  # what all threads wrote comes before the number
+    # Found anew: kept since the beginning, it would take registers from the sums.
+    cluster, _, _, first, count = _find_part(offsets, n_clusters, unit, PART, K)
+    ticket = tickets + cluster * tl.num_programs(1) + tl.program_id(1)
+    if tl.atomic_add(ticket, 1) == count - 1:
+        tl.store(ticket, 0)
+        _add_parts(shifts, sum_shifts, cluster, first, count, columns, exists, n, ROWS, COLUMNS)
+        if scales is not None:
+            _add_parts(scales, sum_scales, cluster, first, count, columns, exists, n, ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["n_clusters"])
 def _position_kernel(
-    dy, x, mean, rstd, order, offsets, shifts, scales, positions, n, n_clusters,
+    dy, x, mean, rstd, order, offsets, shifts, scales, sum_shifts, sum_scales, tickets, positions,
+    n, n_clusters,
     C_DTYPE: tl.constexpr, PART: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
-    """Write one part's sums over its rows ``(b, t)`` for TILE_C columns.
+    """Write one part's sums over its rows ``(b, t)`` for TILE_C columns; end its cluster's sums.
 
     Example: rows 1, 2 of one cluster and 4 of another: parts 3 and 4.
     """
-    cluster, begin, end = _find_part(offsets, n_clusters, positions, PART, K)
+    cluster, begin, end, _, _ = _find_part(offsets, n_clusters, positions, PART, K)
     if cluster == n_clusters:
         return
     columns = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
@@ -88,20 +133,26 @@ def _position_kernel(
     tl.store(shifts + out, tl.sum(shift, axis=0), mask=exists)
     if x is not None:
         tl.store(scales + out, tl.sum(scale, axis=0), mask=exists)
+    _finish(
+        shifts, scales, sum_shifts, sum_scales, tickets, offsets, n_clusters, positions, columns,
+        exists, n, PART, K, TILE_R, TILE_C,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_clusters"])
 def _channel_kernel(
-    dy, x, mean, rstd, stride_stat, order, offsets, shifts, scales, positions, n, per_group,
-    n_clusters,
+    dy, x, mean, rstd, stride_stat, order, offsets, shifts, scales, sum_shifts, sum_scales, tickets,
+    positions, n, per_group, n_clusters,
     C_DTYPE: tl.constexpr, PART: tl.constexpr, TILE_C: tl.constexpr, TILE_S: tl.constexpr,
-    K: tl.constexpr,
+    TILE_M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Write one part's sums over its samples and their positions for TILE_C channels.
 
+    The program that ends a cluster's last part writes the cluster's sums.
+
     Example: one channel, two positions; samples (1, 2) and (3, 4) of one cluster: 10.
     """
-    cluster, begin, end = _find_part(offsets, n_clusters, 1, PART, K)
+    cluster, begin, end, _, _ = _find_part(offsets, n_clusters, 1, PART, K)
     if cluster == n_clusters:
         return
     first_channel = tl.program_id(1) * TILE_C
@@ -130,35 +181,10 @@ def _channel_kernel(
     tl.store(shifts + out, tl.sum(shift, axis=1), mask=exists)
     if x is not None:
         tl.store(scales + out, tl.sum(scale, axis=1), mask=exists)
-
-
-@triton.jit(do_not_specialize=["n_clusters", "n_parts"])
-def _total_parts_kernel(
-    parts, offsets, sums, n, n_parts, n_clusters, unit,
-    PART: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
-    """Add up one cluster's parts, as `_find_part` cuts them, for TILE_N columns.
-
-    Example: parts 3, 4, 5 of which the first two are cluster 0's: 7 and 5.
-    """
-    cluster, output = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    parts += output * n_parts * n
-    sums += output * n_clusters * n
-    k = tl.arange(0, K)
-    begin = tl.load(offsets + k, mask=k < n_clusters, other=0).to(tl.int32) * unit
-    end = tl.load(offsets + k + 1, mask=k < n_clusters, other=0).to(tl.int32) * unit
-    counts = tl.cdiv(end - begin, PART)
-    first = tl.sum(tl.where(k < cluster, counts, 0))
-    last = first + tl.sum(tl.where(k == cluster, counts, 0))
-    columns = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
-    exists = columns < n
-    total = tl.zeros((TILE_M, TILE_N), parts.dtype.element_ty)
-    for at in range(first, last, TILE_M):
-        row = at + tl.arange(0, TILE_M)
-        mask = (row < last)[:, None] & exists[None, :]
-        total += tl.load(parts + row.to(tl.int64)[:, None] * n + columns[None, :], mask, other=0.0)
-    out = cluster.to(tl.int64) * n + columns
-    tl.store(sums + out, tl.sum(total, axis=0), mask=exists)
+    _finish(
+        shifts, scales, sum_shifts, sum_scales, tickets, offsets, n_clusters, 1, channels, exists,
+        n, PART, K, TILE_M, TILE_C,
+    )  # fmt: skip
 
 
 def _check(dy: Tensor, x: Tensor | None, order: Tensor, offsets: Tensor) -> None:
@@ -201,38 +227,68 @@ def _check_statistics(
 
 
 class _Parts:
-    """The common part of both launchers: the parts, their number, and the second kernel.
+    """The common part of both launchers: the parts, their number, and the results.
 
     Attributes:
-        shifts: ``(M, N)`` sums of ``dy`` by part.
-        scales: ``(M, N)`` sums of ``dy`` times the normalised input, or None.
-        constants: the keyword arguments of the first kernel.
+        count: M, the number of parts.
+        memory: the sums of ``dy`` and those of ``dy`` times the normalised input, by part
+            ``(M, N)`` and by cluster ``(K, N)``, and the tickets; None for what is not wanted.
+        constants: the keyword arguments of the kernel.
     """
 
     def __init__(
-        self, dy: Tensor, x: Tensor | None, offsets: Tensor, n: int, rows: int, unit: int, part: int
-    ) -> None:
-        self.offsets, self.n, self.unit, self.clusters = offsets, n, unit, len(offsets) - 1
+        self, dy: Tensor, x: Tensor | None, offsets: Tensor, n: int, rows: int, part: int,
+        columns: int,
+    ) -> None:  # fmt: skip
+        clusters = len(offsets) - 1
         types = (dy.dtype, *([] if x is None else [x.dtype]))
         dtype = torch.float64 if torch.float64 in types else torch.float32
         # Every cluster may end in a part that is not full.
-        self.count = triton.cdiv(rows, part) + self.clusters
+        self.count = triton.cdiv(rows, part) + clusters
         outputs = 1 if x is None else 2
-        self.parts = torch.empty(outputs, self.count, n, dtype=dtype, device=dy.device)
-        self.shifts, self.scales = self.parts[0], None if x is None else self.parts[1]
-        padded = max(triton.next_power_of_2(self.clusters), 16)
-        self.constants = {"PART": part, "K": padded, "num_warps": NUM_WARPS}
+        parts = torch.empty(outputs, self.count, n, dtype=dtype, device=dy.device)
+        self.sums = torch.empty(outputs, clusters, n, dtype=dtype, device=dy.device)
+        pair = (*parts, *[None] * (2 - outputs)), (*self.sums, *[None] * (2 - outputs))
+        self.blocks = triton.cdiv(n, columns)
+        self.memory = *pair[0], *pair[1], _tickets(dy.device, clusters * self.blocks)
+        padded = max(triton.next_power_of_2(clusters), 16)
+        self.constants = {
+            "PART": part, "K": padded, "C_DTYPE": TRITON_DTYPE[dtype], "TILE_C": columns,
+            "num_warps": NUM_WARPS,
+        }  # fmt: skip
 
-    def total(self) -> tuple[Tensor, Tensor | None]:
+    def result(self) -> tuple[Tensor, Tensor | None]:
         """Return the sums by cluster, ``(K, N)`` each."""
-        outputs = len(self.parts)
-        sums = self.parts.new_empty(outputs, self.clusters, self.n)
-        if self.n:
-            _total_parts_kernel[(self.clusters, triton.cdiv(self.n, TILE_N), outputs)](
-                self.parts, self.offsets, sums, self.n, self.count, self.clusters, self.unit,
-                TILE_M=TILE_M, TILE_N=TILE_N, **self.constants,
-            )  # fmt: skip
-        return sums[0], sums[1] if outputs == 2 else None
+        return self.sums[0], self.sums[1] if len(self.sums) == 2 else None
+
+
+# Tickets of each stream, all 0 between its launches, and those that graphs will take.
+_of_streams: dict[tuple[torch.device, int], Tensor] = {}
+_for_graphs: dict[torch.device, Tensor] = {}
+
+
+def _tickets(device: torch.device, count: int) -> Tensor:
+    """Return at least ``count`` tickets, int32, that are 0 when the launch begins.
+
+    The launches of a stream follow each other and share their tickets. A launch in a captured graph
+    has tickets of its own: graphs may be replayed beside each other. They were made before, because
+    a captured filling with zeros would be a launch.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        left = _for_graphs.get(device)
+        if left is None or len(left) < count:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _for_graphs[device] = left[count:]
+        return left[:count]
+    if device not in _for_graphs:
+        _for_graphs[device] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    found = _of_streams.get(key)
+    if found is None or len(found) < count:
+        size = max(count, TICKETS)
+        found = _of_streams[key] = torch.zeros(size, dtype=torch.int32, device=device)
+    return found
 
 
 def position_sums(
@@ -258,14 +314,13 @@ def position_sums(
     columns = min(triton.next_power_of_2(max(n, 1)), MOST_COLUMNS)
     rows = TILE // columns
     with device_guard(dy.device):
-        parts = _Parts(dy, x, offsets, n, batch * positions, positions, max(ROWS, rows))
+        parts = _Parts(dy, x, offsets, n, batch * positions, max(ROWS, rows), columns)
         if n:
-            _position_kernel[(parts.count, triton.cdiv(n, columns))](
+            _position_kernel[(parts.count, parts.blocks)](
                 dy.contiguous(), None if x is None else x.contiguous(), mean, rstd, order, offsets,
-                parts.shifts, parts.scales, positions, n, parts.clusters, TILE_R=rows,
-                TILE_C=columns, C_DTYPE=TRITON_DTYPE[parts.shifts.dtype], **parts.constants,
+                *parts.memory, positions, n, len(offsets) - 1, TILE_R=rows, **parts.constants,
             )  # fmt: skip
-        return parts.total()
+        return parts.result()
 
 
 def channel_sums(
@@ -299,12 +354,12 @@ def channel_sums(
     channels = min(TILE // width, MOST_COLUMNS, triton.next_power_of_2(max(n, 1)))
     samples = max(1, ROWS // max(positions, 1))
     with device_guard(dy.device):
-        parts = _Parts(dy, x, offsets, n, batch, 1, samples)
+        parts = _Parts(dy, x, offsets, n, batch, samples, channels)
         if n:
-            _channel_kernel[(parts.count, triton.cdiv(n, channels))](
+            _channel_kernel[(parts.count, parts.blocks)](
                 dy.contiguous(), None if x is None else x.contiguous(), mean, rstd,
-                0 if rstd is None or len(rstd) == 1 else groups, order, offsets, parts.shifts,
-                parts.scales, positions, n, n // max(groups, 1), parts.clusters, TILE_C=channels,
-                TILE_S=width, C_DTYPE=TRITON_DTYPE[parts.shifts.dtype], **parts.constants,
+                0 if rstd is None or len(rstd) == 1 else groups, order, offsets, *parts.memory,
+                positions, n, n // max(groups, 1), len(offsets) - 1, TILE_S=width,
+                TILE_M=TILE // MOST_COLUMNS, **parts.constants,
             )  # fmt: skip
-        return parts.total()
+        return parts.result()

@@ -125,17 +125,18 @@ COMBINE_ALL_CASES = {
 }  # fmt: skip
 SUMS = {
     "dy": "*fp32:16", "x": "*fp32:16", "mean": "*fp32", "rstd": "*fp32", "order": "*i64",
-    "offsets": "*i64", "shifts": "*fp32:16", "scales": "*fp32:16", "positions": "i32:16",
-    "n": "i32:16", "n_clusters": "i32",
+    "offsets": "*i64", "shifts": "*fp32:16", "scales": "*fp32:16", "sum_shifts": "*fp32:16",
+    "sum_scales": "*fp32:16", "tickets": "*i32:16", "positions": "i32:16", "n": "i32:16",
+    "n_clusters": "i32",
 }  # fmt: skip
 IMAGES = {"per_group": "i32", "stride_stat": "i32"}
 PARTS = {"C_DTYPE": F32, "K": 16, "PART": sums.ROWS}
 ROW_TILES = PARTS | {"TILE_R": sums.TILE // 128, "TILE_C": 128}
-IMAGE_TILES = PARTS | {"TILE_C": sums.TILE // 128, "TILE_S": 128, "PART": 1}
+IMAGE_TILES = PARTS | {"TILE_C": sums.TILE // 128, "TILE_S": 128, "PART": 1, "TILE_M": 16}
 BF16_ROWS = {"dy": "*bf16:16", "x": "*bf16:16"}
-F64_ROWS = dict.fromkeys(("dy", "x", "shifts", "scales"), "*fp64:16")
+F64_ROWS = dict.fromkeys(("dy", "x", "shifts", "scales", "sum_shifts", "sum_scales"), "*fp64:16")
 ODD = {"n": "i32", "positions": "i32"}
-NO_NORM = dict.fromkeys(("x", "mean", "rstd", "scales"))
+NO_NORM = dict.fromkeys(("x", "mean", "rstd", "scales", "sum_scales"))
 SUMS_CASES = {
     "float32": ({}, {}),
     "bfloat16": ({}, BF16_ROWS),
@@ -150,10 +151,6 @@ NARROW_IMAGES = {
     "one position": {"TILE_C": 128, "TILE_S": 1, "PART": sums.ROWS},
     "49 positions": {"TILE_C": sums.TILE // 64, "TILE_S": 64, "PART": 2},
 }
-TOTAL_PARTS = {
-    "parts": "*fp32:16", "offsets": "*i64", "sums": "*fp32:16", "n": "i32:16", "n_parts": "i32",
-    "n_clusters": "i32", "unit": "i32",
-}  # fmt: skip
 
 GROUP = {
     "labels": "*i64", "order": "*i64", "offsets": "*i64", "table": "*fp64", "batch": "i32",
@@ -266,10 +263,6 @@ def sums_cases():
         for case, (constants, changed) in (SUMS_CASES | more).items():
             merged = {key: text for key, text in (types | changed).items() if text is not None}
             yield name, case, kernel, merged, tiles | constants
-    tiles = PARTS | {"TILE_M": sums.TILE_M, "TILE_N": sums.TILE_N}
-    yield "total_parts", "float32", sums._total_parts_kernel, TOTAL_PARTS, tiles
-    wide = TOTAL_PARTS | dict.fromkeys(("parts", "sums"), "*fp64:16")
-    yield "total_parts", "float64", sums._total_parts_kernel, wide, tiles
 
 
 def weight_cases():

@@ -15,7 +15,7 @@ from torch import Tensor
 from gq_triton import kernels
 from gq_triton.engines import compiled, eager
 from gq_triton.kernels import channel_sums, position_sums
-from gq_triton.kernels.sums import MOST_COLUMNS, ROWS, TILE, TILE_M, TILE_N
+from gq_triton.kernels.sums import MOST_COLUMNS, ROWS, TILE, _tickets
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OCCUPATIONS = [[5], [1, 7], [40, 0, 3], [0, 0, 1, 0], [3, 1, 4, 1, 5, 9, 0, 2, 6], [70, 130]]
@@ -24,10 +24,12 @@ SHAPES = [
     (1, 1),
     (1, MOST_COLUMNS),
     (3, MOST_COLUMNS + 1),
-    (7, TILE_N + 1),
+    (7, 65),
     (ROWS + 1, 5),
     (49, 20),
 ]
+# Parts that are added up at a time.
+AT_ONCE = TILE // MOST_COLUMNS
 LAYOUTS = ["positions", "channels"]
 pytestmark = [
     pytest.mark.parametrize("device", DEVICES),
@@ -146,16 +148,24 @@ def test_shapes_of_all_kinds(device, shape, dtype, layout):
 @pytest.mark.parametrize(
     ("layout", "sizes", "shape"),
     [
-        ("positions", [ROWS * TILE_M + 7, 1], (1, 130)),
+        ("positions", [2 * ROWS * AT_ONCE + 7, 1], (1, 130)),
         ("positions", [10, 2], (500, 128)),
-        ("channels", [TILE_M + 7, 1], (ROWS + 2, 3)),
+        ("channels", [2 * AT_ONCE + 7, 1], (ROWS + 2, 3)),
         *[(layout, [1, 0, 2] * 12, (2, 5)) for layout in LAYOUTS],
     ],
 )
 def test_many_parts_and_clusters(device, layout, sizes, shape):
-    """A cluster has more parts than the second kernel reads at once; clusters are more than 16."""
+    """A cluster has more parts than are added up at once; clusters are more than 16."""
     layer = Layer.of(Guarded(device), layout, sizes, shape)
     layer.check(layer.run())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_launch_leaves_its_tickets_as_it_found_them(device, layout):
+    for sizes, shape in (([3, 0, 300], (2, 3)), ([1, 7], (1, 130))):
+        layer = Layer.of(Guarded(device), layout, sizes, shape)
+        layer.check(layer.run())
+        assert not _tickets(torch.zeros(1, device=device).device, 1).any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
