@@ -219,7 +219,9 @@ class ClusterOptions(Options):
         "output.",
     )
     clusterer: Callable[[Tensor], Tensor] | None = option(
-        None, "``features (B, F) -> labels (B,)`` in place of k-means."
+        None,
+        "``features (B, F) -> labels (B,)`` in place of k-means; labels on a GPU must be below "
+        "``n_clusters``.",
     )
     population_power: float = option(
         1.0,

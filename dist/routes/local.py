@@ -153,7 +153,7 @@ class LocalClusters:
                 'centroid_scale="standard_error" cannot be used under join(): a rank without a '
                 'batch would not answer; use centroid_scale="paper"'
             )
-        total = torch.tensor([float(size)], dtype=torch.float64, device=self._device)
+        total = torch.full((1,), float(size), dtype=torch.float64, device=self._device)
         dist.all_reduce(total, group=self._context.group)
         return total[0]
 

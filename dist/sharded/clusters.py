@@ -98,7 +98,7 @@ class ShardedClusters(Clusters):
     def _count(self, size: int) -> Tensor:
         """Return the number of samples on all ranks, which a centroid's standard error needs."""
         device = next(iter(self._queues.params.values())).device
-        total = torch.tensor([float(size)], dtype=torch.float64, device=device)
+        total = torch.full((1,), float(size), dtype=torch.float64, device=device)
         return self._layout.place.add_up_(total)[0]
 
     def install(self) -> Callable[[], None]:

@@ -211,7 +211,7 @@ class Clusters:
         clusters, problem = self.n_clusters, None
         if self.kmeans is None:
             labels, clusters, problem = self._checked(labels)
-        elif labels.device.type != "cpu":
+        else:
             problem = self.kmeans.nonfinite_, NOT_FINITE
         labels = labels.to(step.features.device)  # labels of scikit-learn are on the CPU
         self.last = step

@@ -46,10 +46,16 @@ class _Hook:
         law: of kind ``"none"`` or ``"queue"``.
         features: name of the submodule whose output describes a sample.
         seed: of random clusters.
+        classes: the number of classes of the samples; None if they have none.
     """
 
     def __init__(
-        self, ddp: DistributedDataParallel, law: StudyLaw, features: str, seed: int
+        self,
+        ddp: DistributedDataParallel,
+        law: StudyLaw,
+        features: str,
+        seed: int,
+        classes: int | None = None,
     ) -> None:
         self.state: GradQueueState | None = None
         self.clusterer: StudyClusterer | None = None
@@ -63,9 +69,9 @@ class _Hook:
             generator = torch.Generator().manual_seed(
                 seed * dist.get_world_size() + dist.get_rank()
             )
-            self.clusterer = StudyClusterer(replace(law, n_clusters=own), generator)
+            self.clusterer = StudyClusterer(replace(law, n_clusters=own), generator, classes)
             options = {
-                "n_clusters": own,
+                "n_clusters": self.clusterer.n_clusters,
                 "features": OUTPUT_GRADIENT if law.by_output else features,
                 "clusterer": self.clusterer,
             }
@@ -99,7 +105,8 @@ class _RankRun(TrainingRun):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         gpu = [torch.cuda.current_device()] if self.device.type == "cuda" else None
         self.ddp = DistributedDataParallel(self.model, device_ids=gpu)
-        self.hook = _Hook(self.ddp, self.trial.law, self.task.features, self.trial.seed)
+        task, seed = self.task, self.trial.seed
+        self.hook = _Hook(self.ddp, self.trial.law, task.features, seed, task.classes)
         return self.hook
 
     def _gradients(self, indices: Tensor) -> float:

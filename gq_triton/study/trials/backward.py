@@ -38,7 +38,12 @@ class Backward(Protocol):
 
 
 def build_backward(
-    law: StudyLaw, model: nn.Module, optimizer: Optimizer, features: str, seed: int
+    law: StudyLaw,
+    model: nn.Module,
+    optimizer: Optimizer,
+    features: str,
+    seed: int,
+    classes: int | None = None,
 ) -> Backward:
     """Return the backward pass of a law.
 
@@ -48,6 +53,7 @@ def build_backward(
         optimizer: the optimizer that gets the gradients.
         features: name of the submodule whose output describes a sample.
         seed: of random clusters and permutations. Torch's global generator is not used.
+        classes: the number of classes of the samples; None if they have none.
     """
     if law.kind == "none":
         return _Plain()
@@ -57,7 +63,10 @@ def build_backward(
     if law.by_output:
         features = OUTPUT_GRADIENT
     if law.kind == "queue":
-        return _Queued(law, model, optimizer, features, generator)
+        clusterer = None
+        if law.n_clusters is not None:
+            clusterer = StudyClusterer(law, generator, classes)
+        return _Queued(law, model, optimizer, features, clusterer)
     return AlteredWeights(law, model, features, generator)
 
 
@@ -80,16 +89,15 @@ class _Queued:
         model: nn.Module,
         optimizer: Optimizer,
         features: str,
-        generator: torch.Generator,
+        clusterer: StudyClusterer | None,
     ) -> None:
         clusters: dict[str, Any] = {}
-        self.clusterer: StudyClusterer | None = None
-        if law.n_clusters is not None:
-            self.clusterer = StudyClusterer(law, generator)
+        self.clusterer = clusterer
+        if clusterer is not None:
             clusters = {
-                "n_clusters": law.n_clusters,
+                "n_clusters": clusterer.n_clusters,
                 "features": features,
-                "clusterer": self.clusterer,
+                "clusterer": clusterer,
                 "population_power": law.population_power,
                 "centroid_scale": law.centroid_scale,
             }

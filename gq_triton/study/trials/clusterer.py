@@ -17,11 +17,19 @@ class StudyClusterer:
     Args:
         law: the law; ``n_clusters`` must not be None.
         generator: of random clusters.
+        classes: the number of classes; None if there are none.
+
+    Attributes:
+        n_clusters: a label is below this number.
     """
 
-    def __init__(self, law: StudyLaw, generator: torch.Generator) -> None:
+    def __init__(
+        self, law: StudyLaw, generator: torch.Generator, classes: int | None = None
+    ) -> None:
         assert law.n_clusters is not None
         self.law, self.generator = law, generator
+        by_class = law.cluster_by == "labels"
+        self.n_clusters = max(law.n_clusters, (classes or 0) if by_class else 0)
         self.kmeans = KMeans(law.n_clusters)
         self.batch_labels: Tensor | None = None
 

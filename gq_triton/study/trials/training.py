@@ -59,8 +59,10 @@ class TrainingRun:
         self.seconds = 0.0
 
     def _build_backward(self) -> Backward:
-        trial, features = self.trial, self.task.features
-        return build_backward(trial.law, self.model, self.optimizer, features, trial.seed)
+        trial, task = self.trial, self.task
+        return build_backward(
+            trial.law, self.model, self.optimizer, task.features, trial.seed, task.classes
+        )
 
     def record(self) -> Record:
         """Train, score, and return the record."""
