@@ -8,6 +8,7 @@ parameter. Bytes and oracles: README.md in this folder.
 from gq_triton.kernels.adamw import gqadamw_
 from gq_triton.kernels.combine import combine
 from gq_triton.kernels.combine_all import combine_all
+from gq_triton.kernels.combine_rows import combine_rows
 from gq_triton.kernels.finite import all_finite
 from gq_triton.kernels.group import group
 from gq_triton.kernels.lloyd import lloyd_
@@ -23,6 +24,7 @@ __all__ = [
     "channel_sums",
     "combine",
     "combine_all",
+    "combine_rows",
     "convolution_sums",
     "gqadamw_",
     "gqsgd_",

@@ -38,6 +38,22 @@ CHUNK = 4096
 
 
 @triton.jit
+def mean_and_weight(
+    s, inverse_share, scale, base, mean, inverse, rate, unscale, active, low, high,
+    Q_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Return the mean gradient of one cluster, and its weights.
+
+    Example: a share of 1/2 and s = 2.5 give c = 5; with mu = 2 and sigma = sqrt(3), w = 1.732.
+    """
+    c = product(s, inverse_share)
+    x = widen(to_queue(product(c, unscale), Q_DTYPE), s.dtype)
+    # ``inverse * rate`` would overflow for a constant queue, and 0 * inf is NaN.
+    z = ((tl.abs((x - base) - mean) * inverse) * rate) * reciprocal(scale.to(s.dtype))
+    return c, tl.where(active, tl.minimum(tl.maximum(z, low), high), 1.0)
+
+
+@triton.jit
 def combine_chunk(
     sums, stride_sums, queue, stride_queue, queued_ptr, length_ptr, grad_scale_ptr,
     inverse_shares, mixture, sigma_scales, weighted, raw, out, first, n, n_clusters, low, high,
@@ -95,12 +111,10 @@ def combine_chunk(
             part += stride_sums
             inverse_share = tl.load(inverse_shares + k).to(C_DTYPE)
             if inverse_share > 0:
-                c = product(s, inverse_share)
-                x = widen(to_queue(product(c, unscale), Q_DTYPE), C_DTYPE)
-                narrower = reciprocal(tl.load(sigma_scales + k).to(C_DTYPE))
-                # ``inverse * rate`` would overflow for a constant queue, and 0 * inf is NaN.
-                z = ((tl.abs((x - base) - mean) * inverse) * rate) * narrower
-                w = tl.where(active, tl.minimum(tl.maximum(z, low_c), high_c), 1.0)
+                c, w = mean_and_weight(
+                    s, inverse_share, tl.load(sigma_scales + k), base, mean, inverse, rate,
+                    unscale, active, low_c, high_c, Q_DTYPE,
+                )  # fmt: skip
                 result += tl.load(mixture + k).to(C_DTYPE) * (w * c)
                 share = reciprocal(inverse_share)
                 mass += share * w

@@ -271,6 +271,21 @@ class Accumulator:
         name = self.names[param]
         return self._wait(step, name, self._sink.take_rows(name, step.groups, rows, sums))
 
+    def give_lookups(
+        self, step: Step, param: Tensor, where: Tensor, grads: Tensor
+    ) -> Tensor | None:
+        """Take the lookups of a table that is used once; return what ``give`` returns.
+
+        Args:
+            step: the forward pass that the lookups belong to.
+            param: the table ``(V, d)``, contiguous.
+            where: the rows ``(n,)`` int64, the same number for each sample; V for a lookup that
+                does not count.
+            grads: ``(n, d)``.
+        """
+        name = self.names[param]
+        return self._wait(step, name, self._sink.take_lookups(name, step.groups, where, grads))
+
     def _wait(self, step: Step, name: str, taken: Taken | None) -> Tensor | None:
         """Keep the gradient that a layer has given until the parameter's hook is called.
 

@@ -63,6 +63,18 @@ class Sink(Protocol):
         """
         ...
 
+    def take_lookups(self, name: str, groups: Groups, where: Tensor, grads: Tensor) -> Taken:
+        """Take the gradients of a table's lookups; return its gradients.
+
+        Args:
+            name: the name of the table ``(V, d)``, which is contiguous.
+            groups: the clusters.
+            where: the rows that were looked up, ``(n,)`` int64, the same number for each sample; V
+                for a lookup that does not count.
+            grads: gradients of the lookups, ``(n, d)``.
+        """
+        ...
+
     def take_whole(self, name: str, groups: Groups, grad: Tensor) -> Taken:
         """Take a gradient of which some part is not known by cluster; return its gradients.
 

@@ -101,6 +101,12 @@ class Collector(Protocol):
         """Take the sums of some rows of a table that is used once; return what ``give`` returns."""
         ...
 
+    def give_lookups(
+        self, step: Step, param: Tensor, where: Tensor, grads: Tensor
+    ) -> Tensor | None:
+        """Take the lookups of a table that is used once; return what ``give`` returns."""
+        ...
+
 
 class Family(NamedTuple):
     """The functions that run the layers of one kind and sum their gradients by cluster.
@@ -188,6 +194,12 @@ class Site:
     def give_rows(self, step: Step, position: int, rows: Tensor, sums: Tensor) -> Tensor | None:
         """Give the sums of some rows of a table that is used once; return what ``give`` returns."""
         return self.collector.give_rows(step, self.param(position), rows, sums)
+
+    def give_lookups(
+        self, step: Step, position: int, where: Tensor, grads: Tensor
+    ) -> Tensor | None:
+        """Give the lookups of a table that is used once; return what ``give`` returns."""
+        return self.collector.give_lookups(step, self.param(position), where, grads)
 
 
 def _holds(module: nn.Module, attribute: str) -> bool:

@@ -86,6 +86,17 @@ class Weigh:
         untouched[0, 2] = param.numel() - part[0].numel()
         return self._taken(name, weighted, raw, torch.cat([part[2], untouched]))
 
+    def take_lookups(self, name: str, groups: Groups, where: Tensor, grads: Tensor) -> Taken:
+        """Weight the cluster means of the rows of a table that were looked up."""
+        samples = len(groups.labels)
+        labels = groups.labels[:, None].expand(samples, len(where) // samples).reshape(-1)
+        values = self._queues.combine_rows(
+            name, grads, where, labels, inverse_shares=groups.inverse_shares,
+            mixture=groups.mixture, sigma_scales=groups.sigma_scales,
+            grad_scale=self._grad_scale(),
+        )  # fmt: skip
+        return self._taken(name, *values)
+
     def take_whole(self, name: str, groups: Groups, grad: Tensor) -> Taken:
         """Weight a gradient as the mean of one cluster, the whole batch."""
         sums = flat(grad, like=self._leaves[name])[None]

@@ -235,6 +235,41 @@ class Engine(Protocol):
         """
         ...
 
+    def combine_rows(
+        self,
+        grads: Tensor,
+        where: Tensor,
+        labels: Tensor,
+        queue: Tensor,
+        queued: Tensor,
+        law: Law,
+        *,
+        inverse_shares: Tensor,
+        mixture: Tensor,
+        sigma_scales: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do ``combine`` for a table of which lookups have touched some rows.
+
+        A row that nobody looked up has gradient 0 in every cluster, so 0 whatever its weight, which
+        the statistics count as 1.
+
+        Args:
+            grads: ``(n, d)`` gradients of the lookups, of any floating type.
+            where: ``(n,)`` int64, the row of each lookup; V or more for one that does not count.
+            labels: ``(n,)`` int64, the cluster of each lookup, below K.
+            queue: the ring ``(L, V * d)``; read only.
+            queued: gradients queued so far, 0-d int64; below L every weight is 1.
+            law: as in ``combine``.
+            inverse_shares: ``(K,)`` float64, as in ``combine``.
+            mixture: ``(K,)`` float64.
+            sigma_scales: ``(K,)`` float64.
+
+        Returns:
+            The weighted gradient ``(V, d)`` and the raw one, summed in float32 at least; and
+            statistics, as those of ``combine``.
+        """
+        ...
+
     def queue_statistics(
         self, queue: Tensor, queued: Tensor, out: Tensor, *, length: Tensor | None = None
     ) -> None:

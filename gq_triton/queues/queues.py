@@ -169,6 +169,46 @@ class Queues:
             queue_dtype=self.options.queue_dtype or self.params[name].dtype,
         )
 
+    def combine_rows(
+        self,
+        name: str,
+        grads: Tensor,
+        where: Tensor,
+        labels: Tensor,
+        *,
+        inverse_shares: Tensor,
+        mixture: Tensor,
+        sigma_scales: Tensor,
+        grad_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight cluster means of a table's rows that were looked up, and add them up.
+
+        Args:
+            name: the name of the table ``(V, d)``, which is contiguous.
+            grads: gradients of the lookups, ``(n, d)``.
+            where: the row of each lookup ``(n,)`` int64, or V for one that does not count.
+            labels: the cluster of each lookup, ``(n,)`` int64.
+            inverse_shares: as in ``combine``.
+            mixture: as in ``combine``.
+            sigma_scales: as in ``combine``.
+            grad_scale: as in ``combine``.
+
+        Returns:
+            The weighted and the raw gradient, ``(V, d)``; ``(C, 5)`` statistics to add up.
+        """
+        self._allocate(name)
+        return engine(grads.device, self.options.backend).combine_rows(
+            grads,
+            where,
+            labels,
+            rows(local(self._queue[name])),
+            self._queued[name],
+            self._law(grads.device, grad_scale),
+            inverse_shares=inverse_shares,
+            mixture=mixture,
+            sigma_scales=sigma_scales,
+        )
+
     def combine_all(
         self,
         names: Sequence[str],

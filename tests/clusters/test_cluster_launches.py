@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gq_triton import GradQueue
-from gq_triton.cluster_grad.layers import conv, linear
+from gq_triton.cluster_grad.layers import conv, embedding, linear
 
 F64 = torch.float64
 pytestmark = QUIET
@@ -27,7 +27,7 @@ FREE = {
 @pytest.fixture
 def launches_cost(monkeypatch):
     """Make the CPU run the code for devices where each launch costs the host time."""
-    for module in (linear, conv):
+    for module in (linear, conv, embedding):
         monkeypatch.setattr(module, "launches_cost", lambda tensor: True)
 
 
@@ -133,8 +133,19 @@ def test_convolutions_where_launches_cost(launches_cost, backend):
     Judge(Convolutions().to(F64), LABELS, 5, backend=backend).steps(square, images(steps))
 
 
-def test_a_table_with_more_rows_than_lookups():
-    """Only the rows that were looked up are weighted. The padding row gets no gradient."""
+INTERPRETED_ONLY = pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled here.")
+
+
+@pytest.mark.parametrize(
+    "backend", [None, "torch", pytest.param("triton", marks=[INTERPRETED_ONLY, *QUIET])]
+)
+def test_a_table_with_more_rows_than_lookups(request, backend):
+    """Only the rows that were looked up are weighted. The padding row gets no gradient.
+
+    With a backend the lookups are those of a device where launches cost.
+    """
+    if backend is not None:
+        request.getfixturevalue("launches_cost")
 
     class Table(nn.Module):
         def __init__(self):
@@ -145,4 +156,5 @@ def test_a_table_with_more_rows_than_lookups():
             return self.features(torch.tanh(self.table(tokens)).mean(dim=1))
 
     torch.manual_seed(0)
-    Judge(Table().to(F64), LABELS, 5).steps(square, tokens())
+    options = {} if backend is None else {"backend": backend}
+    Judge(Table().to(F64), LABELS, 5, **options).steps(square, tokens())

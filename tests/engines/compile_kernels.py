@@ -25,6 +25,7 @@ from gq_triton.kernels import adamw, finite, lloyd, push, sgd, statistics, sums,
 from gq_triton.kernels.combine import CHUNK as COMBINE_CHUNK
 from gq_triton.kernels.combine import _combine_kernel
 from gq_triton.kernels.combine_all import _combine_all_kernel
+from gq_triton.kernels.combine_rows import _combine_rows_kernel
 from gq_triton.kernels.group import NUM_WARPS as GROUP_WARPS
 from gq_triton.kernels.group import TILE_B as GROUP_TILE_B
 from gq_triton.kernels.group import TILE_K as GROUP_TILE_K
@@ -118,6 +119,26 @@ COMBINE_ALL_CASES = {
          "BLOCK": block_size(torch.float64)}, {},
     ),
     "unaligned": ({"ALIGNED": False}, {}),
+    "loss scaler, effective length": ({}, AMP),
+    "L = 12": ({"L": 12}, {}),
+    "L = 20": ({"L": 20}, {}),
+    "repair": ({"REPAIR": True}, {}),
+}  # fmt: skip
+COMBINE_ROWS = {
+    "grads": "*fp32:16", "order": "*i64", "keys": "*i64", "n": "i32", "queue": "*fp32:16",
+    "stride_queue": "i64:16", "queued_ptr": "*i64", "inverse_shares": "*fp64", "mixture": "*fp64",
+    "sigma_scales": "*fp64", "weighted": "*fp32:16", "raw": "*fp32:16", "partials": "*fp64",
+    "flag": "*u8", "width": "i32:16", "n_rows": "i32", "n_clusters": "i32",
+}  # fmt: skip
+COMBINED_ROWS = {
+    "C_DTYPE": F32, "Q_DTYPE": F32, "L": 5, "TILE": 512, "REPAIR": False, "num_warps": 8,
+}  # fmt: skip
+COMBINE_ROWS_CASES = {
+    "float32": ({}, {}),
+    "bfloat16": ({"Q_DTYPE": BF16}, {"queue": "*bf16:16", "grads": "*bf16:16"}),
+    "float64": ({"C_DTYPE": F64, "Q_DTYPE": F64},
+                dict.fromkeys(("grads", "queue", "weighted", "raw"), "*fp64:16")),
+    "narrow": ({"TILE": 32, "num_warps": 1}, {"width": "i32"}),
     "loss scaler, effective length": ({}, AMP),
     "L = 12": ({"L": 12}, {}),
     "L = 20": ({"L": 20}, {}),
@@ -230,6 +251,11 @@ def cases():
         used = {key: value for key, value in extra.items() if key in kernel.arg_names}
         types = COMBINE_ALL | scalars(kernel) | used
         yield "combine_all", case, kernel, types, COMBINED_ALL | constants
+    kernel = _combine_rows_kernel
+    for case, (constants, changed) in COMBINE_ROWS_CASES.items():
+        changed = {key: text for key, text in changed.items() if key in kernel.arg_names}
+        types = COMBINE_ROWS | scalars(kernel) | changed
+        yield "combine_rows", case, kernel, types, COMBINED_ROWS | constants
     settled = {"L": 5, "BLOCK": statistics.BLOCK, "C_DTYPE": F32}
     for case, (constants, changed) in STATISTICS_CASES.items():
         types = STATISTICS | changed

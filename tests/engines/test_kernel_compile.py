@@ -62,7 +62,7 @@ def select(*, kernels=None, case=None, archs=NVIDIA):
 def test_every_kernel_compiles(arch):
     kernels = {entry["kernel"] for entry in select(archs=(arch,))}
     clustered = {"combine", "combine_all", "statistics", *SUMS, "group"}
-    clustered |= {"weight_grad", "depthwise"}
+    clustered |= {"combine_rows", "weight_grad", "depthwise"}
     clustered |= {"lloyd", "unit", "mean", "iterate", "label"}
     assert kernels == {*RINGS, *clustered, "all_finite", "total"}
 
@@ -71,7 +71,7 @@ def test_no_loop_spills():
     """One or two values may wait on the stack while the loop over full blocks runs."""
     assert [entry for entry in select() if entry["STACK"] > 16 or entry["STACK_LOOPS"]] == []
     spilled = {entry["kernel"] for entry in select() if entry["STACK"]}
-    assert spilled <= {"gqsgd", "gqadamw", *SUMS}
+    assert spilled <= {"combine_rows", "gqsgd", "gqadamw", *SUMS}
 
 
 def test_float32_loads_and_stores_are_16_bytes_wide():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
-from gq_triton.cluster_grad.layers.rows import accumulation_type, samples
+from gq_triton.cluster_grad.layers.rows import accumulation_type, launches_cost, samples
 from gq_triton.cluster_grad.site import Call, Family, Site, UnknownRows
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.groups import Groups
@@ -46,7 +46,13 @@ def _gradients(
     rows = samples(grad.reshape(len(indices), -1, grad.shape[-1]), groups, site.name)
     where = indices.reshape(len(rows), -1)
     once = site.used_once(step, 0)
-    if once and param.is_contiguous() and param.shape[0] > where.numel():
+    few = once and param.is_contiguous() and param.shape[0] > where.numel()
+    if few and launches_cost(grad):
+        place = where.flatten().long()
+        if padding_idx is not None:
+            place = place.masked_fill(place == padding_idx, param.shape[0])
+        return [site.give_lookups(step, 0, place, rows.flatten(0, 1))]
+    if few:
         touched, where = where.unique(return_inverse=True)
         sums = _row_sums(groups, rows, where, len(touched))
         if padding_idx is not None:

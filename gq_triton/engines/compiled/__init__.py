@@ -15,6 +15,7 @@ from gq_triton.engines.compiled.weigh import weigh_
 from gq_triton.engines.eager import (
     all_finite,
     combine_all,
+    combine_rows,
     convolution_sums,
     group,
     lloyd_,
@@ -28,6 +29,7 @@ __all__ = [
     "channel_sums",
     "combine",
     "combine_all",
+    "combine_rows",
     "convolution_sums",
     "gqadamw_",
     "gqsgd_",

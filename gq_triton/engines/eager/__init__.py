@@ -9,6 +9,7 @@ from gq_triton.engines.eager.finite import all_finite
 from gq_triton.engines.eager.group import group
 from gq_triton.engines.eager.lloyd import lloyd_
 from gq_triton.engines.eager.push import push_
+from gq_triton.engines.eager.rows import combine_rows
 from gq_triton.engines.eager.sgd import gqsgd_
 from gq_triton.engines.eager.statistics import queue_statistics
 from gq_triton.engines.eager.sums import channel_sums, position_sums
@@ -20,6 +21,7 @@ __all__ = [
     "channel_sums",
     "combine",
     "combine_all",
+    "combine_rows",
     "convolution_sums",
     "gqadamw_",
     "gqsgd_",
