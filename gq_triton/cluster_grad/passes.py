@@ -156,7 +156,7 @@ def param_grads(
         return where.family.gradients(where, step, tensors, wanted), False
     except UnknownRows as problem:
         for position in wanted:
-            where.collector.take_unknown(where.param(position), str(problem))
+            where.take_unknown(position, str(problem))
         gradients = where.family.gradients(_Whole(where), step.of_unknown(), tensors, wanted)
         return gradients, True
 

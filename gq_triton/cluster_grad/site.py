@@ -177,6 +177,10 @@ class Site:
         params = [self.param(position) for position in range(len(self.attributes))]
         return self.collector.trainable(params)
 
+    def take_unknown(self, position: int, reason: str) -> None:
+        """Note why a parameter's gradient is not known by cluster in this backward pass."""
+        self.collector.take_unknown(self.param(position), reason)
+
     def scratch(self, clusters: int, elements: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return memory for sums ``(K, elements)``, valid until the next call."""
         return self.collector.scratch(clusters, elements, like, dtype)

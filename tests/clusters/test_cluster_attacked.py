@@ -291,3 +291,31 @@ def test_a_weight_that_a_hook_computes_does_not_stop_the_training():
             warnings.simplefilter("ignore")
             model(x).square().mean().backward()
     assert queue.report()["block.0.weight_g"] == "clusters (Sequential run again)"
+
+
+@pytest.mark.filterwarnings("ignore:weighted without clusters")
+def test_parts_of_parameters_that_met_other_rows_than_the_samples():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.features = nn.Linear(3, WIDTH), nn.Identity()
+            self.matrix, self.shift = parameter(2 * WIDTH, WIDTH), parameter(1, 9, WIDTH)
+            self.kernel = parameter(9, WIDTH, 3)
+
+        def forward(self, x):
+            x = self.enter(x)
+            self.features(x[:4])  # four samples are clustered
+            x = F.linear(x, self.matrix[:WIDTH]) + self.shift[:, : x.shape[1]]
+            x = torch.einsum("bte,ef->btf", x, self.matrix[WIDTH:])
+            return F.conv1d(x.mT, self.kernel[:WIDTH])
+
+    torch.manual_seed(0)
+    model, x = Parts().to(F64), torch.randn(SAMPLES, 5, 3, dtype=F64)
+    plain = torch.autograd.grad(model(x).square().mean(), [*model.parameters()])
+    queue = GradQueue(model, n_clusters=2, features="features")
+    queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    model(x).square().mean().backward()
+    for param, grad in zip(model.parameters(), plain, strict=True):
+        torch.testing.assert_close(param.grad, grad)
+    assert all(how.startswith("whole batch") for how in queue.report().values())
+    assert f"the model saw {SAMPLES} rows for 4 samples" in queue.report()["matrix"]

@@ -142,7 +142,7 @@ class _Route(Site):
     def __init__(self, values: Tensor, origin: Origin, family: Family) -> None:
         self._sites = [_site(root) for root in origin.roots]
         first = self._sites[0]
-        super().__init__(first.collector, first.name, first.module, family)
+        super().__init__(first.collector, first.name or "the model", first.module, family)
         self.values, self.origin = values, origin
         self.sums: Tensor | None = None
         self.marker: Tensor | None = None
@@ -154,6 +154,11 @@ class _Route(Site):
     def used_once(self, step: Step, position: int) -> bool:
         """Return False: the sums must be those of the whole tensor."""
         return False
+
+    def take_unknown(self, position: int, reason: str) -> None:
+        """Note why the gradients of all parameters behind the tensor are not known by cluster."""
+        for site in self._sites:
+            site.take_unknown(0, reason)
 
     def give(
         self, step: Step, position: int, blocks: Iterator[Block], dtype: torch.dtype
@@ -284,8 +289,8 @@ class _Tapped(torch.autograd.Function):
 
 def tapped(
     func: Callable[..., Tensor], stand_ins: list[tuple[Tensor, Origin]],
-    arguments: Callable[[list[Tensor]], tuple[Any, Any]],
-) -> Tensor:  # fmt: skip
+    arguments: Callable[[list[Tensor]], tuple[Any, Any]], rows: int,
+) -> Tensor | None:  # fmt: skip
     """Run an operation of stand-ins and samples whose result has the samples in dimension 0.
 
     The gradients of the stand-ins by cluster are products with the result's gradient, masked by
@@ -295,12 +300,17 @@ def tapped(
         func: the operation.
         stand_ins: the stand-ins as ordinary tensors, and where they come from.
         arguments: returns the operation's arguments, given tensors in place of the stand-ins.
+        rows: the number of rows of samples.
+
+    Returns:
+        The result; None if nothing tells which of its dimensions is that of the samples.
     """
+    args, kwargs = arguments([values.detach() for values, _ in stand_ins])
+    out = func(*args, **kwargs)
+    if out.shape[0] != rows or list(out.shape).count(rows) > 1:
+        return None
     given = [routed(values, origin, EXPANDED) for values, origin in stand_ins]
     values = [value for value, _ in given]
-    args, kwargs = arguments([value.detach() for value in values])
-    out = func(*args, **kwargs)
-
     autocast = autocast_of(out.device.type)
 
     def again(these: list[Tensor]) -> Tensor:

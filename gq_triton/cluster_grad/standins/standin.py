@@ -260,11 +260,9 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves = [next(places) if isinstance(leaf, StandIn) else leaf for leaf in spec[0]]
         return tree_unflatten(leaves, spec[1])
 
-    out = func(*args, **kwargs)
-    rows = samples[0].shape[0]
-    if out.shape[0] != rows or list(out.shape).count(rows) > 1:
-        return out  # nothing tells which dimension is that of the samples
-    return tapped(func, [(_plain(s), s._gq_origin) for s in stand_ins], arguments)
+    given_values = [(_plain(stand), stand._gq_origin) for stand in stand_ins]
+    out = tapped(func, given_values, arguments, samples[0].shape[0])
+    return func(*args, **kwargs) if out is None else out
 
 
 def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
