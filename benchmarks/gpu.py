@@ -6,8 +6,8 @@
 The run takes at most ``--seconds`` (five minutes; what has not begun by then is left out, by name).
 A wrong result ends it before anything is timed. Two steps that are compared are timed in turns over
 the same shapes, so that drift affects both alike. A line has the medians, the median of the ratios
-of the turns, and their range; below 1 ours is faster. "captured" means that a step is a replayed
-CUDA graph. Peak memory is that of one step, the model and its optimizer included.
+of the turns, and their range; below 1 ours is faster. "captured" means replayed by this package's
+``cuda_graph``. Peak memory is that of one step, the model and its optimizer included.
 
 The table and the CSV name the hardware, the driver and the versions. Without a GPU everything runs
 on the CPU in a reduced form: it shows that the script works, and its figures say nothing.
@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,26 +34,12 @@ from record import Line, Run, Step, show
 from shapes import MODELS
 from torch import Tensor, nn
 
-from gq_triton import GradQueue
+from gq_triton import GradQueue, cuda_graph
 from gq_triton.grouping import KMeans
 from gq_triton.testing import spawn
 
 FILL = 7  # steps that fill the queue: from the sixth on every weight is computed
 CLUSTERS = 8
-
-
-def captured(step: Step) -> Step:
-    """Return the replay of a step as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def check(run: Run) -> None:
@@ -93,8 +80,13 @@ def optimizers(run: Run) -> None:
                 continue
             with run.case("optimizers", f"{model}, {name}, captured") as begins:
                 if begins:
-                    both = captured(ours.step), captured(rival.step)
-                    compare(f"{model}, {name}, captured", *both, 20)
+                    for group in rival.param_groups:
+                        if "capturable" in group:  # torch's SGD does not ask
+                            group["capturable"] = True
+                    both = [cuda_graph(each.step, each) for each in (ours, rival)]
+                    for step in both:
+                        run.taken(step, FILL)
+                    compare(f"{model}, {name}, captured", both[0], both[1], 20)
 
 
 def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -148,8 +140,11 @@ def training_step(
     """Return a training step with SGD, which zeroes gradients, computes them and updates."""
     model, inputs, targets, loss = made
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    holders: list[Any] = [optimizer]
     if clustered:
-        GradQueue(model, n_clusters=CLUSTERS, features="features").attach(optimizer)
+        queue = GradQueue(model, n_clusters=CLUSTERS, features="features")
+        queue.attach(optimizer)
+        holders.append(queue)
     run = torch.compile(model) if way == "compiled" else model
     device = inputs.device.type
 
@@ -160,9 +155,10 @@ def training_step(
         value.backward()
         optimizer.step()
 
+    taken = cuda_graph(step, *holders) if way == "captured" else step
     for _ in range(FILL):
-        step()
-    return captured(step) if way == "captured" else step
+        taken()
+    return taken
 
 
 def clusters(run: Run) -> None:
