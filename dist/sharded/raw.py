@@ -23,6 +23,8 @@ from gq_triton.ring import flat, local
 
 __all__ = ["ShardedRaw"]
 
+Share = float | Tensor
+
 
 class ShardedRaw(RawGradients):
     """The raw mean gradient of every parameter whose shards' gradients came from a sink.
@@ -63,19 +65,20 @@ class ShardedRaw(RawGradients):
         # Parameters of one unit whose weighted gradients have just been reduced.
         self._reduced: list[str] = []
         self._changed: list[str] = []
-        self._shares: weakref.WeakKeyDictionary[Step, list[float]] = weakref.WeakKeyDictionary()
+        self._shares: weakref.WeakKeyDictionary[Step, list[Share]] = weakref.WeakKeyDictionary()
         # By parameter name: the share in its last raw gradient, and the sum of the ranks' units.
-        self._counts: dict[str, tuple[float, float]] = {}
+        self._counts: dict[str, tuple[Share, Share]] = {}
         # An empty tensor of the type of this backward pass's raw gradients, once there is one.
         self._like: Tensor | None = None
 
-    def _share(self, step: Step) -> list[float]:
+    def _share(self, step: Step) -> list[Share]:
         """Return what this rank counts in a forward pass; every rank must call.
 
         Returns:
-            The factors of a weighted gradient, of a raw one, and of one that was weighted as one
-            cluster; and the sum of all ranks' units (``Groups.unit``), by which a sum over the
-            ranks is larger than a mean over their samples.
+            Numbers on the CPU, else 0-d tensors, for which the host need not wait: the factors of a
+            weighted gradient, of a raw one, and of one that was weighted as one cluster; and the
+            sum of all ranks' units (``Groups.unit``), by which a sum over the ranks is larger than
+            a mean over their samples.
         """
         if step not in self._shares:
             groups, place = step.groups, self._layout.place
@@ -83,19 +86,19 @@ class ShardedRaw(RawGradients):
             unit = mine.new_full((1,), groups.unit)
             mine = torch.cat([mine, unit])
             total = place.add_up_(mine.clone())
-            (power, mass, whole, unit), (powers, masses, wholes, units) = torch.stack(
-                [mine, total]
-            ).tolist()
             # A mean loss has unit 1. A summed loss counts by its number of samples already.
-            even = units / unit
-            shares = [(power, powers, even), (mass, masses, 1.0), (whole, wholes, even)]
-            self._shares[step] = [c * a / b if b > 0 else 0.0 for a, b, c in shares] + [units]
+            even = total[3] / mine[3]
+            factors = torch.stack([even, torch.ones_like(even), even])
+            shares = torch.where(total[:3] > 0, factors * mine[:3] / total[:3], 0.0)
+            shares = torch.cat([shares, total[3:]])
+            known = mine.device.type == "cpu"
+            self._shares[step] = shares.tolist() if known else list(shares.unbind())
         return self._shares[step]
 
     def counted(self, step: Step, gradient: Tensor, whole: bool = False) -> Tensor:
         """Return a weighted gradient times what this rank counts in it."""
         factor = self._share(step)[2 if whole else 0]
-        return gradient if factor == 1 else gradient * factor
+        return gradient if isinstance(factor, float) and factor == 1 else gradient * factor
 
     def add(self, step: Step, name: str, raw: Tensor, whole: bool = False) -> None:
         """Keep a raw gradient until ``note`` is told that the leaf has the weighted one."""
