@@ -5,6 +5,7 @@ centre is ``sum_r d_r c_r^T`` with few terms, so that its distance from a sample
 gradient. Shapes: as in ``factors``; K clusters, R terms.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -137,6 +138,13 @@ class Sums:
             return
         self.counts = self.counts + members.sum(1)
         self._parts = [old + new for old, new in zip(self._parts, parts, strict=True)]
+
+    def share(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Put the sums over all ranks in the place of this rank's."""
+        assert self.counts is not None
+        self.counts = total(self.counts)
+        self._parts = [total(part) for part in self._parts]
+        self.total = None if self.total is None else total(self.total)
 
     def means(self) -> list[Tensor]:
         """Return the means over clusters; zeros for an empty one."""

@@ -65,7 +65,9 @@ class GradientClustering:
     uniform batches of K, whose objective is ``N^2 V / K``, a random partition into equal parts
     takes its place, which is as good as uniform batches on average; ``fell_back_`` tells.
 
-    Under several processes every rank clusters the whole dataset, with the same result.
+    *Several processes.* Under ``torch.distributed`` every rank must call ``fit`` and ``predict``:
+    each reads a part of a ``DataLoader``'s dataset, and all get
+    the same labels. Batches that come in one order, and ``partial_fit``, are not divided.
 
     Only weights of linear layers and convolutions count; biases and norms do not. The model runs in
     evaluation mode, and every module's mode comes back after.
@@ -266,10 +268,10 @@ class GradientClustering:
 
     # --- passes
 
-    def _batches(self, source: Source | Batches, order: Tensor | None) -> Iterator[_Batch]:
-        """Yield the factors of every batch of the dataset."""
+    def _batches(self, read: Iterator[tuple[Tensor | None, Any]]) -> Iterator[_Batch]:
+        """Yield the factors of every batch that a source reads."""
         device, begin = device_of(self.model), 0
-        for places, batch in source.batches(order):
+        for places, batch in read:
             inputs, targets = self._split(moved(batch, device))
             found = factors(self.model, self.layers, run_model, inputs, targets, self.loss)
             size = len(next(iter(found.values())).inputs)
@@ -278,48 +280,47 @@ class GradientClustering:
             begin += size
             yield _Batch(places, found)
 
+    def _begin(self, source: Source | Batches, order: Tensor | None) -> None:
+        """Make the first samples of an order the centres."""
+        found, seen = [], 0
+        for batch in self._batches(source.first(order, self.n_clusters)):
+            found.append(batch.factors)
+            seen += len(batch.places)
+            if seen >= self.n_clusters:
+                break
+        self._check_samples(seen)
+        first = self._first(found).items()
+        self._centres = {name: Centre(*map(source.of_first_rank, one)) for name, one in first}
+
     def _assign(self, source: Source | Batches, iteration: int, old: Tensor | None) -> _Assigned:
         """Assign every sample to a centre, and measure the old labels by the centres."""
         samples = source.samples
         order = None if samples is None else _shuffled(samples, self._seed, iteration)
+        if not self._centres:
+            self._begin(source, order)
         sizes = torch.full((self.n_clusters,), 1.0, dtype=torch.float64)
         if old is not None:
             sizes = torch.bincount(old, minlength=self.n_clusters).double()
         assigner = Assigner(self.assignment, sizes)
-        distortions, within = torch.zeros_like(sizes), torch.zeros_like(sizes)
-        total, places, labels = 0.0, [], []
-        batches = self._batches if self._centres else self._with_centres
-        for batch in batches(source, order):
+        # Rows: distortions of the new labels and of the old ones, and the squared norms.
+        sums = torch.zeros(3, self.n_clusters, dtype=torch.float64)
+        places, labels = [], []
+        for batch in self._batches(source.batches(order)):
             distances, squares = self._distances(batch.factors)
-            total += float(squares.sum())
             own = assigner(distances)
             places.append(batch.places)
             labels.append(own)
-            distortions.index_add_(0, own, distances.gather(1, own[:, None])[:, 0])
+            sums[0].index_add_(0, own, distances.gather(1, own[:, None])[:, 0])
             if old is not None:
                 before = _labels_at(old, batch.places)
-                within.index_add_(0, before, distances.gather(1, before[:, None])[:, 0])
-        found = torch.empty(sum(map(len, labels)), dtype=torch.int64)
-        found[torch.cat(places)] = torch.cat(labels)
-        self._check_samples(len(found))
+                sums[1].index_add_(0, before, distances.gather(1, before[:, None])[:, 0])
+            sums[2].index_add_(0, own, squares)
+        found = torch.zeros(samples or sum(map(len, labels)), dtype=torch.int64)
+        if labels:  # a rank may have no sample
+            found[torch.cat(places)] = torch.cat(labels)
+        distortions, within, norms = source.total(sums)
         objective = None if old is None else float((sizes * within).sum())
-        return _Assigned(found, distortions, objective, total)
-
-    def _with_centres(self, source: Source | Batches, order: Tensor | None) -> Iterator[_Batch]:
-        """Yield every batch, after the first samples in this order were made centres."""
-        waiting: list[_Batch] = []
-        seen = 0
-        for batch in self._batches(source, order):
-            if self._centres:
-                yield batch
-                continue
-            waiting.append(batch)
-            seen += len(batch.places)
-            if seen >= self.n_clusters:
-                self._centres = self._first([one.factors for one in waiting])
-                yield from waiting
-                waiting = []
-        self._check_samples(seen)
+        return _Assigned(source.total(found), distortions, objective, float(norms.sum()))
 
     def _first(self, found: list[dict[str, Factors]]) -> dict[str, Centre]:
         """Return the first K samples as centres."""
@@ -353,12 +354,14 @@ class GradientClustering:
     def _update(self, source: Source | Batches, labels: Tensor, mean: bool = False) -> float | None:
         """Make new centres for the labels; return the squared norm of the mean gradient."""
         sums: dict[str, Sums] = {}
-        for batch in self._batches(source, None):
+        for batch in self._batches(source.batches(None)):
             own = _labels_at(labels, batch.places).to(device_of(self.model))
             for name, one in batch.factors.items():
                 if name not in sums:
                     sums[name] = Sums(self.rank, self.n_clusters, mean)
                 sums[name].add(one, own)
+        for one in sums.values():
+            one.share(source.total)
         self._centres = {name: one.centre() for name, one in sums.items()}
         totals = [one.total for one in sums.values() if one.total is not None]
         if not mean:

@@ -4,16 +4,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gq_triton.sampling.checks import check_data
+from gq_triton.sampling.ranks import place
 
 __all__ = ["Source", "source_of"]
 
 
 class Source:
     """A dataset behind a ``DataLoader``, read in batches of the same size in any order.
+
+    Under ``torch.distributed`` every rank reads a part.
 
     Args:
         loader: the user's loader, from which dataset, batch size, ``collate_fn`` and workers come.
@@ -29,15 +33,24 @@ class Source:
         if not isinstance(size, int):
             raise ValueError("the loader must have a batch_size: give DataLoader one")
         self._loader, self._size = loader, size
+        self._ranks, self._rank = place(None, None)
         dataset: Any = loader.dataset
         self.samples = len(dataset)
         if not self.samples:
             raise ValueError("the loader's dataset must have at least one sample, got none")
 
     def batches(self, order: Tensor | None) -> Iterator[tuple[Tensor | None, Any]]:
-        """Yield the places ``(b,)`` and the batch of samples in an order ``(N,)``."""
-        given = self._loader
+        """Yield the places ``(b,)`` and the batch of this rank's samples, in an order ``(N,)``."""
         order = torch.arange(self.samples) if order is None else order
+        return self._read(order[self._rank :: self._ranks])
+
+    def first(self, order: Tensor | None, count: int) -> Iterator[tuple[Tensor | None, Any]]:
+        """Yield the first ``count`` samples of an order, the same on every rank."""
+        order = torch.arange(self.samples) if order is None else order
+        return self._read(order[:count])
+
+    def _read(self, order: Tensor) -> Iterator[tuple[Tensor | None, Any]]:
+        given = self._loader
         loader = DataLoader(
             given.dataset,
             batch_size=self._size,
@@ -48,6 +61,26 @@ class Source:
             generator=torch.Generator().manual_seed(0),  # the global one is left alone
         )
         yield from zip(order.split(self._size), loader, strict=True)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks, on its device."""
+        if self._ranks == 1:
+            return tensor
+        summed = self._sent(tensor)
+        dist.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def of_first_rank(self, tensor: Tensor) -> Tensor:
+        """Return the first rank's tensor, on the device of this rank's."""
+        if self._ranks == 1:
+            return tensor
+        sent = self._sent(tensor)
+        dist.broadcast(sent, src=0)
+        return sent.to(tensor.device)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+        return tensor.to(device, copy=True).contiguous()
 
 
 class Batches:
@@ -66,6 +99,18 @@ class Batches:
         """Yield every batch; its places follow from those before it."""
         for batch in self._batches:
             yield None, batch
+
+    def first(self, order: Tensor | None, count: int) -> Iterator[tuple[Tensor | None, Any]]:
+        """Yield every batch, from the first on."""
+        return self.batches(order)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the tensor: no rank reads a part."""
+        return tensor
+
+    def of_first_rank(self, tensor: Tensor) -> Tensor:
+        """Return the tensor: no rank reads a part."""
+        return tensor
 
 
 def source_of(loader: Any) -> Source | Batches:

@@ -5,9 +5,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from gq_triton.sampling import ImportanceLoader, StratifiedBatchSampler
+from gq_triton.sampling import GradientClustering, ImportanceLoader, StratifiedBatchSampler
+from gq_triton.sampling.ranks import stream
 
 
 def data() -> TensorDataset:
@@ -78,7 +79,39 @@ def check_ranks_share_the_batches_of_one_process(rank: int) -> None:
     assert torch.equal(torch.cat(of_all(own), dim=1), whole)
 
 
+class Read(TensorDataset):
+    """A dataset that counts how often a sample is read."""
+
+    def __init__(self) -> None:
+        super().__init__(*data().tensors)
+        self.counts = torch.zeros(50, dtype=torch.int64)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        self.counts[index] += 1
+        return super().__getitem__(index)
+
+
+def check_ranks_cluster_a_part_each_to_the_same_result(rank: int) -> None:
+    torch.manual_seed(0)
+    model, dataset = nn.Linear(4, 2), Read()
+    # With these sizes the order of the samples does not matter, so that one process has the result.
+    clustering = GradientClustering(model, n_clusters=4, assignment="kmeans", rank=2)
+    clustering.fit(DataLoader(dataset, batch_size=6))
+    counts = of_all(dataset.counts)
+    # 11 passes over a half, and the first 4 samples on both ranks
+    assert [int(one.sum()) for one in counts] == [11 * 25 + 4] * 2
+    assert torch.equal(*of_all(clustering.labels_))
+    whole = GradientClustering(model, n_clusters=4, assignment="kmeans", rank=2)
+    order = torch.randperm(50, generator=stream(0, 0, "order"))
+    x, y = data().tensors
+    whole.fit([(x[order], y[order])])
+    assert torch.equal(whole.labels_, clustering.labels_[order])
+    assert abs(whole.objective_ / clustering.objective_ - 1) < 1e-5
+    assert abs(whole.uniform_ / clustering.uniform_ - 1) < 1e-5
+
+
 CHECKS = [
+    check_ranks_cluster_a_part_each_to_the_same_result,
     check_ranks_share_the_batches_of_one_process,
     check_ranks_draw_disjoint_samples_in_the_same_steps,
     check_ranks_continue_bit_for_bit,
