@@ -162,12 +162,20 @@ def training_step(
 
 
 def clusters(run: Run) -> None:
-    """Time a step with clusters against the plain one: eager, captured and compiled; memory."""
-    # All eager steps come first: they are the claims.
-    for way in ("eager", "captured", "compiled"):
-        for name, (make, autocast, ways) in (SMALL if run.small else CASES).items():
-            if way in ways:
-                _clusters(run, name, make, autocast, way)
+    """Time a step with clusters against the plain one, eager and captured, and its memory."""
+    for way in ("eager", "captured"):  # all eager steps come first
+        _clusters_of_all(run, way)
+
+
+def compiled(run: Run) -> None:
+    """Time compiled steps: the last part, for to compile them takes minutes."""
+    _clusters_of_all(run, "compiled")
+
+
+def _clusters_of_all(run: Run, way: str) -> None:
+    for name, (make, autocast, ways) in (SMALL if run.small else CASES).items():
+        if way in ways:
+            _clusters(run, name, make, autocast, way)
 
 
 def _clusters(run: Run, name: str, make: Callable, autocast: bool, way: str) -> None:
@@ -278,7 +286,7 @@ def hook_times(rank: int, backend: str, device: str, file: str, turns: int) -> N
 
 PARTS = {
     "check": check, "optimizers": optimizers, "clusters": clusters, "k-means": kmeans,
-    "kernels": kernels, "hook": hook,
+    "kernels": kernels, "hook": hook, "compiled": compiled,
 }  # fmt: skip
 
 
