@@ -4,7 +4,7 @@ Faghri et al., "A Study of Gradient Variance in Deep Learning" (2020), sections 
 samples, B of them in a batch, K clusters.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,11 @@ from gq_triton.sampling.fetch import moved, split_batch
 from gq_triton.sampling.online import followed, revived
 from gq_triton.sampling.partition import ASSIGNMENTS, Assigner, equal_parts, fill
 from gq_triton.sampling.ranks import stream
+from gq_triton.sampling.saved import FOUND, clustering_rule
 from gq_triton.sampling.scores import Loss, as_module
 from gq_triton.sampling.source import Batches, Source, source_of
 from gq_triton.sampling.watch import device_of, run_model, scorer
+from gq_triton.saved.rules import check
 
 __all__ = ["GradientClustering"]
 
@@ -161,7 +163,7 @@ class GradientClustering:
         self._split, self._seed = split or split_batch, seed
         self._centres: dict[str, Centre] = {}
         self._sizes: Tensor | None = None  # moving averages of batches
-        self._followed = 0
+        self._followed, self._fitted = 0, False
 
     def fit(self, loader: Any) -> "GradientClustering":
         """Cluster the samples of a dataset, in ``2 max_iter + 1`` passes over it, or 2 more.
@@ -205,7 +207,7 @@ class GradientClustering:
             objective = self._assign(source, self.max_iter + 1, self.labels_).objective
             assert objective is not None
             self.objective_ = objective
-        self.n_splits_ = splits
+        self.n_splits_, self._fitted = splits, True
         self.cluster_sizes_ = torch.bincount(self.labels_, minlength=self.n_clusters)
         return self
 
@@ -265,6 +267,39 @@ class GradientClustering:
         if not self._centres:
             raise RuntimeError("there are no centres yet: call fit or partial_fit first")
         return self._assign(source_of(loader), self._followed, None).labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was found, and the centres and sizes that ``partial_fit`` goes on from."""
+        fit = {name: getattr(self, name) for name in ("labels_", *FOUND)} if self._fitted else None
+        return {
+            "n_clusters": self.n_clusters,
+            "fit": fit,
+            "centres": {name: list(centre) for name, centre in self._centres.items()},
+            "sizes": self._sizes,
+            "followed": self._followed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned, with tensors on any device.
+
+        Raises:
+            ValueError: the state is of another number of clusters or of other layers, or was
+                altered. Nothing is changed.
+        """
+        rule = clustering_rule(self.n_clusters, [*self.layers])
+        check(state, rule, "the saved GradientClustering")
+        device, fit, sizes = device_of(self.model), state["fit"], state["sizes"]
+        self._centres = {
+            name: Centre(*(side.to(device, copy=True) for side in sides))
+            for name, sides in state["centres"].items()
+        }
+        self._sizes = None if sizes is None else sizes.to("cpu", copy=True)
+        self._followed, self._fitted = state["followed"], fit is not None
+        if fit is not None:
+            for name in FOUND:
+                setattr(self, name, fit[name])
+            self.labels_ = fit["labels_"].to("cpu", copy=True)
+            self.cluster_sizes_ = torch.bincount(self.labels_, minlength=self.n_clusters)
 
     # --- passes
 

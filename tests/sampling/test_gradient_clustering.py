@@ -1,5 +1,6 @@
 """GradientClustering: its objective, its rules of assignment, its guard, and the online mode."""
 
+import io
 import itertools
 import time
 
@@ -253,6 +254,42 @@ def test_partial_fit_follows_and_predict_assigns_everything():
     gradients = gradients_of(model, TensorDataset(*(t[:6] for t in data.tensors))).repeat(100, 1)
     variance = float((gradients - gradients.mean(0)).square().sum(1).mean())
     assert scatter(gradients, labels) < 0.5 * 600**2 * variance / 6
+
+
+def test_a_saved_clustering_goes_on_bit_for_bit():
+    model, data = task()
+    batches = [*DataLoader(data, 12)]
+    first = GradientClustering(model, n_clusters=4).fit(DataLoader(data, 20))
+    for batch in batches[:3]:
+        first.partial_fit(batch)
+    torch.save(first.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    second = GradientClustering(model, n_clusters=4)
+    second.load_state_dict(torch.load(file))
+    for batch in batches[3:]:
+        assert torch.equal(first.partial_fit(batch), second.partial_fit(batch))
+    assert torch.equal(first.predict(batches), second.predict(batches))
+    assert torch.equal(first.labels_, second.labels_)
+    assert first.objective_ == second.objective_
+    assert second.cluster_sizes_.tolist() == first.cluster_sizes_.tolist()
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    model, data = task()
+    state = GradientClustering(model, n_clusters=4).fit(DataLoader(data, 20)).state_dict()
+    other = GradientClustering(model, n_clusters=5)
+    with pytest.raises(ValueError, match="n_clusters must be 5 here"):
+        other.load_state_dict(state)
+    assert not other._centres
+    other = GradientClustering(model, n_clusters=4)
+    with pytest.raises(ValueError, match="'body' that is no layer here"):
+        other.load_state_dict({**state, "centres": {"body": state["centres"]["2"]}})
+    fit = {**state["fit"], "labels_": state["fit"]["labels_"] + 4}
+    with pytest.raises(ValueError, match="labels_"):
+        other.load_state_dict({**state, "fit": fit})
+    empty = GradientClustering(model, n_clusters=4).state_dict()
+    other.load_state_dict(empty)
+    assert other.state_dict() == empty
 
 
 # --- errors and time
