@@ -94,7 +94,9 @@ def _begin(numbers, info, flag, n_iter, peak, bad, ZERO: tl.constexpr):
 @triton.jit
 def _limit_of(spread, tol, B, F):
     """Return the squared shift of all centres at which iterations end."""
-    return divide(tl.full((), tol, tl.float32) * spread, B.to(tl.float32) * F.to(tl.float32))
+    # A launch turns an F of 1 into a constant, which has no methods.
+    elements = tl.full((), B, tl.float32) * tl.full((), F, tl.float32)
+    return divide(tl.full((), tol, tl.float32) * spread, elements)
 
 
 @triton.jit

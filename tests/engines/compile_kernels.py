@@ -217,7 +217,7 @@ LLOYD_TILES = {
 LLOYD_CASES = (
     ("lloyd", "bfloat16", {}, {"x": "*bf16:16"}),
     ("lloyd", "128 clusters", {"KP": 128}, {}),
-    ("iterate", "unaligned", {"TILE_B": lloyd.TILE // 16, "TILE_F": 16}, {"F": "i32"}),
+    ("iterate", "one feature", {"TILE_B": lloyd.TILE // 16, "TILE_F": 16, "F": 1}, {"F": None}),
     ("unit", "float32", {}, {}),
     ("mean", "float32", {}, {}),
     ("label", "float32", {}, {}),
@@ -279,8 +279,9 @@ def cases():
         yield "group", case, _group_kernel, types, GROUP_TILES
     for name, case, constants, changed in LLOYD_CASES:
         kernel = getattr(lloyd, f"_{name}_kernel")
-        types = {key: text for key, text in LLOYD.items() if key in kernel.arg_names}
-        yield name, case, kernel, types | scalars(kernel) | changed, LLOYD_TILES | constants
+        merged = (LLOYD | scalars(kernel) | changed).items()
+        types = {key: text for key, text in merged if text and key in kernel.arg_names}
+        yield name, case, kernel, types, LLOYD_TILES | constants
     flags = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")} | {"flags": "*u8"}
     wide = {"BLOCK": block_size(torch.float32, most=8), "W": 3}
     yield "all_finite", "float32", finite._all_finite_kernel, flags, FULL | wide
