@@ -195,14 +195,24 @@ class TimeFirst(nn.Module):
         return self.head(self.features(x).expand(18, 9, 6)).mean(dim=0)
 
 
+class Shuffled(TimeFirst):
+    def forward(self, x):
+        rows = self.features(x).repeat(2, 1)[torch.arange(18).flip(0)]
+        return self.head(rows).flip(0)[:9]
+
+
 @pytest.mark.parametrize("kind", [lambda: Positions((18,)), lambda: Positions((1, 18))])
 def test_positions_of_all_samples_are_clustered(kind):
     judge = Judge(make(kind), LABELS, 5, strict=True)
     judge.steps(square, batches())
 
 
+def test_rows_that_are_shown_to_be_time_major_are_clustered():
+    Judge(make(TimeFirst), LABELS, 5, strict=True).steps(square, batches())
+
+
 def test_rows_that_are_not_sample_after_sample_are_one_cluster():
-    model = make(TimeFirst)
+    model = make(Shuffled)
     queue, _, _ = plug(model)
     with pytest.warns(
         UserWarning, match=r"head\.weight, head\.bias \(head saw rows in no known order"
