@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from gq_triton.cluster_grad.accumulate import Accumulator
 from gq_triton.cluster_grad.compiled_ops import begin, capture, end, prepare_for_compile, watch
 from gq_triton.cluster_grad.copies import recorded, without_trace
+from gq_triton.cluster_grad.handover import hand_over
 from gq_triton.cluster_grad.install import Conversion
 from gq_triton.cluster_grad.layers.registry import Layer, survey
-from gq_triton.cluster_grad.layers.slices import SLICES, parameters_of
+from gq_triton.cluster_grad.layers.slices import SLICES
 from gq_triton.cluster_grad.microbatch import backward
 from gq_triton.cluster_grad.sink import Sink
 from gq_triton.cluster_grad.standins.standin import plain, without_stand_ins
@@ -106,7 +107,7 @@ class Clusters:
 
         def mend(whole: list[str]) -> list[str]:
             alive = clusters()
-            return whole if alive is None else alive._mend(whole)
+            return whole if alive is None else hand_over(alive, alive._conversion, whole)
 
         self.accumulator.mend = mend
         self.sample_weights: Tensor | None = None
@@ -124,57 +125,6 @@ class Clusters:
             for param in layer.module.parameters(recurse=whole):
                 if param in names:
                     yield names[param], layer
-
-    def _mend(self, whole: list[str]) -> list[str]:
-        """Run modules as a whole from now on, for parameters that were taken as one cluster's.
-
-        Args:
-            whole: the names of the parameters.
-
-        Returns:
-            The names for which no module can.
-        """
-        modules, left = dict(self.model.named_modules()), []
-        reasons, chosen = self.accumulator.reasons, dict[str, Layer]()
-        # Parameters of layers that other modules use, or code outside the model.
-        past = [
-            self.accumulator.params[name]
-            for name in whole
-            if name not in reasons and self.owners[name].family not in (None, SLICES)
-        ]
-        followed = [
-            self._conversion.follow(layer.module)
-            for layer in self.layers
-            if any(own is param for own in layer.module.parameters(recurse=False) for param in past)
-        ]
-        if any(followed):
-            return []  # what else is whole may come of it
-        for name in whole:
-            owner = self.owners[name]
-            path = owner.name
-            if owner.family is SLICES or (owner.family is not None and name in reasons):
-                path = _caller(path, modules)
-            elif owner.family is not None:
-                path = ""
-            while path and _holds_results(modules[path]):
-                path = _caller(path, modules)
-            if path and not self._is_trunk(path, modules[path]):
-                chosen[path] = Layer(path, modules[path], SLICES, parameters_of(modules[path]))
-            else:
-                left.append(name)
-        for path, layer in chosen.items():
-            if not any(path.startswith(f"{other}.") for other in chosen):
-                self._conversion.convert(layer)
-                inside = [name for name in self.owners if name.startswith(f"{path}.")]
-                self.owners.update(dict.fromkeys(inside, layer))
-        return left
-
-    def _is_trunk(self, path: str, module: nn.Module) -> bool:
-        """Return whether a module is most of the model, which is too dear to run again."""
-        if self.features != OUTPUT_GRADIENT and not self.features.startswith(f"{path}."):
-            return False
-        held = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        return 2 * held > sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def _new_kmeans(self) -> KMeans:
         # A loss scaler may let gradients at the output overflow. Such a step is skipped, so its
@@ -448,25 +398,6 @@ class Clusters:
             ValueError: there was no forward pass, or there is not one loss per sample.
         """
         backward(self.accumulator, losses, self.options)
-
-
-def _caller(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Return the nearest module around one that is called itself; empty for the model."""
-    while path:
-        path = path.rpartition(".")[0]
-        if path and type(modules[path]).forward is not nn.Module.forward:
-            break
-    return path
-
-
-def _holds_results(module: nn.Module) -> bool:
-    """Return whether a module holds a tensor that was computed outside its ``forward``.
-
-    A hook computes the weight of ``nn.utils.weight_norm`` so. Another run of ``forward`` would go
-    back through the computation again.
-    """
-    values = vars(module).values()
-    return any(isinstance(value, Tensor) and value.grad_fn is not None for value in values)
 
 
 def _uneven(state: Mapping[str, Any]) -> str | None:
