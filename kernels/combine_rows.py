@@ -129,7 +129,7 @@ def combine_rows(
     inverse_shares: Tensor,
     mixture: Tensor,
     sigma_scales: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight the cluster means of the rows that were looked up; see ``engines.protocol``.
 
     Computed in float32 (float64 if a tensor is float64). A row's lookups are added up one after
@@ -168,4 +168,4 @@ def combine_rows(
                 C_DTYPE=TRITON_DTYPE[wide], Q_DTYPE=TRITON_DTYPE[queue.dtype], L=queue.shape[0],
                 TILE=tile, REPAIR=repair, num_warps=max(1, tile // (32 * THREAD)),
             )  # fmt: skip
-    return weighted, raw, partials
+    return weighted, raw, partials, flag.view(torch.bool)

@@ -15,7 +15,7 @@ from torch import Tensor
 from gq_triton.cluster_grad.sink import Taken
 from gq_triton.grouping.groups import Groups
 from gq_triton.queues import Queues
-from gq_triton.ring import flat, write_back_
+from gq_triton.ring import write_back_
 
 __all__ = ["Later"]
 
@@ -31,7 +31,7 @@ class _Due(NamedTuple):
         groups: the clusters.
         sums: ``(K, P)``.
         weighted: where the weighted gradient goes, ``(P,)``.
-        raw: where the raw gradient goes, ``(P,)``.
+        raw: where the raw gradient goes, in the parameter's shape.
         stream: the stream on which the sums are formed; None on the CPU.
     """
 
@@ -102,7 +102,7 @@ class Later:
         place = _memory(weighted)
         on_gpu = sums.device.type == "cuda"
         stream = torch.cuda.current_stream(sums.device) if on_gpu else None
-        self._due.append(_Due(name, groups, sums, place, flat(raw, like=param), stream))
+        self._due.append(_Due(name, groups, sums, place, raw, stream))
         self._places[name] = place
         self._bytes += sums.nbytes
         if self._bytes > ROOM:

@@ -247,7 +247,7 @@ class Engine(Protocol):
         inverse_shares: Tensor,
         mixture: Tensor,
         sigma_scales: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Do ``combine`` for a table of which lookups have touched some rows.
 
         A row that nobody looked up has gradient 0 in every cluster, so 0 whatever its weight, which
@@ -265,8 +265,8 @@ class Engine(Protocol):
             sigma_scales: ``(K,)`` float64.
 
         Returns:
-            The weighted gradient ``(V, d)`` and the raw one, summed in float32 at least; and
-            statistics, as those of ``combine``.
+            The weighted gradient ``(V, d)`` and the raw one, summed in float32 at least;
+            statistics, as those of ``combine``; and whether the raw gradient is finite, 0-d bool.
         """
         ...
 

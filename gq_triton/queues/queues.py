@@ -1,6 +1,7 @@
 """The rings of a whole model, keyed by parameter name: what the plug-in and the DDP hook share."""
 
 import hashlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ class Queues:
         self._queued: dict[str, Tensor] = {}
         self._layouts: dict[str, tuple[torch.device, tuple[int, ...]]] = {}
         self._losses: Tensor | None = None
+        # By parameter name, a raw gradient that was weighted elsewhere, and whether it is finite.
+        self._finite: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._last = LastStep()
 
     def weigh_(
@@ -194,10 +197,11 @@ class Queues:
             grad_scale: as in ``combine``.
 
         Returns:
-            The weighted and the raw gradient, ``(V, d)``; ``(C, 5)`` statistics to add up.
+            The weighted and the raw gradient, ``(V, d)``; ``(C, 5)`` statistics to add up. ``push``
+            of this raw gradient does not look at it again.
         """
         self._allocate(name)
-        return engine(grads.device, self.options.backend).combine_rows(
+        weighted, raw, table, finite = engine(grads.device, self.options.backend).combine_rows(
             grads,
             where,
             labels,
@@ -208,6 +212,8 @@ class Queues:
             mixture=mixture,
             sigma_scales=sigma_scales,
         )
+        self._finite[name] = weakref.ref(raw), finite
+        return weighted, raw, table
 
     def combine_all(
         self,
@@ -227,7 +233,8 @@ class Queues:
             names: the parameters' names, whose rings are of one type.
             sums: for each, the gradients summed by cluster, ``(K, P)``, of one type.
             weighted: where to write the weighted gradients, flat, of one type.
-            raw: where to write the raw gradients, flat.
+            raw: where to write the raw gradients, in the shape of their parameters. ``push`` of
+                these very tensors does not look at them again to see whether they are finite.
             inverse_shares: as in ``combine``.
             mixture: as in ``combine``.
             sigma_scales: as in ``combine``.
@@ -239,17 +246,30 @@ class Queues:
         for name in names:
             self._allocate(name)
         device = sums[0].device
-        return engine(device, self.options.backend).combine_all(
+        tables, finite = engine(device, self.options.backend).combine_all(
             sums,
             [rows(local(self._queue[name])) for name in names],
             [self._queued[name] for name in names],
             weighted,
-            raw,
+            [flat(mean, like=self.params[name]) for name, mean in zip(names, raw, strict=True)],
             self._law(device, grad_scale),
             inverse_shares=inverse_shares,
             mixture=mixture,
             sigma_scales=sigma_scales,
-        )[0]
+        )
+        for name, mean, answer in zip(names, raw, finite.unbind(), strict=True):
+            self._finite[name] = weakref.ref(mean), answer
+        return tables
+
+    def _known_finite(self, names: Sequence[str], raw: Mapping[str, Tensor]) -> Tensor | None:
+        """Return which raw gradients are finite, ``(N,)`` bool, if it is known of all of them."""
+        known = [self._finite.pop(name, None) for name in names]
+        answers = [
+            one[1]
+            for name, one in zip(names, known, strict=True)
+            if one is not None and one[0]() is raw[name]
+        ]
+        return torch.stack(answers) if len(answers) == len(names) else None
 
     def _read(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return a parameter's ring ``(L, P)`` and its counter, as ``combine`` takes them."""
@@ -283,6 +303,7 @@ class Queues:
                 [statistics[name] for name in names],
                 grad_scale=grad_scale,
                 found_inf=found_inf,
+                finite=self._known_finite(names, raw),
             )
 
     def push_batch(
@@ -294,6 +315,7 @@ class Queues:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         absent: Tensor | None = None,
+        finite: Tensor | None = None,
     ) -> None:
         """Queue raw gradients of one type, on one device, that were weighted elsewhere.
 
@@ -305,12 +327,14 @@ class Queues:
             found_inf: non-zero where none of them is to be queued, one number, or None.
             absent: ``(N,)`` bool, which gradients are zeros of a parameter that no rank used; None
                 for none.
+            finite: ``(N,)`` bool, which gradients are finite; None looks at them.
         """
         for name in names:
             self._allocate(name)
         ops = engine(raw[0].device, self.options.backend)
         note_plain_torch(raw[0].device, self.options.backend, raw)
-        accept = accepted(ops.all_finite(raw), absent=absent, found_inf=found_inf)
+        finite = ops.all_finite(raw) if finite is None else finite
+        accept = accepted(finite, absent=absent, found_inf=found_inf)
         rings = [rows(local(self._queue[name])) for name in names]
         counters = [self._queued[name] for name in names]
         ops.push_(raw, rings, counters, accept, grad_scale=grad_scale)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gq_triton import GradQueue
 from gq_triton.cluster_grad import later
+from gq_triton.engines import eager
 
 pytestmark = QUIET
 OPTIONS = {
@@ -236,7 +237,7 @@ def test_a_penalty_makes_the_gradient_that_of_one_cluster(weighed):
 def test_checkpointed_segments(weighed, reentrant):
     class Checkpointed(MLP):
         def forward(self, x):
-            x = x.requires_grad_()
+            x = x.detach().requires_grad_()
             h = checkpoint(self.features, x, use_reentrant=reentrant)
             return self.head(h.relu())
 
@@ -329,3 +330,23 @@ def test_a_copy_that_autograd_made_gets_values(monkeypatch, weighed):
     monkeypatch.setattr(later.Later, "take", holding)
     mlp_step(weighed)
     assert held
+
+
+def test_raw_gradients_are_read_once(monkeypatch, weighed):
+    """What weights them knows whether they are finite; those that are not are not queued."""
+    looked, find = [], eager.all_finite
+    monkeypatch.setattr(eager, "all_finite", lambda grads: looked.append(len(grads)) or find(grads))
+    torch.manual_seed(0)
+    pair = Pair(MLP())
+    for optimizer in pair.optimizers:
+        optimizer.param_groups[0]["lr"] = 0.0  # the parameters stay finite
+    digests = []
+    for number, batch in enumerate(CASES["mlp"][1][:4]):
+        spoilt = batch * (torch.nan if number == 2 else 1.0)
+        pair.each(train(square, spoilt, lambda model: model.zero_grad()))
+        assert pair.queues[0].digest() == pair.queues[1].digest()
+        digests.append(pair.queues[0].digest())
+        for model in pair.models:
+            model.load_state_dict({name: p.nan_to_num() for name, p in model.state_dict().items()})
+    assert digests[1] == digests[2] != digests[3]
+    assert looked == [6] * 4  # those of the twin

@@ -33,11 +33,12 @@ class Lookups:
 
     def run(self, ops=combine_rows, count=9, rho=3.0, **law):
         queued = torch.tensor(count, device=self.grads.device)
-        weighted, raw, table = ops(
+        weighted, raw, table, finite = ops(
             self.grads, self.where, self.labels, self.queue, queued, Law(rho, **law),
             **self.clusters.vectors(),
         )  # fmt: skip
         self.guarded.check()
+        assert bool(finite) == bool(raw.isfinite().all())
         assert weighted.shape == raw.shape == (ROWS, self.grads.shape[1])
         return weighted.flatten(), raw.flatten(), table.sum(dim=0)
 

@@ -23,7 +23,7 @@ def combine_rows(
     inverse_shares: Tensor,
     mixture: Tensor,
     sigma_scales: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight the cluster means of the touched rows; see ``protocol``. The host waits for U."""
     width, dtype = grads.shape[1], torch.promote_types(grads.dtype, torch.float32)
     counts = where < queue.shape[1] // width
@@ -44,4 +44,4 @@ def combine_rows(
     )
     statistics = values[2].clone()
     statistics[0, 2] += queue.shape[1] - part.shape[1]
-    return weighted, raw, statistics
+    return weighted, raw, statistics, torch.isfinite(raw).all()
