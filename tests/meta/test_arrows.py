@@ -30,7 +30,7 @@ BASE = {
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
-DOORS = {HOUSE, "grad_queue", "optim", "dist", "dist.routes", "dist.state"}
+DOORS = {HOUSE, "cuda_graph", "grad_queue", "optim", "dist", "dist.routes", "dist.state"}
 BELOW = {"cluster_grad", "cluster_grad.layers", "cluster_grad.standins"} | QUEUES
 MAY = {
     "names": set(),
