@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
+from gq_triton.captured import cuda_graph
 from gq_triton.cluster_grad import register_layer
-from gq_triton.cuda_graph import cuda_graph
 from gq_triton.grad_queue import GradQueue
 from gq_triton.law import scarcity_weight
 from gq_triton.optim import GQSGD, GQAdamW

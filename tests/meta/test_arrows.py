@@ -56,7 +56,7 @@ MAY = {
     "sampling": {"grouping"} | ENGINES,
     "optim": QUEUES,
     "attachment": {"optim"},
-    "cuda_graph": {"grad_queue", "optim"},
+    "captured": {"grad_queue", "optim"},
     "grad_queue": {"attachment", "dist.sharded"} | BELOW,
     "dist": {"dist.routes", "dist.state"} | BELOW,
     "dist.state": {"dist", "dist.routes"} | BELOW,
@@ -64,7 +64,7 @@ MAY = {
     "dist.routes": {"dist"} | BELOW,
     "dist.sharded": {"dist"} | BELOW,
     "integrations": {"commands"} | DOORS,
-    HOUSE: {"cuda_graph", "grad_queue", "optim", "cluster_grad"},
+    HOUSE: {"captured", "grad_queue", "optim", "cluster_grad"},
     # Tasks and training may not import each other.
     "tasks": {"commands"},
     "training": {"commands"} | DOORS,

@@ -11,7 +11,7 @@ from replay import Recording
 from torch import nn
 
 from gq_triton import GradQueue, cuda_graph
-from gq_triton.cuda_graph import CapturedStep
+from gq_triton.captured import CapturedStep
 
 pytestmark = [
     *QUIET,
