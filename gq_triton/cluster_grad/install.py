@@ -32,6 +32,8 @@ __all__ = ["Conversion"]
 
 # Families that work on the last dimensions alone.
 _ROW_BY_ROW = (LINEAR, CONV1D, LAYER_NORM, RMS_NORM)
+# The compiler of torch 2.8 fails at stand-ins, that of 2.13 takes them; none between was tried.
+COMPILES_STAND_INS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 class _Converted:
@@ -300,7 +302,7 @@ def _place(module: nn.Module, own: _Converted, token: Tensor) -> list[str]:
     """Put stand-ins in the places of a module's parameters; return their attributes."""
     attributes = module.__dict__
     placed: list[str] = []
-    if own.broken and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and (own.broken or not COMPILES_STAND_INS):
         return placed
     for attribute in own.attributes:
         param = module._parameters[attribute]

@@ -10,6 +10,7 @@ from cluster_cases import Judge
 from torch import nn
 
 from gq_triton import GradQueue
+from gq_triton.cluster_grad.install import COMPILES_STAND_INS
 
 F64 = torch.float64
 LABELS = torch.tensor([0, 2, 2, 0, 4, 0])
@@ -162,7 +163,8 @@ def test_arguments_that_torch_refuses_are_refused_in_its_words():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["self", "another sequence", "keys and values"])
+@pytest.mark.skipif(not COMPILES_STAND_INS, reason="this compiler fails at stand-ins")
+@pytest.mark.parametrize("case", ["self", "keys and values"])
 def test_compiled_attention(case):
     torch._dynamo.reset()
     torch.manual_seed(0)
