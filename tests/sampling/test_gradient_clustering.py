@@ -240,6 +240,7 @@ def test_online_clusters_without_samples_take_the_centre_of_the_largest_distorti
     assert revived(centres, torch.ones(2), torch.ones(2))[1].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_partial_fit_follows_and_predict_assigns_everything():
     model, data = task(600, copies=100)
     clustering = GradientClustering(model, n_clusters=6, beta=0.9)
