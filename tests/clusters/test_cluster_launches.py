@@ -111,7 +111,9 @@ class Convolutions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first = nn.Conv2d(2, 4, 3, padding=1).to(memory_format=torch.channels_last)
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        weight = self.first.weight.data.to(memory_format=torch.channels_last)
+        self.first.weight.data = weight
         self.depthwise = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4)
         self.up = nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1, output_padding=1, groups=2)
         self.same = nn.Conv2d(4, 3, (3, 2), padding="same", dilation=2, padding_mode="circular")

@@ -4,6 +4,7 @@
 """
 
 import ast
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_reads_of_clusters(options):
 def zeroing(model):
     """Return an optimizer that zeroes gradients in place."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.zero_grad = lambda: torch.optim.SGD.zero_grad(optimizer, set_to_none=False)
+    optimizer.zero_grad = partial(optimizer.zero_grad, set_to_none=False)
     return optimizer
 
 
@@ -154,9 +155,10 @@ def test_the_source_of_a_step_waits_for_nothing():
     for folder in ("cluster_grad", "grouping", "kernels", "queues"):
         for file in (package / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
-                named = node.func if isinstance(node, ast.Call) else None
-                words = {keyword.arg for keyword in node.keywords} if named else set()
-                words |= {named.attr} if isinstance(named, ast.Attribute) else set()
+                if not isinstance(node, ast.Call):
+                    continue
+                words = {keyword.arg for keyword in node.keywords}
+                words |= {node.func.attr} if isinstance(node.func, ast.Attribute) else set()
                 found |= {(str(file.relative_to(package)), word) for word in words & WAITS}
     assert found == ALLOWED
 

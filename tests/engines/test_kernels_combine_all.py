@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_a_parameter_in_its_warm_up_beside_others(device, slots):
 
 def test_loss_scale_and_effective_length(device):
     batch = Batch(device, Clusters(device, [3, 5]), [48, 37])
-    law = {
+    law: dict[str, Any] = {
         "length": torch.tensor(2, device=device),
         "grad_scale": torch.tensor(1024.0, device=device),
     }
