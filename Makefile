@@ -15,14 +15,14 @@ RUFF = echo "ruff: lint and format, a second" && $(BIN)/ruff check . && $(BIN)/r
 PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-docs test-kernels test-oldest lint format build clean
+.PHONY: help setup train test test-fast test-docs test-all test-oldest lint format build clean
 
 help:
 	@echo "make train   train on the handwritten digits with two ranks, write runs/digits-<time>/"
 	@echo "make test    lint, types and all tests: what must pass before a change goes in"
 	@echo "make test-fast  the quick tests, under 90 seconds on two idle cores: for the inner loop"
 	@echo "make test-docs    examples of docstrings, README.md and docs/, under a minute"
-	@echo "make test-kernels  every kernel compiled for every architecture, about 4 minutes"
+	@echo "make test-all  all tests, with the rare cases that make test leaves out, about 15 minutes"
 	@echo "make test-oldest  all tests on Python 3.10 and the oldest versions promised, in .venv-oldest"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite the sources"
@@ -71,9 +71,9 @@ test-docs: $(READY)
 	@echo "pytest: the examples of docstrings, README.md and docs/, under a minute"
 	@$(BIN)/pytest tests/meta/test_api.py tests/meta/test_doctests.py tests/meta/test_documentation.py
 
-test-kernels: $(READY)
-	@echo "pytest: every kernel compiled for every architecture, about 4 minutes"
-	@GQ_TRITON_EVERY_CASE=1 $(BIN)/pytest tests/engines/test_kernel_compile.py
+test-all: $(READY)
+	@echo "pytest: all tests, rare cases too, about 15 minutes on two cores"
+	@GQ_TRITON_EVERY_CASE=1 $(BIN)/pytest $(SHARED)
 
 test-oldest: $(OLDEST)/.ready
 	@echo "pytest: all tests on the oldest versions promised"

@@ -115,29 +115,39 @@ def pytest_collection_finish():
 
 
 LEFT_OUT = pytest.StashKey[int]()
+RARE = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config, items):
-    """Leave out tests that need a missing CUDA device, and begin with the longest files."""
+    """Leave out rare cases and tests without their CUDA device; begin with the longest files."""
     if not torch.cuda.is_available():
         kept = [item for item in items if item.get_closest_marker("gpu") is None]
         config.stash[LEFT_OUT] = len(items) - len(kept)
+        items[:] = kept
+    if os.environ.get("GQ_TRITON_EVERY_CASE") != "1":
+        kept = [item for item in items if item.get_closest_marker("rare") is None]
+        config.stash[RARE] = len(items) - len(kept)
         items[:] = kept
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
     if hasattr(config, "workeroutput"):
         config.workeroutput["left out"] = config.stash.get(LEFT_OUT, 0)
+        config.workeroutput["rare"] = config.stash.get(RARE, 0)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist: its workers collect, its controller reports
 def pytest_testnodedown(node):
     """Keep the number of tests that a worker left out; all workers leave out the same."""
     # A worker that died has no output.
-    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", 0)
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[LEFT_OUT] = output.get("left out", 0)
+    node.config.stash[RARE] = output.get("rare", 0)
 
 
 def pytest_terminal_summary(terminalreporter, config):
     """Print in one line how many tests were left out, instead of a skip for each."""
     if count := config.stash.get(LEFT_OUT, 0):
         terminalreporter.write_line(f"Left out: {count} tests that need a CUDA device.")
+    if count := config.stash.get(RARE, 0):
+        terminalreporter.write_line(f"Left out: {count} rare cases, which make test-all runs.")

@@ -18,7 +18,11 @@ NAMES = [
 # the sequences.
 @pytest.mark.parametrize(
     "samples",
-    [pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 8],
+    [
+        pytest.param(2, marks=[pytest.mark.slow, pytest.mark.rare]),
+        pytest.param(5, marks=pytest.mark.slow),
+        8,
+    ],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_one_backward_pass_per_cluster(name, samples):

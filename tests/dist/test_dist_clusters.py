@@ -23,7 +23,11 @@ def test_two_ranks(ranks, check, shard_queue):
 
 
 @pytest.mark.slow
-@QUEUES
+@pytest.mark.parametrize(
+    "shard_queue",
+    [pytest.param(False, marks=pytest.mark.rare), True],
+    ids=["whole", "slices"],
+)
 @checks(THREE_RANKS)
 def test_three_ranks(ranks, check, shard_queue):
     ranks(3).run(run_with, shard_queue, check)

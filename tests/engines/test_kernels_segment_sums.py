@@ -133,6 +133,7 @@ def test_clusters_of_all_sizes(device, sizes, dtype, layout):
     guarded.check()
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -63,6 +63,7 @@ def test_fsdp2_with_clusters_sends_three_more_numbers_per_element(module):
     assert clustered - plain == pytest.approx(1.5 * size, rel=0.02)
 
 
+@pytest.mark.rare
 @pytest.mark.slow
 def test_two_ranks_print_one_table(module):
     done = run("--steps", "1", "--batch", "4", "--backend", "torch")
