@@ -229,7 +229,7 @@ LLOYD_CASES = (
 EVERY_CASE = os.environ.get("GQ_TRITON_EVERY_CASE") == "1"
 USUAL = {
     "float32", "plain", "all bfloat16", "bfloat16", "bfloat16, rows of one sample",
-    "bfloat16, taps",
+    "bfloat16, taps", "one feature",
 }  # fmt: skip
 
 
