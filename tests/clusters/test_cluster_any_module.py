@@ -145,6 +145,7 @@ def test_parameters_are_followed_to_where_they_meet_the_samples(length):
     assert all(how.startswith("clusters") for how in queue.report().values())
 
 
+@pytest.mark.slow
 def test_rows_of_windows_lie_together_per_sample():
     torch.manual_seed(0)
     judged(Windows(), [torch.randn(9, 4, 4, 3, dtype=F64) for _ in range(4)])

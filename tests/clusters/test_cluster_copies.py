@@ -181,6 +181,7 @@ def test_a_recording_is_of_the_model_alone(kind, make):
     assert_goes_on(run, kind)
 
 
+@pytest.mark.slow
 def test_a_recording_between_a_forward_pass_and_its_backward_pass():
     run = Run(*MODELS["layers"])
     run.steps(2)

@@ -138,6 +138,7 @@ def test_convolutions_where_launches_cost(launches_cost, backend):
 INTERPRETED_ONLY = pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled here.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend", [None, "torch", pytest.param("triton", marks=[INTERPRETED_ONLY, *QUIET])]
 )

@@ -203,6 +203,7 @@ def test_tensors_without_data_pass_through(monkeypatch):
     assert {tensor.device.type for tensor in attributes(model)} == {"meta"}
 
 
+@pytest.mark.slow
 def test_lloyd_compiles_to_one_graph():
     x, start = normal(0, 64, 5, dtype=torch.float32), normal(1, 6, 5, dtype=torch.float32)
     start[0] += 40

@@ -105,6 +105,7 @@ def test_register_finds_the_ddp_module_and_refuses_what_cannot_work():
         register(ddp)  # a bad option leaves nothing behind
 
 
+@pytest.mark.slow
 def test_names_are_those_of_the_bare_model():
     bare = list(GradQueueState(mlp()).queues.params)
     assert bare == ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]

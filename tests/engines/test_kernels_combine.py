@@ -279,6 +279,7 @@ def test_repeats_agree_bit_for_bit(device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     n=st.integers(0, 70),

@@ -56,6 +56,7 @@ class Batch:
         self.guarded.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("sizes", [[5], [2, 0, 6]])
 def test_parameters_of_all_sizes(device, sizes, shift):
@@ -113,6 +114,7 @@ def test_loss_scale_and_effective_length(device):
     batch.assert_same(tables, batch.one_by_one(**law))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_only_gradients_that_are_not_finite_lose_their_weights(device, value):
     batch = Batch(device, Clusters(device, [2, 6]))

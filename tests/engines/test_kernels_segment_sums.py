@@ -161,6 +161,7 @@ def test_many_parts_and_clusters(device, layout, sizes, shape):
     layer.check(layer.run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_launch_leaves_its_tickets_as_it_found_them(device, layout):
     for sizes, shape in (([3, 0, 300], (2, 3)), ([1, 7], (1, 130))):

@@ -231,6 +231,7 @@ def test_repeats_agree_bit_for_bit(device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 70),

@@ -114,6 +114,7 @@ def test_products_of_any_layout(device, engine):
         check_products(out, left, right, labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [3, 64])
 def test_rows_of_a_cluster_are_split(device, rows, dtype, monkeypatch):

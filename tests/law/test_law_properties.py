@@ -205,6 +205,7 @@ def test_powers_of_two_and_the_sign_change_no_bit_of_a_weight(ops, length, seed,
     assert torch.equal(after, before * factor)
 
 
+@pytest.mark.slow
 @engines
 @given(length=st.integers(2, 12), seed=seeds)
 @examples
@@ -217,6 +218,7 @@ def test_the_order_of_the_queue_does_not_matter(ops, length, seed):
     assert_ulps(weighted, expected, weight_ulps(3.0, length))
 
 
+@pytest.mark.slow
 @engines
 @given(length=lengths, seed=seeds, exponent=st.integers(-20, 20))
 @examples

@@ -47,7 +47,15 @@ def run_examples_on_a_rank(rank, *modules):
     run_examples(*modules)
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("gq_triton.dist.")])
+# The examples of gq_triton.testing train: seconds.
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(m, marks=pytest.mark.slow) if m == "gq_triton.testing" else m
+        for m in MODULES
+        if not m.startswith("gq_triton.dist.")
+    ],
+)
 def test_examples_print_what_they_say(module):
     run_examples(module)
 

@@ -111,6 +111,7 @@ def test_every_step_is_within_ulps_of_the_oracle_in_float32(variant, backend):
             assert_ulps(param, oracle.param, weight_ulps(3.0, 3), scale=oracle.scale)
 
 
+@pytest.mark.slow
 @both_optimizers
 def test_the_backends_agree(variant):
     ends = []

@@ -51,6 +51,7 @@ def test_figures_are_those_of_the_plug_in(variant, backend, match_norm):
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
+@pytest.mark.slow
 @both_optimizers
 @all_backends
 def test_counting_changes_no_bit(variant, backend):

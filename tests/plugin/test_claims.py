@@ -95,6 +95,7 @@ def steps(module, optimizer, count):
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_layers_are_torchs_own_again_once_the_optimizer_is_gone():
     """Else a gradient would be weighted by a queue that nobody feeds, and by the next one too."""
     net = model()

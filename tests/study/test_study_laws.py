@@ -57,6 +57,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", VARIANTS, ids=lambda law: repr(law).replace("queue", ""))
 def test_untampered_weights_are_those_of_the_plug_in(law):
     # The plug-in computes sqrt(B / n_k) in float32.

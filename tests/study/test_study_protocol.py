@@ -66,6 +66,7 @@ def test_a_record_of_the_first_release_is_read(tmp_path):
     assert store.get(record.trial) == record
 
 
+@pytest.mark.slow
 def test_runs_are_the_same_bit_for_bit_whatever_ran_before():
     first = run_trial(trial(law=StudyLaw("queue", n_clusters=2)))
     run_trial(trial(task="digits-longtail", base="adamw"))
