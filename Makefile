@@ -15,7 +15,7 @@ RUFF = echo "ruff: lint and format, a second" && $(BIN)/ruff check . && $(BIN)/r
 PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-docs test-all test-oldest lint format build clean
+.PHONY: help setup train test test-fast test-docs test-all test-oldest lint format docs build clean
 
 help:
 	@echo "make train   train on the handwritten digits with two ranks, write runs/digits-<time>/"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-oldest  all tests on Python 3.10 and the oldest versions promised, in .venv-oldest"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite the sources"
+	@echo "make docs    the documentation site, in site/; needs Python 3.11"
 	@echo "make build   the source archive and the wheel, in out/"
 	@echo "make setup   only make .venv (the others do it when needed)"
 	@echo "make clean   remove caches and build results; keeps .venv*, runs/ and dist/ (dist/ is source)"
@@ -100,6 +101,19 @@ format: $(READY)
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
+# Zensical fails at a broken link. What griffe says of a docstring is no failure to it, but one here.
+docs: $(VENV)/.docs
+	@echo "Building the site in site/ from docs/ and the docstrings, about 15 seconds"
+	@said=$$($(BIN)/zensical build --strict --clean 2>&1); failed=$$?; \
+	echo "$$said"; \
+	! echo "$$said" | grep -q "^griffe:" && exit $$failed
+
+$(VENV)/.docs: $(READY)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "The site is built with Python 3.11 or newer, and $(VENV) has $$($(BIN)/python -V): rm -r $(VENV), then make docs PYTHON=python3.12"; exit 1; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[docs]"
+	@touch $@
+
 # --no-isolation: with the pinned setuptools of .venv.
 build: $(READY)
 	@echo "Building the source archive and the wheel in out/, a few seconds"
@@ -110,6 +124,6 @@ build: $(READY)
 # dist/ holds sources: only files that a build without --outdir left there are removed.
 clean:
 	@echo "Removing caches and build results, a second"
-	@rm -rf build out gq_triton.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build out site .cache gq_triton.egg-info .pytest_cache .ruff_cache .hypothesis
 	@rm -f dist/*.whl dist/*.tar.gz
 	@find . -name __pycache__ -type d -not -path "./$(VENV)*" -prune -exec rm -rf {} +

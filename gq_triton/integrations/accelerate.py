@@ -57,7 +57,7 @@ def attach(
     Raises:
         ValueError: the options, the accelerator's settings or its kind of parallelism do not fit.
 
-    Example::
+    For example:
 
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         queue = attach(accelerator, model, optimizer, rho=3.0)

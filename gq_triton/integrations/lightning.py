@@ -49,7 +49,7 @@ class GradQueueCallback(Callback):
         ValueError: an option that cannot hold; when training begins, an option that contradicts
             the trainer.
 
-    Example::
+    For example:
 
         trainer = Trainer(strategy="ddp", callbacks=[GradQueueCallback(rho=3.0)])
     """

@@ -68,7 +68,7 @@ class GradQueueCallback(TrainerCallback):
         ValueError: an option that cannot hold; when training begins, an option that contradicts
             the trainer, or a checkpoint whose queue is missing or was altered.
 
-    Example::
+    For example:
 
         trainer = Trainer(model, args, callbacks=[GradQueueCallback(rho=3.0)])
     """

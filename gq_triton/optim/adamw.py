@@ -30,7 +30,7 @@ class GQAdamW(GradQueueOptimizer):
     r"""AdamW whose gradient is first weighted by how unusual it is against the last L.
 
     For every element, with mean ``mu`` and population standard deviation ``sigma`` of the last L
-    raw gradients (Grad Queue, arXiv 2404.16917, equations 1 and 2)::
+    raw gradients (Grad Queue, arXiv 2404.16917, equations 1 and 2):
 
         w = clip(|g - mu| / sigma, 1/rho, rho)        1 until L gradients are queued
         m = beta1 * m + (1 - beta1) * (w * g)
@@ -51,9 +51,11 @@ class GQAdamW(GradQueueOptimizer):
         eps: added to the denominator.
         weight_decay: decoupled decay.
         maximize: ascend instead of descend.
-        foreach, fused, capturable: taken as in torch, without effect: a step is one fused pass in
-            any case, and a CUDA graph may capture it.
-        amsgrad, differentiable: as in torch, but True is refused.
+        foreach: taken as in torch, without effect: a step is one fused pass in any case.
+        fused: likewise.
+        capturable: likewise; a CUDA graph may capture any step.
+        amsgrad: as in torch, but True is refused.
+        differentiable: likewise.
         **options: those of ``LawOptions``.
 
     Raises:

@@ -25,7 +25,7 @@ class GQSGD(GradQueueOptimizer):
     r"""SGD whose gradient is first weighted by how unusual it is against the last L.
 
     For every element, with mean ``mu`` and population standard deviation ``sigma`` of the last L
-    raw gradients (Grad Queue, arXiv 2404.16917, equations 1 and 2)::
+    raw gradients (Grad Queue, arXiv 2404.16917, equations 1 and 2):
 
         w = clip(|g - mu| / sigma, 1/rho, rho)        1 until L gradients are queued
         b = momentum * b + (1 - dampening) * (w * g + weight_decay * p)
@@ -46,7 +46,8 @@ class GQSGD(GradQueueOptimizer):
         nesterov: look one momentum step ahead.
         dampening: share of the gradient that does not enter the momentum.
         maximize: ascend instead of descend.
-        foreach, fused: taken as in torch, without effect: a step is one fused pass in any case.
+        foreach: taken as in torch, without effect: a step is one fused pass in any case.
+        fused: likewise.
         differentiable: as in torch, but True is refused.
         **options: those of ``LawOptions``.
 

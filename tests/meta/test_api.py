@@ -1,4 +1,4 @@
-"""docs/api.md lists every public name, and no other."""
+"""docs/api.md lists every public name and no other; the pages of docs/api/ show the same ones."""
 
 import ast
 import importlib
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 # A section: its heading, and the text up to the next heading.
@@ -76,3 +77,37 @@ def test_every_listed_name_exists_and_is_explained(module):
     for name, text in listed(module).items():
         assert getattr(resolve(module, name), "__doc__", None), f"{name} has no docstring"
         assert len(text.split()) >= 3, name
+
+
+# --- the pages of docs/api, which the site fills from the docstrings
+
+
+def shown():
+    """Return the objects that the pages show, each with the members that it is shown with."""
+    found = {}
+    for page in sorted((PAGE.parent / "api").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for name, block in re.findall(r"^::: ([\w.]+)\n((?:    .*\n)*)", text, re.MULTILINE):
+            assert name not in found, f"{page.name} shows {name} once more"
+            options = yaml.safe_load(block)["options"]
+            found[name] = (page.stem, options["members"] or [])
+    return found
+
+
+def test_every_listed_name_has_its_place_on_a_page():
+    expected = {}
+    for module in SECTIONS:
+        names = list(listed(module))
+        _, _, part = module.partition(".")
+        page = part.partition(".")[0] or module
+        for name in names:
+            if "." not in name:
+                own = [n.partition(".")[2] for n in names if n.startswith(f"{name}.")]
+                expected[f"{module}.{name}"] = (page, own)
+    assert shown() == expected
+
+
+def test_the_site_has_every_page():
+    site = (PAGE.parents[1] / "zensical.toml").read_text(encoding="utf-8")
+    pages = {str(page.relative_to(PAGE.parent)) for page in PAGE.parent.rglob("*.md")}
+    assert set(re.findall(r'"([\w/-]+\.md)"', site)) == pages, "nav in zensical.toml"

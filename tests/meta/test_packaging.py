@@ -109,7 +109,7 @@ def test_import_is_light(tmp_path):
 def test_wheel_from_sdist_works_elsewhere(tmp_path):
     # A copy is built, because a build writes into the sources and an old egg-info can add files.
     source = tmp_path / "source"
-    unwanted = (".*", "__pycache__", "*.egg-info", "build", "out", "runs")
+    unwanted = (".*", "__pycache__", "*.egg-info", "build", "out", "runs", "site")
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*unwanted))
     out = tmp_path / "out"
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
