@@ -89,7 +89,7 @@ def _add_run(commands: Any) -> None:
     )  # fmt: skip
     run.add_argument(
         "--data", type=Path, metavar="DIR",
-        help="folder with the files of cifar10, mnist and reuters",
+        help="folder with the files of the tasks of cifar10, mnist, fashion-mnist and reuters",
     )  # fmt: skip
     run.add_argument(
         "--dry-run", action="store_true",
@@ -313,7 +313,7 @@ def _report(given: argparse.Namespace) -> int:
 def _add_fetch(commands: Any) -> None:
     parser = commands.add_parser(
         "fetch",
-        help="fetch the files of cifar10, mnist or reuters",
+        help=f"fetch the files of {', '.join(SOURCES)}",
         description="Fetch the files of a task, check them against known SHA-256 sums and put them "
         "where `gq-triton study run --data DIR` finds them. What is there already is only checked.",
     )

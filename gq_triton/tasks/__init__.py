@@ -2,6 +2,7 @@
 
 from gq_triton.tasks import data_files, lines, random_features, rare_digits, text
 from gq_triton.tasks.digits import load_digits
+from gq_triton.tasks.images import IMAGE_TASKS
 from gq_triton.tasks.scored import MissingData, ScoredTask, StudyTask, measure, sample_losses
 from gq_triton.tasks.task import Task, batches
 
@@ -72,20 +73,7 @@ STUDY_TASKS: dict[str, StudyTask] = {
         chance=0.5,
         target=0.7,
     ),
-    "cifar10": StudyTask(
-        data_files.load_cifar10,
-        "CIFAR-10 from the files that --data names, small convolutional net",
-        score="accuracy",
-        chance=0.1,
-        target=0.6,
-    ),
-    "mnist": StudyTask(
-        data_files.load_mnist,
-        "MNIST from the files that --data names, small convolutional net",
-        score="accuracy",
-        chance=0.1,
-        target=0.97,
-    ),
+    **IMAGE_TASKS,
     "reuters": StudyTask(
         data_files.load_reuters,
         "Reuters-21578, 8 topics, from the files that --data names, 2000-64-8 net",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gq_triton.tasks.scored import MissingData, ScoredTask
 
-__all__ = ["load_cifar10", "load_mnist", "load_reuters"]
+__all__ = ["load_cifar10", "load_fashion_mnist", "load_mnist", "load_reuters"]
 
 Pair = tuple[Tensor, Tensor]
 Builder = Callable[[], nn.Module]
@@ -23,6 +23,7 @@ _MNIST = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 _TOPICS, _WORDS = 8, 2000
 
 
@@ -57,10 +58,36 @@ def load_mnist(seed: int, data: Path | None = None) -> ScoredTask:
         MissingData: a file is not there or not of that format.
     """
     folder = _folder(data, "mnist", "mnist", "https://ossci-datasets.s3.amazonaws.com/mnist")
-    images, labels, test_images, test_labels = (_idx_file(folder / name) for name in _MNIST)
-    pairs = [(images, labels), (test_images, test_labels)]
-    train, test = ((x[:, None].float() / 127.5 - 1, y.long()) for x, y in pairs)
+    train, test = _idx_pairs(folder)
     return _vision(train, test, _conv_net(1, 7))
+
+
+def load_fashion_mnist(seed: int, data: Path | None = None) -> ScoredTask:
+    """Return Fashion-MNIST, whose four IDX files have the names of MNIST's.
+
+    The folder is ``data / "fashion-mnist"``, else the one of Debian's package. ``data`` itself
+    counts only if it has that name: the files in it could be MNIST's.
+
+    Raises:
+        MissingData: a file is not there or not of that format.
+    """
+    source = "https://github.com/zalandoresearch/fashion-mnist"
+    places = [] if data is None else [data / "fashion-mnist", data.resolve()]
+    for folder in [*(place for place in places if place.name == "fashion-mnist"), _DEBIAN]:
+        if _holds_files(folder):
+            train, test = _idx_pairs(folder)
+            return _vision(train, test, _mlp)
+    raise _missing(data, "fashion-mnist", "fashion-mnist", source)
+
+
+def _idx_pairs(folder: Path) -> tuple[Pair, Pair]:
+    """Return images ``(N, 1, 28, 28)`` in [-1, 1] and labels, for training and for test."""
+    images, labels, test_images, test_labels = (_idx_file(folder / name) for name in _MNIST)
+    return _pixels(images, labels), _pixels(test_images, test_labels)
+
+
+def _pixels(images: Tensor, labels: Tensor) -> Pair:
+    return images[:, None].float() / 127.5 - 1, labels.long()
 
 
 def _idx_file(path: Path) -> Tensor:
@@ -146,12 +173,19 @@ def _bags(
 
 def _folder(data: Path | None, name: str, task: str, source: str) -> Path:
     """Return the folder with a task's files: the one named, or one called ``name`` in it."""
-    if data is not None:
-        for folder in (data / name, data):
-            if folder.is_dir() and any(folder.iterdir()):
-                return folder
+    for folder in [] if data is None else [data / name, data]:
+        if _holds_files(folder):
+            return folder
+    raise _missing(data, name, task, source)
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _missing(data: Path | None, name: str, task: str, source: str) -> MissingData:
     where = "" if data is None else f", and {data} has none"
-    raise MissingData(
+    return MissingData(
         f"{task} needs --data DIR with the files of {source} in DIR/{name}{where}: "
         f"gq-triton study fetch {task} --data DIR gets them"
     )
@@ -187,6 +221,17 @@ def _conv_net(channels: int, side: int) -> Builder:
         )
 
     return model
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            hidden=nn.Linear(784, 128),
+            relu=nn.ReLU(),
+            head=nn.Linear(128, 10),
+        )
+    )
 
 
 def _vision(train: Pair, test: Pair, model: Builder) -> ScoredTask:

@@ -29,6 +29,11 @@ class Source:
 
 
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"  # PyTorch's; the authors' page is closed
+# The repository of the data set's authors at one commit; their other address is not encrypted.
+_FASHION = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/"
+    "b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion"
+)
 
 SOURCES: dict[str, Source] = {
     "cifar10": Source(
@@ -40,6 +45,25 @@ SOURCES: dict[str, Source] = {
         },
         members="*.bin",
         size="170 MB",
+    ),
+    "fashion-mnist": Source(
+        "fashion-mnist",
+        {
+            f"{_FASHION}/train-images-idx3-ubyte.gz": (
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
+            ),
+            f"{_FASHION}/train-labels-idx1-ubyte.gz": (
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
+            ),
+            f"{_FASHION}/t10k-images-idx3-ubyte.gz": (
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
+            ),
+            f"{_FASHION}/t10k-labels-idx1-ubyte.gz": (
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
+            ),
+        },
+        members=None,
+        size="31 MB",
     ),
     "mnist": Source(
         "mnist",

@@ -8,10 +8,17 @@ import torch
 
 from gq_triton import GradQueue
 from gq_triton.study.trials.training import _stream
-from gq_triton.tasks import STUDY_TASKS, MissingData, measure, sample_losses
+from gq_triton.tasks import STUDY_TASKS, MissingData, data_files, measure, sample_losses
 from gq_triton.tasks.text import CONTEXT
 
-HERE = [name for name in STUDY_TASKS if name not in ("cifar10", "mnist", "reuters")]
+FILES = ("cifar10", "mnist", "fashion-mnist", "reuters")
+HERE = [name for name in STUDY_TASKS if not name.startswith(FILES)]
+
+
+@pytest.fixture(autouse=True)
+def no_package(tmp_path, monkeypatch):
+    """The tests see no data set that this machine happens to have."""
+    monkeypatch.setattr(data_files, "_DEBIAN", tmp_path / "no-package")
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -144,6 +151,64 @@ def test_mnist_is_read_from_idx_files_packed_or_not(tmp_path):
         STUDY_TASKS["mnist"].load(0, tmp_path)
 
 
+def write_idx(folder, images, labels):
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "t10k"):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+
+
+def test_fashion_mnist_is_never_read_from_the_files_of_mnist(tmp_path, monkeypatch):
+    load = STUDY_TASKS["fashion-mnist"].load
+    labels = torch.arange(20) % 10
+    write_idx(tmp_path / "mnist", torch.zeros(20, 28, 28, dtype=torch.uint8), labels)
+    for data in (tmp_path, tmp_path / "mnist"):
+        with pytest.raises(MissingData, match=r"in DIR/fashion-mnist, and .* has none"):
+            load(0, data)
+    package, own = tmp_path / "system", tmp_path / "fashion-mnist"
+    write_idx(package, torch.full((20, 28, 28), 51), labels)
+    monkeypatch.setattr(data_files, "_DEBIAN", package)
+    for data in (None, tmp_path / "mnist", tmp_path / "nowhere"):
+        torch.testing.assert_close(load(0, data).test[0], torch.full((20, 1, 28, 28), -0.6))
+    write_idx(own, torch.full((20, 28, 28), 255), labels)
+    for data in (tmp_path, own):  # what --data names goes before the package
+        task = load(0, data)
+        assert torch.equal(task.test[0], torch.ones(20, 1, 28, 28))
+    assert task.model()(task.test[0]).shape == (20, 10)
+    assert STUDY_TASKS["mnist"].load(0, tmp_path).test[0].max() == -1
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "fashion-mnist"])
+def test_images_have_variants_with_something_rare(name, tmp_path):
+    labels = (torch.arange(700) + torch.arange(700) // 10) % 10  # every tenth is of any class
+    if name == "cifar10":
+        rows = torch.randint(256, (140, 3073), dtype=torch.uint8)
+        rows[:, 0] = labels[:140]
+        for part in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"):
+            (tmp_path / f"{part}.bin").write_bytes(bytes(rows.flatten().tolist()))
+    else:
+        write_idx(tmp_path / name, torch.randint(256, (700, 28, 28)), labels)
+    plain, tail, again, hidden = (
+        STUDY_TASKS[f"{name}{variant}"].load(3, tmp_path)
+        for variant in ("", "-longtail", "-longtail", "-hidden")
+    )
+    before, left = (torch.bincount(task.train[1], minlength=10) for task in (plain, tail))
+    rare = left < before
+    assert left[rare].tolist() == [45 if name == "cifar10" else 54] * 3
+    assert torch.equal(tail.train[0], again.train[0])
+    assert torch.equal(tail.test[0], plain.test[0])
+    changed = (plain.train[0] != hidden.train[0]).flatten(1).any(dim=1)
+    assert torch.equal(torch.bincount(plain.train[1][changed]), (before * 0.05).round().long())
+    assert torch.equal(hidden.train[0][changed], -plain.train[0][changed].flip(-1))
+    (held_out, half), groups = hidden.validation, hidden.groups[0]
+    assert torch.equal(held_out[groups == 1], -plain.validation[0].flip(-1))
+    assert torch.equal(half[groups == 1], plain.validation[1])
+    measures = measure(hidden.model()(held_out), half, groups)
+    assert STUDY_TASKS[f"{name}-hidden"].score in measures
+    with pytest.raises(MissingData, match=f"gq-triton study fetch {name} --data DIR"):
+        STUDY_TASKS[f"{name}-hidden"].load(0, None)
+
+
 def test_cifar10_is_read_from_its_binary_version(tmp_path):
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
@@ -186,7 +251,7 @@ def test_reuters_is_read_from_its_sgml_files(tmp_path):
         STUDY_TASKS["reuters"].load(0, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "mnist", "reuters"])
+@pytest.mark.parametrize("name", FILES)
 def test_missing_files_are_one_line_that_says_where_to_get_them(name, tmp_path):
     for data in (None, tmp_path / "nowhere", tmp_path):
         with pytest.raises(MissingData, match=r"^[^\n]+$") as missing:
