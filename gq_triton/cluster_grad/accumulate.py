@@ -84,6 +84,8 @@ class Accumulator:
         self.clock = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.token: Tensor | None = None
         self.batch, self.paused = 1, False
+        # Whether the model's forward passes run unchanged for now, though clusters are installed.
+        self.asleep = False
         self.inputs: Mapping[int, int] = {}
         self.batch_dim = 0
         self.trusted: set[tuple[Any, int]] = set()

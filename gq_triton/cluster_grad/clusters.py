@@ -260,7 +260,7 @@ class Clusters:
         weakref.finalize(owner, end).atexit = False
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if recorded():
+        if self.accumulator.asleep or recorded():
             return
         if self._ownerless and not torch.compiler.is_compiling():
             return self.uninstall()
@@ -287,7 +287,7 @@ class Clusters:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         accumulator = self.accumulator
-        if recorded():
+        if accumulator.asleep or recorded():
             return None
         if module is self.model:
             self._depth -= 1
@@ -317,7 +317,7 @@ class Clusters:
 
     def _capture(self, channels_first: bool, module: nn.Module, args: Any, output: Any) -> None:
         accumulator, tensor = self.accumulator, plain(first_tensor(output))
-        if accumulator.token is None or recorded():
+        if accumulator.token is None or accumulator.asleep or recorded():
             return
         if tensor is not None and module is self._layer:
             if self._sizes_only:

@@ -110,8 +110,10 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs)
     collector, graded, token = own.collector, torch.is_grad_enabled(), own.collector.token
     # A copy of the model, a recording, a frozen layer and a part of a module that runs as a whole
-    # run unchanged.
-    if own.module is not module or collector.paused or recorded() or not _trains(module, own):
+    # run unchanged, and so do all modules in a forward pass that nothing measures.
+    if own.module is not module or collector.paused or collector.asleep or recorded():
+        return _unchanged(module, own, args, kwargs)
+    if not _trains(module, own):
         return _unchanged(module, own, args, kwargs)
     if token is None and graded and own.site is not None:
         raise RuntimeError(OUTSIDE.format(own.name))

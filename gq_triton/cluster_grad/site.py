@@ -51,6 +51,7 @@ class Collector(Protocol):
         trusted: nodes and outputs of the forward pass's graph that are known to have the samples'
             rows along their first dimension.
         paused: whether modules run unchanged, as parts of a module that runs as a whole.
+        asleep: whether forward passes that begin now run unchanged.
         clock: the tensor to which operations without a result write in a compiled graph.
         token: the token of the current forward pass, or None.
     """
@@ -61,6 +62,7 @@ class Collector(Protocol):
     inputs: Mapping[int, int]
     trusted: set[tuple[Any, int]]
     paused: bool
+    asleep: bool
     clock: Tensor
     token: Tensor | None
 

@@ -19,6 +19,7 @@ WHOLE = (
     "gq_triton.reference",
     "gq_triton.sampling",
     "gq_triton.testing",
+    "gq_triton.variance",
 )
 # Modules that need a framework, which this file does not import: their `__all__` is read.
 CALLBACKS = tuple(
