@@ -87,7 +87,7 @@ def test_torchrun_restarts_a_killed_rank_bit_for_bit(tmp_path, wrapped, whole_ru
     assert len(list((out / "checkpoints").iterdir())) == 2  # the half-written one is gone
 
 
-PAGE = SCRIPT.parents[1] / "docs" / "distributed.md"
+PAGE = SCRIPT.parents[1] / "docs" / "nodes.md"
 DIES_ONCE = """
     if step == 57 and rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         os.kill(os.getpid(), 9)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from pages import PAGES, ROOT, blocks
+from torch.distributed.run import get_args_parser
 from train_runs import start_and_listen
 
 import gq_triton
@@ -25,14 +26,21 @@ SHELL = blocks("bash")
 # Blocks that continue earlier code of their page and so cannot run alone, and what tests them.
 FRAGMENTS = {
     "distributed.md:On many ranks:1": "the line of README.md's example for DDP",
-    "frameworks.md:PyTorch Lightning:1": "test_frameworks.py trains so",
     "frameworks.md:Hugging Face Accelerate:1": "test_frameworks.py trains so",
-    "frameworks.md:Transformers Trainer:1": "test_frameworks.py trains so",
-    "frameworks.md:In your own loop:1": "test_figures_go_to_a_writer runs it",
-    "frameworks.md:In your own loop:2": "the zoo's nanoGPT; the script itself was run by hand",
+    "loop.md:What the law does, in TensorBoard:1": "test_figures_go_to_a_writer runs it",
+    "loop.md:nanoGPT:1": "the zoo's nanoGPT; the script itself was run by hand",
+    "tutorial.md:5 Two processes:1": "the line of README.md's example for DDP",
 }
+# Whole scripts that need a framework: test_frameworks.py runs them as files of examples/.
+FRAMEWORKS = {"lightning.md:PyTorch Lightning:1", "trainer.md:Transformers Trainer:1"}
+# The page whose blocks continue each other, in one session.
+SESSION = "tutorial.md"
 
-COMPLETE = [b for b in PYTHON if b.name not in FRAGMENTS]
+COMPLETE = [
+    b
+    for b in PYTHON
+    if b.name not in FRAGMENTS and b.name not in FRAMEWORKS and b.page.name != SESSION
+]
 ALONE = [b for b in COMPLETE if "init_process_group" not in b.text]
 RANKS = [b for b in COMPLETE if "init_process_group" in b.text]
 
@@ -42,7 +50,9 @@ def by_name(block):
 
 
 def test_the_list_of_fragments_is_right():
-    unknown = {block.name for block in PYTHON if block.unknown_names()}
+    unknown = {
+        b.name for b in PYTHON if b.unknown_names() and (b in COMPLETE or b.name in FRAGMENTS)
+    }
     assert unknown == set(FRAGMENTS), "a block reads names it does not define, or no longer does"
 
 
@@ -53,8 +63,21 @@ def test_block_runs(block, tmp_path, monkeypatch):
     exec(compile(block.tree(), block.page.name, "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
+def test_the_session_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for block in PYTHON:
+        if block.page.name == SESSION and block.name not in FRAGMENTS:
+            exec(compile(block.tree(), SESSION, "exec"), names)
+    said = capsys.readouterr().out.splitlines()
+    weights = ["1.0 tensor([0.3333])", "1.2 tensor([1.4142])", "-6.0 tensor([3.])"]
+    assert said[:3] == weights, "section 1 says other weights"
+    assert said[-1] == "True"
+
+
 def test_figures_go_to_a_writer(monkeypatch):
-    (block,) = [b for b in PYTHON if b.name == "frameworks.md:In your own loop:1"]
+    (block,) = [b for b in PYTHON if b.name == "loop.md:What the law does, in TensorBoard:1"]
     written = {}
 
     class SummaryWriter:
@@ -122,6 +145,24 @@ def keywords(function):
     return set(taken)
 
 
+# --- examples/
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# Files that stand on no page as a whole, and what runs them.
+ELSEWHERE: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_an_example_is_a_block_of_a_page(file):
+    """What runs the blocks runs the examples, too."""
+    # Below the comment that says what it is and how it is started.
+    _, _, code = file.read_text(encoding="utf-8").partition("\n\n")
+    same = [block for block in PYTHON if block.text == code]
+    assert same or file.name in ELSEWHERE, "the page that shows this file has another text"
+    pages = [page for page in PAGES if f"examples/{file.name}" in page.read_text(encoding="utf-8")]
+    assert pages or same[0].page.name == "README.md", "no page names this file"
+
+
 # --- commands
 
 
@@ -176,10 +217,14 @@ def test_commands_exist(block, capsys):
                     main([*words[1:3], "--help"])
                 check_options(words[3:], capsys.readouterr().out)
             case ("sbatch", _) | ("launch/multi_node.sh", _):
-                scripts = [word for word in words if word.startswith("launch/")]
+                scripts = [word for word in words if word.startswith(("launch/", "examples/"))]
                 assert all((ROOT / script).is_file() for script in scripts)
-                after = words.index(scripts[-1]) + 1
-                check_options(words[after:], help_of(scripts[-1]))
+                after = words[words.index(scripts[-1]) + 1 :]
+                if after:
+                    check_options(after, help_of(scripts[-1]))
+            case "torchrun", [*options]:
+                given = get_args_parser().parse_args(options)
+                assert (ROOT / given.training_script).is_file()
             case _:
                 pytest.fail(f"nothing here checks a command like {' '.join(words)}")
 

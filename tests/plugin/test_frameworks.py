@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import runpy
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,6 +12,8 @@ from framework_checks import alone, two_ranks
 from train_runs import free_port
 
 from gq_triton.testing import spawn
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 # Variables that torchrun sets for its processes, and those that keep libraries off the network.
 WORLD = {
@@ -39,6 +43,9 @@ def one_process(rank, folder):
         os.environ.pop(name, None)
     os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     alone(rank, folder)
+    os.chdir(folder)
+    for name in ("lightning_trainer", "transformers_trainer"):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 @pytest.mark.slow
