@@ -61,11 +61,11 @@ LADDERS = {
         (10, 11, 12, 13, 14), (1, 2, 3, 4, 5, 6, 7, 8),
     ),
     "python-lm": Ladder(
-        "python-lm", (3.3, 3.0), (8, 16, 32, 64, 128), 2e-3, 128, 3000
+        "python-lm", (3.3, 3.0), (8, 16, 32, 64, 128, 256), 2e-3, 128, 3000
     ),
     "fashion-mnist": Ladder(
         "fashion-mnist", (0.8,), (8, 16, 32, 64, 128, 256, 512), 1e-3, 1000, 6000,
-        (10, 11), (1, 2, 3),
+        (10, 11, 12, 13), (1, 2, 3, 4, 5, 6),
     ),
 }  # fmt: skip
 
@@ -191,7 +191,7 @@ class Records:
 
 def climb(ladder: Ladder, task: ScoredTask, records: Records) -> None:
     """Train a ladder: for every batch size a learning rate by factors of 2, then fresh seeds."""
-    lr, least = ladder.first_lr, float(ladder.most)
+    lr = ladder.first_lr
     for size in ladder.sizes:
 
         def steps(rate: float, best: float, size: int = size) -> float:
@@ -211,10 +211,8 @@ def climb(ladder: Ladder, task: ScoredTask, records: Records) -> None:
             # A run that is slower than the best one is of no use.
             while (found := steps(rate, min(best, ladder.most))) < best:
                 best, lr, rate = found, rate, rate * factor
-        least = min(best, ladder.most)
-        every = max(1, round(least / 60))
         for seed in ladder.seeds:
-            records.of(Run(ladder, task, size, lr, seed, ladder.most, every))
+            records.of(Run(ladder, task, size, lr, seed, ladder.most, 1))
         lr *= math.sqrt(2)
 
 

@@ -7,7 +7,10 @@ from importlib.metadata import version
 
 __all__ = ["main"]
 
-COMMANDS = {"study": ("gq_triton.study.command", "run scaling studies and report what they found")}
+COMMANDS = {
+    "study": ("gq_triton.study.command", "run scaling studies and report what they found"),
+    "noise": ("gq_triton.variance.noise.command", "measure how noisy a model's gradients are"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

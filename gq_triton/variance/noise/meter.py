@@ -144,7 +144,7 @@ class NoiseScale:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             meter = alive()
             if meter is not None and module is meter._model and torch.is_grad_enabled():
-                meter._depth -= 1
+                meter._depth = max(0, meter._depth - 1)  # it may have begun before the meter
 
         # Before the hooks of the clusters.
         handles = [
