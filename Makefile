@@ -15,7 +15,7 @@ RUFF = echo "ruff: lint and format, a second" && $(BIN)/ruff check . && $(BIN)/r
 PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-docs test-all test-oldest lint format docs build clean
+.PHONY: help setup train test test-fast test-docs test-all test-oldest lint format docs build check-build clean
 
 help:
 	@echo "make train   train on the handwritten digits with two ranks, write runs/digits-<time>/"
@@ -28,6 +28,7 @@ help:
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make docs    the documentation site, in site/; needs Python 3.11"
 	@echo "make build   the source archive and the wheel, in out/"
+	@echo "make check-build  installs what make build wrote in an empty environment and trains there"
 	@echo "make setup   only make .venv (the others do it when needed)"
 	@echo "make clean   remove caches and build results; keeps .venv*, runs/ and dist/ (dist/ is source)"
 
@@ -120,6 +121,18 @@ build: $(READY)
 	@rm -rf out
 	@$(BIN)/python -m build --no-isolation --outdir out > /dev/null
 	@ls out
+
+# As a user would: newest versions, no checkout on the path. The wheel first, then the source archive.
+check-build: build
+	@echo "Installing the wheel with all it needs into out/empty, 1 to 10 minutes"
+	@$(BIN)/python -m venv out/empty && mkdir out/elsewhere && cp examples/optimizer.py out/elsewhere
+	@out/empty/bin/python -m pip install -qq --disable-pip-version-check out/*.whl
+	@cd out/elsewhere && ../empty/bin/gq-triton --version && ../empty/bin/python optimizer.py
+	@echo "Installing the source archive in its place"
+	@out/empty/bin/python -m pip install -qq --disable-pip-version-check --force-reinstall --no-deps out/*.tar.gz
+	@cd out/elsewhere && ../empty/bin/gq-triton --version && ../empty/bin/python optimizer.py
+	@rm -rf out/empty out/elsewhere
+	@echo "Both archives install and train"
 
 # dist/ holds sources: only files that a build without --outdir left there are removed.
 clean:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gq_triton.commands.refusal import Parser, Refusal
+from gq_triton.extras import how_to_install
 from gq_triton.study.design.arms import ARMS
 from gq_triton.study.design.config import StudyConfig
 from gq_triton.study.design.controls import CONTROLS
@@ -60,9 +61,7 @@ def _check_extra() -> None:
                 "sklearn": "scikit-learn", "numpy": "numpy", "jinja2": "jinja2"}  # fmt: skip
     absent = [name for module, name in packages.items() if find_spec(module) is None]
     if absent:
-        raise Refusal(
-            f'studies need {", ".join(absent)}: run pip install ".[study]" in the checkout'
-        )
+        raise Refusal(f"studies need {', '.join(absent)}: {how_to_install('study')}")
 
 
 def _add_run(commands: Any) -> None:
@@ -325,7 +324,7 @@ def _add_fetch(commands: Any) -> None:
 
 def _fetch(given: argparse.Namespace) -> int:
     if find_spec("pooch") is None:
-        raise Refusal('fetching needs pooch: run pip install ".[data]" in the checkout')
+        raise Refusal(f"fetching needs pooch: {how_to_install('data')}")
     folder = fetch(given.task, given.data)
     sys.stdout.write(
         f"{given.task} is in {folder}; now: gq-triton study run --data {given.data} ...\n"

@@ -64,6 +64,13 @@ def test_workflow_calls_targets_that_exist(path):
     assert called <= TARGETS
 
 
+def test_the_citation_has_the_version_and_the_changelog_has_its_date():
+    citation = read(ROOT / "CITATION.cff")
+    assert citation["version"] == project()["version"]
+    heading = f"## [{citation['version']}] - {citation['date-released']}"
+    assert heading in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+
+
 def test_workflow_has_every_lane_and_every_python():
     jobs = read(ROOT / ".github" / "workflows" / "test.yml")["jobs"]
     lanes = {step["run"] for job in jobs.values() for step in job["steps"] if "run" in step}

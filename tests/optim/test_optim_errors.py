@@ -18,6 +18,7 @@ from optim_cases import (
 
 from gq_triton import GQSGD, GQAdamW, engines, scarcity_weight
 from gq_triton.engines import compiled, eager
+from gq_triton.extras import how_to_install
 
 COMMON = [
     ({"rho": 0.5}, "rho must be a finite number >= 1 (1 switches the law off), got 0.5"),
@@ -174,11 +175,7 @@ def test_triton_on_the_cpu_needs_the_interpreter(variant, monkeypatch):
     ("name", "package", "cure"),
     [
         ("triton", "triton", 'install it, or use backend="auto"'),
-        (
-            "numba",
-            "numba",
-            'pip install ".[cpu]" in a checkout of gq_triton, or use backend="auto"',
-        ),
+        ("numba", "numba", f'{how_to_install("cpu")}, or use backend="auto"'),
     ],
 )
 def test_a_backend_whose_package_is_missing_says_so(name, package, cure, monkeypatch):

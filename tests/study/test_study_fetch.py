@@ -14,6 +14,7 @@ import torch
 from test_study_tasks import DOCUMENT, idx
 
 from gq_triton.commands import cli
+from gq_triton.extras import how_to_install
 from gq_triton.tasks import STUDY_TASKS, fetch
 
 pytest.importorskip("pooch", reason="comes with the extra data")
@@ -125,7 +126,7 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(
 def test_a_missing_library_or_task_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pooch", None)
     assert cli.main(["study", "fetch", "mnist", "--data", str(tmp_path)]) == 2
-    assert 'run pip install ".[data]" in the checkout' in capsys.readouterr().err
+    assert f"fetching needs pooch: {how_to_install('data')}" in capsys.readouterr().err
     assert cli.main(["study", "fetch", "digits", "--data", str(tmp_path)]) == 2
     assert "invalid choice: 'digits'" in capsys.readouterr().err
 
