@@ -55,7 +55,7 @@ MAY = {
     "cluster_grad.standins": {"cluster_grad", "cluster_grad.layers", "grouping"} | ENGINES,
     "sampling": {"grouping"} | ENGINES,
     # Variance is measured by a sink of its own, and may not know of queues.
-    "variance": {"cluster_grad", "grouping", "variance.noise"} | ENGINES,
+    "variance": {"cluster_grad", "grouping", "sampling", "variance.noise"} | ENGINES,
     "variance.noise": {"cluster_grad", "grouping", "commands", "tasks"} | ENGINES,
     "optim": QUEUES,
     "attachment": {"optim"},
