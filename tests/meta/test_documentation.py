@@ -255,3 +255,22 @@ def test_files_that_a_page_names_exist(page):
     below = (ROOT, ROOT / "gq_triton")
     missing += [name for name in named if not any((root / name).exists() for root in below)]
     assert not missing
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as the site and the repository's pages make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings_and_stay_on_the_site(page):
+    """`make docs` finds such links too, but is no part of the gate."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        assert page.name == "README.md" or not path.startswith(".."), f"not on the site: {link}"
+        if anchor:
+            assert anchor in anchors(page.parent / path if path else page), link
