@@ -10,7 +10,8 @@ runs are kept in ``--out`` and are not repeated. One thread.
 """
 
 import argparse
-import dataclasses
+import csv
+import io
 import json
 import math
 import sys
@@ -25,7 +26,10 @@ from torch import nn
 
 from gq_triton.tasks import STUDY_TASKS, ScoredTask, batches, measure, sample_losses
 from gq_triton.variance import NoiseScale
+from gq_triton.variance.noise import CONSTANT
 
+# The geometric mean of the critical batches of the six ladders that CONSTANT was fitted to.
+SIX = (64 * 44 * 76 * 64 * 11 * 7.5) ** (1 / 6)
 # Growth from one look at the validation data to the next.
 LOOK = 1.08
 
@@ -70,17 +74,6 @@ LADDERS = {
 }  # fmt: skip
 
 
-def load(name: str, data: Path | None) -> ScoredTask:
-    """Return a task; Fashion-MNIST is in MNIST's format, and has a small model to fit the time."""
-    if name != "fashion-mnist":
-        return STUDY_TASKS[name].load(0, data)
-    return dataclasses.replace(STUDY_TASKS["mnist"].load(0, data), model=_mlp)
-
-
-def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
 class Run:
     """One training run up to the ladder's last target.
 
@@ -100,7 +93,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.ladder, self.task, self.size, self.lr, self.seed = ladder, task, size, lr, seed
         self.cap, self.every = cap, every
-        self.entry = STUDY_TASKS.get(ladder.task) or STUDY_TASKS["mnist"]
+        self.entry = STUDY_TASKS[ladder.task]
 
     def __call__(self) -> dict[str, Any]:
         """Train, and return the run's record."""
@@ -216,18 +209,129 @@ def climb(ladder: Ladder, task: ScoredTask, records: Records) -> None:
         lr *= math.sqrt(2)
 
 
+class Result:
+    """What a ladder says of one target.
+
+    Args:
+        ladder: the ladder.
+        place: which of its targets.
+        runs: its records of fresh seeds.
+    """
+
+    def __init__(self, ladder: Ladder, place: int, runs: Sequence[dict[str, Any]]) -> None:
+        self.name = f"{ladder.task} to {ladder.targets[place]:g}"
+        self.task, self.target = ladder.task, ladder.targets[place]
+        self.rows = [
+            (run["size"], run["lr"], run["seed"], run["reached"][place], run["noise"][place])
+            for run in runs
+            if run["reached"][place] is not None and run["noise"][place] is not None
+        ]
+        self.sizes = sorted({row[0] for row in self.rows})
+        steps = [[row[3] for row in self.rows if row[0] == size] for size in self.sizes]
+        noise = [[row[4] for row in self.rows if row[0] == size] for size in self.sizes]
+        self.steps, self.noise = ([_mean(some) for some in values] for values in (steps, noise))
+        self.critical, self.least = (found[0] for found in self._fit([self.steps]))
+        generator = torch.Generator().manual_seed(0)
+        drawn = [
+            [_mean([some[i] for i in torch.randint(len(some), (len(some),), generator=generator)])
+             for some in steps]
+            for _ in range(1000)
+        ]  # fmt: skip
+        spread = torch.tensor(self._fit(drawn)[0]).quantile(torch.tensor([0.025, 0.975]))
+        self.low, self.high = spread.tolist()
+        self.predicted = CONSTANT * _mean(self.noise)
+
+    def _fit(self, steps: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+        """Return critical batches and least steps, by least squares of logarithms."""
+        grid = torch.logspace(-1, 4.5, 2000)
+        curves = torch.log1p(grid[:, None] / torch.tensor(self.sizes))  # (grid, sizes)
+        left = torch.tensor(steps).log()[:, None] - curves  # (fits, grid, sizes)
+        level = left.mean(dim=2)
+        best = (left - level[:, :, None]).square().sum(dim=2).argmin(dim=1)
+        return grid[best].tolist(), level.gather(1, best[:, None])[:, 0].exp().tolist()
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the geometric mean."""
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def write(out: Path, records: Records) -> None:
+    """Write the runs of fresh seeds as CSV and the picture, and print a table of the results."""
+    results = []
+    for ladder in LADDERS.values():
+        runs = [r for r in records.all if r["ladder"] == ladder.task and r["seed"] in ladder.seeds]
+        results += [Result(ladder, place, runs) for place in range(len(ladder.targets)) if runs]
+    with (out / "ladders.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["task", "target", "batch", "lr", "seed", "steps", "noise_scale"])
+        for found in results:
+            for size, lr, seed, steps, noise in found.rows:
+                table.writerow([found.task, found.target, size, f"{lr:.3g}", seed,
+                                f"{steps:.1f}", f"{noise:.4g}"])  # fmt: skip
+    print("| ladder | batches | noise scale | predicted | fitted | fitted / predicted | constant |")
+    print("|---|---|---|---|---|---|---|")
+    for r in results:
+        print(
+            f"| {r.name} | {r.sizes[0]} to {r.sizes[-1]} | {min(r.noise):.0f} to {max(r.noise):.0f}"
+            f" | {r.predicted:.0f} | {r.critical:.0f} [{r.low:.0f}, {r.high:.0f}]"
+            f" | {r.critical / r.predicted:.2f} | {r.critical / SIX:.2f} |"
+        )
+    (out / "ladders.png").write_bytes(draw(results))
+
+
+def draw(results: Sequence[Result]) -> bytes:
+    """Return a picture: steps against batch size, the fit, and what was predicted."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(4 * len(results), 4.2), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for panel, found in zip(panels, results, strict=True):
+        grid = [found.sizes[0] * 2 ** (n / 8) for n in range(8 * len(found.sizes))]
+        grid = [size for size in grid if size <= found.sizes[-1]]
+
+        def curve(critical: float, found: Result = found, grid: list[float] = grid) -> list[float]:
+            """Return steps by the law with this critical batch, through the ladder's middle."""
+            level = _mean([s / (1 + critical / b) for s, b in zip(found.steps, found.sizes,
+                                                                 strict=True)])  # fmt: skip
+            return [level * (1 + critical / size) for size in grid]
+
+        panel.plot([row[0] for row in found.rows], [row[3] for row in found.rows], ".",
+                   color="#8A8A8A", label="runs")  # fmt: skip
+        panel.plot(found.sizes, found.steps, "o", color="#0072B2", label="mean of seeds")
+        panel.plot(grid, curve(found.critical), color="#0072B2",
+                   label=f"fitted, critical batch {found.critical:.0f}")  # fmt: skip
+        panel.plot(grid, curve(found.predicted), "--", color="#D55E00",
+                   label=f"predicted, {found.predicted:.0f}")  # fmt: skip
+        panel.fill_between(grid, curve(found.predicted / 2), curve(found.predicted * 2),
+                           color="#D55E00", alpha=0.15, label="half to twice that")  # fmt: skip
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set(title=found.name, xlabel="batch size", ylabel="steps to the target")
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.legend(fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    return content.getvalue()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ladder", choices=[*LADDERS], action="append", help="train this ladder")
     parser.add_argument("--data", type=Path, help="folder with the files of Fashion-MNIST")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished runs")
-    parser.add_argument("--report", action="store_true", help="write ladders.csv and ladders.svg")
+    parser.add_argument("--report", action="store_true", help="write ladders.csv and ladders.png")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     records = Records(given.out)
     for name in given.ladder or []:
-        climb(LADDERS[name], load(name, given.data), records)
+        climb(LADDERS[name], STUDY_TASKS[name].load(0, given.data), records)
+    if given.report:
+        write(given.out, records)
     return 0
 
 

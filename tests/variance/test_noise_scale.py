@@ -479,3 +479,34 @@ def test_the_report_is_a_table_with_the_prediction():
     assert "within a factor of 2 on the six ladders to which" in text
     assert re.search(r"batch 32 would take \d+% of the steps, \d+% to \d+%", text)
     assert repr(meter) == "NoiseScale(every=1, clusters=4; 5 measurements in the window)"
+
+
+@pytest.mark.slow
+@pytest.mark.rare
+# Dynamo looks at the gradients of what crosses from one of its graphs into the next.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("compiled", ["before", "after", "in place"])
+def test_a_compiled_model_keeps_its_gradients_and_its_graphs(compiled):
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    model, twin = MLP(), MLP()
+    twin.load_state_dict(model.state_dict())
+    called = torch.compile(model, backend="aot_eager") if compiled == "before" else model
+    meter = NoiseScale(called, every=3)
+    if compiled == "after":
+        called = torch.compile(model, backend="aot_eager")
+    elif compiled == "in place":
+        model.compile(backend="aot_eager")
+    graphs = []
+    for _ in range(9):
+        batch = torch.randn(8, 6)
+        for module in (called, twin):
+            module.zero_grad()
+            losses_of(module, batch).mean().backward()
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert [row["step"] for row in meter.history] == [3, 6, 9]
+    assert graphs[2] == graphs[-1]

@@ -146,10 +146,11 @@ class NoiseScale:
             if meter is not None and module is meter._model and torch.is_grad_enabled():
                 meter._depth = max(0, meter._depth - 1)  # it may have begun before the meter
 
-        # Before the hooks of the clusters.
+        # Before the hooks of the clusters. A graph of torch.compile would count while it is traced.
+        untraced: Any = torch.compiler.disable
         handles = [
-            inner.register_forward_pre_hook(enter),
-            inner.register_forward_hook(leave, always_call=True),
+            inner.register_forward_pre_hook(untraced(enter)),
+            inner.register_forward_hook(untraced(leave), always_call=True),
         ]
         undo = self._clusters.install()
 
