@@ -2,7 +2,7 @@
 
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -279,6 +279,20 @@ class GradQueueState:
             ValueError: there are no clusters.
         """
         self.route.set_sample_weights(weights)
+
+    def set_labels(self, labels: Tensor | Sequence[int]) -> None:
+        """Give the cluster of every sample of this rank's next batch, with ``labels=True``.
+
+        Each forward pass of training takes labels of its own: call before each one.
+
+        Args:
+            labels: ``(B,)`` integers, at least 0; samples in the order of their clusters are not
+                copied to sort them.
+
+        Raises:
+            ValueError: without ``labels=True``, or they are not one integer per sample.
+        """
+        self.route.set_labels(labels)
 
     def metrics(self, per_layer: bool = False) -> dict[str, Any]:
         """Return what the law did in the last step, the same on every rank.

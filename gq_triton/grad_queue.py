@@ -1,6 +1,6 @@
 """GradQueue: the plug-in that weights the gradients of any torch optimizer in any loop."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -353,6 +353,23 @@ class GradQueue:
         if self._clusters is None:
             raise ValueError("set_sample_weights needs n_clusters")
         self._clusters.sample_weights = weights
+
+    def set_labels(self, labels: Tensor | Sequence[int]) -> None:
+        """Give the cluster of every sample of the next batch, with ``labels=True``.
+
+        Each forward pass of training takes labels of its own: call before each one, in a step of
+        ``cuda_graph`` inside the step.
+
+        Args:
+            labels: ``(B,)`` integers, at least 0; samples in the order of their clusters are not
+                copied to sort them.
+
+        Raises:
+            ValueError: without ``labels=True``, or they are not one integer per sample.
+        """
+        if self._clusters is None:
+            raise ValueError("set_labels needs n_clusters and labels=True")
+        self._clusters.set_labels(labels)
 
     def backward(self, losses: Tensor) -> None:
         """Run the K backward passes of ``mode="microbatch"`` in place of ``loss.backward()``.

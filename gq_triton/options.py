@@ -223,6 +223,12 @@ class ClusterOptions(Options):
         "``features (B, F) -> labels (B,)`` in place of k-means; labels on a GPU must be below "
         "``n_clusters``.",
     )
+    labels: bool = option(
+        False,
+        "whether the loader brings the cluster of every sample: call ``set_labels`` before each "
+        "forward pass of training, in place of ``features`` and ``clusterer``; labels on a GPU "
+        "must be below ``n_clusters``.",
+    )
     population_power: float = option(
         1.0,
         "``a`` in ``p_k = n_k**a / sum_j n_j**a`` over all clusters, those of all ranks under DDP; "
@@ -265,10 +271,18 @@ class ClusterOptions(Options):
         _zero_or_one,
     )
 
+    @property
+    def described(self) -> bool:
+        """Whether it is said how samples are told apart; one cluster needs no such thing."""
+        return self.features is not None or self.clusterer is not None or self.labels
+
     @classmethod
     def _conflicts(cls, values: Mapping[str, Any]) -> list[str]:
         if values.get("n_clusters") is not None:
-            return []
+            found = [name for name in ("features", "clusterer") if values.get(name) is not None]
+            if not values.get("labels") or not found:
+                return []
+            return [f"labels=True takes the place of {' and '.join(found)}: leave one of them out"]
         # What describes the loop may always be said: it is true without clusters, too.
         about_the_loop = "loss_reduction", "accumulation_steps"
         given = [
@@ -289,6 +303,7 @@ class RankClusterKeywords(TypedDict, total=False):
     n_clusters: int | None
     features: str | None
     clusterer: Callable[[Tensor], Tensor] | None
+    labels: bool
     population_power: float
     centroid_scale: str
     accumulation_steps: int

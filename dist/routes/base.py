@@ -166,6 +166,14 @@ class Route:
         """
         raise ValueError("set_sample_weights needs n_clusters: without clusters no sample is seen")
 
+    def set_labels(self, labels: Tensor | Sequence[int]) -> None:
+        """Give the cluster of every sample of the next batch.
+
+        Raises:
+            ValueError: there are no clusters.
+        """
+        raise ValueError("set_labels needs n_clusters and labels=True")
+
     def take_loss(self) -> None:
         """Tell the queue the mean loss of this step, once."""
         loss = self.context.losses.take()

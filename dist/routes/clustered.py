@@ -117,6 +117,10 @@ class ClusteredRoute(Route):
         """Say how much each sample ``(B,)`` of the next batches counts; None for equal."""
         self.local.set_sample_weights(weights)
 
+    def set_labels(self, labels: Tensor | Sequence[int]) -> None:
+        """Give the cluster ``(B,)`` of every sample of this rank's next batch."""
+        self.local.set_labels(labels)
+
     def metrics(self, per_layer: bool = False) -> dict[str, Any]:
         """Return what the law did in the last step, and the clusters; every rank must call."""
         values = super().metrics(per_layer)

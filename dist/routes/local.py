@@ -49,8 +49,7 @@ class LocalClusters:
         options: ClusterOptions,
         before_assign: Callable[[], None],
     ) -> None:
-        described = options.features is not None or options.clusterer is not None
-        sizes_only = options.n_clusters == 1 and not described
+        sizes_only = options.n_clusters == 1 and not options.described
         if sizes_only:
             # One cluster needs no features: the model's output tells how many samples there are.
             options = replace(options, features="", clusterer=_one_cluster)
@@ -145,6 +144,10 @@ class LocalClusters:
     def set_sample_weights(self, weights: Tensor | None) -> None:
         """Say how much each sample ``(B,)`` of the next batches counts; None for equal."""
         self._clusters.sample_weights = weights
+
+    def set_labels(self, labels: Tensor | Sequence[int]) -> None:
+        """Give the cluster ``(B,)`` of every sample of the next batch."""
+        self._clusters.set_labels(labels)
 
     def _whole_batch(self, size: int) -> Tensor:
         """Return the number of samples on all ranks, which a centroid's standard error needs."""

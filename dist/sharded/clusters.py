@@ -63,8 +63,7 @@ class ShardedClusters(Clusters):
                 'leave it at "one_backward"'
             )
         self._layout = layout_of(model, queues.params)
-        described = options.features is not None or options.clusterer is not None
-        sizes_only = options.n_clusters == 1 and not described
+        sizes_only = options.n_clusters == 1 and not options.described
         if sizes_only:
             # One cluster needs no features: the model's output tells how many samples there are.
             options = replace(options, features="", clusterer=_one_cluster)

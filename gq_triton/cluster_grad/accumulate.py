@@ -30,6 +30,10 @@ from gq_triton.ring import flat
 __all__ = ["Accumulator"]
 
 
+def _none() -> None:
+    return None
+
+
 @dataclass(eq=False)
 class _Waiting:
     """The gradients that layers have given for a parameter whose hook was not called yet.
@@ -96,6 +100,8 @@ class Accumulator:
         # some of them by cluster from now on, and returns the others.
         self.mend: Callable[[list[str]], list[str]] | None = None
         self.strict = False
+        # Returns the clusters that the loader brought for the forward pass that begins, if it does.
+        self.given: Callable[[], Tensor | None] = _none
         # By parameter name, the class of the layer that sums its gradients.
         self.kinds: dict[str, str] = {}
         self._assign = assign
@@ -129,7 +135,7 @@ class Accumulator:
                 raise RuntimeError("the GradQueue of this model is gone: keep it while training")
             return alive._assign(step)
 
-        self.step = Step(assign, batch_dim=self.batch_dim)
+        self.step = Step(assign, batch_dim=self.batch_dim, features=self.given())
         return self.step
 
     @property

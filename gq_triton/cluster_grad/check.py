@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gq_triton.cluster_grad.given import MISSING
 from gq_triton.grouping.features import tensors_in
 
 if TYPE_CHECKING:
@@ -126,9 +127,15 @@ def check_batch(
             mean square of its tensors.
 
     Raises:
-        RuntimeError: with ``strict=True``, where gradients are not known by cluster.
+        RuntimeError: with ``strict=True``, where gradients are not known by cluster; with
+            ``labels=True``, where no labels were given.
     """
     accumulator = clusters.accumulator
+    given, labels = clusters.given, None
+    if given is not None:
+        labels = given.take()
+        if labels is None:
+            raise RuntimeError(MISSING)
     strict, accumulator.strict = accumulator.strict, False
     undo = None if clusters.installed else clusters.install()
     try:
@@ -138,6 +145,8 @@ def check_batch(
                 for param in clusters.model.parameters():
                     param.grad = None
                 known = dict(clusters.owners)
+                if labels is not None:
+                    clusters.set_labels(labels)
                 (loss or _loss_of)(_called(clusters.model, batch)).backward()
                 if known == clusters.owners:
                     break
@@ -147,6 +156,8 @@ def check_batch(
                     how[name] = "no gradient (the loss of this batch does not depend on it)"
     finally:
         accumulator.strict = strict
+        if labels is not None:
+            clusters.set_labels(labels)
         if undo is not None:
             undo()
     rows = [Checked(name, accumulator.params[name].numel(), how[name]) for name in how]

@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gq_triton.cluster_grad.accumulate import Accumulator
 from gq_triton.cluster_grad.compiled_ops import begin, capture, end, prepare_for_compile, watch
 from gq_triton.cluster_grad.copies import recorded, without_trace
+from gq_triton.cluster_grad.given import MISSING, GivenLabels
 from gq_triton.cluster_grad.handover import hand_over
 from gq_triton.cluster_grad.install import Conversion
 from gq_triton.cluster_grad.layers.registry import Layer, survey
@@ -41,6 +42,10 @@ _INSTALLED = "_gq_triton_clusters"
 
 def _nothing() -> None:
     pass
+
+
+def _as_given(labels: Tensor) -> Tensor:
+    return labels
 
 
 class Clusters:
@@ -77,12 +82,16 @@ class Clusters:
         accumulator: Callable[..., Accumulator] = Accumulator,
     ) -> None:
         features, clusterer = options.features, options.clusterer
-        if features is None:
+        self.given = GivenLabels() if options.labels else None
+        if self.given is not None:
+            clusterer = _as_given
+        elif features is None:
             raise ValueError(
                 "n_clusters needs features: the name of the submodule whose output describes a "
-                f'sample, or "{OUTPUT_GRADIENT}"'
+                f'sample, or "{OUTPUT_GRADIENT}"; or labels=True where the loader brings clusters'
             )
-        check_features(model, features)
+        else:
+            check_features(model, features)
         assert options.n_clusters is not None
         self.model, self.features, self.options = model, features, options
         self.mode, self.n_clusters = options.mode, options.n_clusters
@@ -110,6 +119,8 @@ class Clusters:
             return whole if alive is None else hand_over(alive, alive._conversion, whole)
 
         self.accumulator.mend = mend
+        if self.given is not None:
+            self.accumulator.given = self.given.take
         self.sample_weights: Tensor | None = None
         self.last: Step | None = None
         # How many calls of the model run, one within the other.
@@ -140,6 +151,8 @@ class Clusters:
     def assign(self, step: Step) -> Groups:
         """Return the clusters of a step's samples."""
         self._before_assign()
+        if step.features is None and self.given is not None:
+            raise RuntimeError(MISSING)
         if step.features is None:
             raise RuntimeError(
                 f"features={self.features!r} was not computed in the forward pass that this "
@@ -148,7 +161,7 @@ class Clusters:
                 else "the model's first output with a gradient took no part in the loss: name a "
                 'layer in place of features="output_gradient"'
             )
-        step.check_batch(self.features)
+        step.check_batch(self.features or "")
         self._check_number(len(step.features))
         with torch.no_grad():
             assert self._clusterer is not None
@@ -169,20 +182,27 @@ class Clusters:
         options, weights, backend = self.options, self.sample_weights, self._backend
         return Groups.of(labels, clusters, options, weights, whole, backend, problem)
 
+    def set_labels(self, labels: Tensor | Sequence[int]) -> None:
+        """Keep the clusters ``(B,)`` of the next forward pass's samples."""
+        if self.given is None:
+            raise ValueError("set_labels needs labels=True, which takes the place of features")
+        self.given.set(labels, next(iter(self._names)).device)
+
     def _checked(self, labels: Tensor) -> tuple[Tensor, int, tuple[Tensor, str] | None]:
         """Return a clusterer's labels, the number of clusters, and what ``Groups.problem`` holds.
 
         Labels on the CPU may exceed ``n_clusters``. On a GPU the host does not wait for them: there
         are ``n_clusters`` clusters, and a label that is none of them becomes the nearest.
         """
+        source = "the clusterer must return" if self.given is None else "set_labels must give"
         if labels.device.type == "cpu":
             lowest, highest = torch.stack(labels.aminmax()).tolist()
             if lowest < 0:
-                raise ValueError(f"the clusterer must return labels >= 0, got {lowest}")
+                raise ValueError(f"{source} labels >= 0, got {lowest}")
             return labels, highest + 1, None
         inside = labels.clamp(0, self.n_clusters - 1)
         sentence = (
-            f"the clusterer must return labels from 0 to n_clusters - 1 = {self.n_clusters - 1} "
+            f"{source} labels from 0 to n_clusters - 1 = {self.n_clusters - 1} "
             "where they are on a GPU: take more clusters, or return labels on the CPU"
         )
         return inside, self.n_clusters, ((inside != labels).any(), sentence)
@@ -208,7 +228,7 @@ class Clusters:
         conversion = Conversion(self.layers if self.mode == "one_backward" else [], accumulator)
         self._conversion = conversion
         handles = [self.model.register_forward_pre_hook(self._enter, with_kwargs=True)]
-        if self.features != OUTPUT_GRADIENT:
+        if self.features not in (None, OUTPUT_GRADIENT):
             layer = self._layer = self.model.get_submodule(self.features)
             handles.append(layer.register_forward_hook(partial(self._capture, is_spatial(layer))))
         for name, module in self.model.named_modules():
@@ -275,6 +295,8 @@ class Clusters:
             sizes = [tensor.shape[dim] for tensor in given if tensor.dim() > dim]
             accumulator.batch = sizes[0] if sizes and sizes[0] else 1
             if not torch.compiler.is_compiling():
+                if self.given is not None:
+                    self.given.check_number(sizes)
                 accumulator.inputs = {
                     tensor.data_ptr(): tensor.stride(dim)
                     for tensor in given

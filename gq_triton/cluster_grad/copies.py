@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gq_triton.aside import stands_aside
 from gq_triton.cluster_grad.site import SITE
 
 __all__ = ["recorded", "without_trace"]
@@ -24,13 +25,14 @@ _HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 def recorded() -> bool:
-    """Return whether ``torch.export`` or ``torch.jit.trace`` records the model: no training step.
+    """Return whether this is no training step.
 
-    The model that ``torch.compile`` traces is trained.
+    ``torch.export`` or ``torch.jit.trace`` records the model, or the pass stands aside. The model
+    that ``torch.compile`` traces is trained.
     """
     # Not torch.compiler.is_exporting(): Dynamo of torch 2.8 takes it for True in every graph.
     traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return torch.compiler._is_exporting_flag or traced
+    return torch.compiler._is_exporting_flag or traced or stands_aside()
 
 
 def without_trace(model: nn.Module) -> Callable[[], None]:

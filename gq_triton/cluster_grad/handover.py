@@ -66,7 +66,8 @@ def hand_over(clusters: "Clusters", conversion: Conversion, whole: list[str]) ->
 def _is_trunk(clusters: "Clusters", path: str, module: nn.Module) -> bool:
     """Return whether a module is most of the model, which is too dear to run again."""
     features = clusters.features
-    if features != OUTPUT_GRADIENT and not features.startswith(f"{path}."):
+    named = features not in (None, OUTPUT_GRADIENT)
+    if named and not features.startswith(f"{path}."):
         return False
     held = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return 2 * held > sum(p.numel() for p in clusters.model.parameters() if p.requires_grad)

@@ -127,6 +127,13 @@ class Groups:
         return [end - begin for begin, end in itertools.pairwise(known)]
 
     @cached_property
+    def _in_order(self) -> bool:
+        """Whether samples on the CPU already lie in the order of their clusters."""
+        if self.labels.device.type != "cpu":
+            return False
+        return bool((self.labels[1:] >= self.labels[:-1]).all())
+
+    @cached_property
     def members(self) -> Tensor:
         """``(K, B)`` bool: whether a sample belongs to a cluster."""
         return self.labels == torch.arange(self.n_clusters, device=self.labels.device)[:, None]
@@ -181,15 +188,17 @@ class Groups:
         return order, self.offsets * per_sample
 
     def sorted(self, rows: Tensor) -> list[Tensor]:
-        """Split ``(B, ...)`` into the rows of each cluster: K views of one sorted copy."""
+        """Split ``(B, ...)`` into the rows of each cluster: K views, of a sorted copy if needed."""
         if self.n_clusters == 1:
             return [rows]
+        if self._in_order:
+            return list(rows.split(self.sizes))
         return list(rows.index_select(0, self.order).split(self.sizes))
 
     def each(self, rows: Tensor) -> Iterator[Tensor]:
-        """Yield a copy of the rows of each cluster; one copy exists at a time if none is kept."""
-        if self.n_clusters == 1:
-            yield rows
+        """Yield the rows of each cluster; one copy exists at a time if none is kept."""
+        if self.n_clusters == 1 or self._in_order:
+            yield from self.sorted(rows)
             return
         for samples in self.order.split(self.sizes):
             yield rows.index_select(0, samples)

@@ -57,7 +57,8 @@ class GradQueueCallback(Callback):
     def __init__(self, *, per_layer: bool = False, **options: Unpack[ConnectKeywords]) -> None:
         check_options(options)
         clustered = options.get("n_clusters") is not None
-        if clustered and options.get("features") in (None, "", "output_gradient"):
+        described = clustered and not options.get("labels")
+        if described and options.get("features") in (None, "", "output_gradient"):
             raise ValueError(
                 "features must name a submodule of the LightningModule: what Lightning calls the "
                 "model returns the loss, which describes no sample"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gq_triton.aside import aside
 from gq_triton.sampling.scores import Loss, losses_of_samples
 from gq_triton.sampling.watch import evaluation_mode
 
@@ -101,7 +102,7 @@ def factors(
         module.register_forward_hook(see(name), with_kwargs=True) for name, module in layers.items()
     ]
     try:
-        with evaluation_mode(model), torch.enable_grad():
+        with evaluation_mode(model), torch.enable_grad(), aside():
             losses = losses_of_samples(run(model, inputs), targets, loss)
             edges = [edge for _, _, edge in seen]
             if not edges or not losses.requires_grad:

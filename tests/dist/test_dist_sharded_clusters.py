@@ -30,6 +30,7 @@ CASES = {
     "uneven": {"sizes": UNEVEN},
     "uneven_power": {"sizes": UNEVEN, "options": {"population_power": 0.5}},
     "uneven_standard_error": {"sizes": UNEVEN, "options": {"centroid_scale": "standard_error"}},
+    "uneven_brought": {"sizes": UNEVEN, "brings": True},
     "kept_whole": {"model": Words, "sharding": {"reshard_after_forward": False}},
 }
 
@@ -50,7 +51,7 @@ def check(rank, shape, case):
 
 
 # The gate takes some of them.
-QUICK = "words", "match_norm", "uneven_power"
+QUICK = "words", "match_norm", "uneven_power", "uneven_brought"
 
 
 @pytest.mark.parametrize("case", [CASES[name] for name in QUICK], ids=QUICK)

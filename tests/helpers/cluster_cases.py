@@ -33,7 +33,10 @@ def cluster_means(model, losses, labels, clusters):
 class Judge:
     """A model with the plug-in, and its oracle, which judges every gradient of every step."""
 
-    def __init__(self, model, labels, clusters, *, queue_length=3, features="features", **options):
+    def __init__(
+        self, model, labels, clusters, *, queue_length=3, features="features", brings=False,
+        **options,
+    ):  # fmt: skip
         self.model, self.labels, self.clusters = model, labels, clusters
         # A copy from before the plug-in: the oracle's layers are torch's own.
         self.twin = copy.deepcopy(model)
@@ -41,14 +44,10 @@ class Judge:
             name: options.get(name, default)
             for name, default in (("population_power", 1.0), ("centroid_scale", "paper"))
         }
-        self.queue = GradQueue(
-            model,
-            n_clusters=clusters,
-            features=features,
-            clusterer=lambda features: self.labels,
-            queue_length=queue_length,
-            **options,
-        )
+        self.brings = brings  # the labels come with the batch, and from no clusterer
+        found = {"features": features, "clusterer": lambda features: self.labels}
+        options |= {"labels": True} if brings else found
+        self.queue = GradQueue(model, n_clusters=clusters, queue_length=queue_length, **options)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         self.handle = self.queue.attach(self.optimizer)
         names = dict(model.named_parameters())
@@ -96,6 +95,8 @@ class Judge:
             self.sync()
             expected = self.expected(run(self.twin, batch))
             self.optimizer.zero_grad()
+            if self.brings:
+                self.queue.set_labels(self.labels)
             run(self.model, batch).mean().backward()
             if after_step:
                 self.optimizer.step()

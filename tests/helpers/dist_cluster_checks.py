@@ -66,17 +66,19 @@ class Pair:
 
     def __init__(
         self, kind: Any = MLP, data: Any = vectors, *, uneven: bool = False,
-        ddp: dict[str, Any] | None = None, **options: Any,
+        ddp: dict[str, Any] | None = None, brings: bool = False, **options: Any,
     ) -> None:  # fmt: skip
+        self.brings = brings  # the labels come with the batch, and from no clusterer
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.data, self.uneven, self.step = data, uneven, 0
         options = {"queue_length": LENGTH, "backend": "torch", **options}
         bare = model(kind)
         self.twin = copy.deepcopy(bare)
         self.ddp = DDP(bare, **{"bucket_cap_mb": TINY, **(ddp or {})})
-        self.state = register(
-            self.ddp, n_clusters=K, features="features", clusterer=self.mine, **options, **EXTRA
-        )
+        found: dict[str, Any] = {"features": "features", "clusterer": self.mine}
+        if brings:
+            found = {"labels": True}
+        self.state = register(self.ddp, n_clusters=K, **found, **options, **EXTRA)
         self.judge = GradQueue(
             self.twin, n_clusters=K * self.world, features="features", clusterer=self.all, **options
         )
@@ -96,6 +98,8 @@ class Pair:
     def backward(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+        if self.brings:
+            self.state.set_labels(self.mine(self.batch(self.rank)))
         loss_of(self.ddp, self.batch(self.rank)).backward()
         whole = torch.cat([self.batch(rank) for rank in range(self.world)])
         loss_of(self.twin, whole).backward()
@@ -127,6 +131,7 @@ def check_ranks_are_one_process(rank: int) -> None:
         {"uneven": True, "population_power": 0.5},
         {"uneven": True, "centroid_scale": "standard_error"},
         {"uneven": True, "match_norm": True},
+        {"uneven": True, "brings": True},
         # The law is off, and the mixture alone makes another gradient than the raw mean.
         {"uneven": True, "rho": 1.0, "population_power": 0.0, "match_norm": True},
         {"uneven": True, "kind": resnet, "data": images},

@@ -89,6 +89,7 @@ class Twins:
     sharding: dict[str, Any] = field(default_factory=dict)
     wrap: Any = None
     lr: float = 0.1
+    brings: bool = False  # the labels come with the batch, and from no clusterer
 
     def __post_init__(self):
         world = dist.get_world_size()
@@ -103,7 +104,8 @@ class Twins:
         options: dict[str, Any] = {"features": "norm", "queue_length": 3, "backend": "torch"}
         options |= self.options
         mine = {"n_clusters": CLUSTERS, "clusterer": group_of}
-        self.queue = GradQueue(self.sharded, **{**mine, **options})
+        found = {"features": None, "clusterer": None, "labels": True} if self.brings else {}
+        self.queue = GradQueue(self.sharded, **{**mine, **options, **found})
         every = {"n_clusters": CLUSTERS * world, "clusterer": self.groups_of_all}
         self.plain = GradQueue(self.whole, **{**options, **every})
         self.optimizer = self.make(self.sharded)
@@ -138,10 +140,13 @@ class Twins:
     def backward(self, step, scale=1.0):
         """Run one forward and backward pass of both models; return their losses."""
         batches = [self.batch(step, rank) for rank in range(len(self.sizes))]
-        mine = self.loss(self.sharded, batches[self.rank]) * scale
         all_of_them = self.loss(self.whole, torch.cat(batches)) * scale
-        mine.backward()
         all_of_them.backward()
+        if self.brings:
+            labels = self.plain.labels_.split(self.sizes)[self.rank] - CLUSTERS * self.rank
+            self.queue.set_labels(labels)
+        mine = self.loss(self.sharded, batches[self.rank]) * scale
+        mine.backward()
         return mine.detach(), all_of_them.detach()
 
     def zero_grad(self, **options):

@@ -26,13 +26,14 @@ PLACES = {
 HOUSE = "gq_triton"
 BASE = {
     "names", "extras", "options", "law", "loss_scale", "ring", "saved", "claims", "describe",
-    "wrappers",
+    "wrappers", "aside",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
 DOORS = {HOUSE, "cuda_graph", "grad_queue", "optim", "dist", "dist.routes", "dist.state"}
 BELOW = {"cluster_grad", "cluster_grad.layers", "cluster_grad.standins"} | QUEUES
 MAY = {
+    "aside": set(),
     "names": set(),
     "claims": set(),
     "describe": {"options", "ring"},
