@@ -14,6 +14,7 @@ from torch import nn
 
 from gq_triton import GradQueue
 from gq_triton.cluster_grad import Step
+from gq_triton.cluster_grad.standins import meet
 from gq_triton.grouping import Groups
 
 F64 = torch.float64
@@ -186,6 +187,18 @@ class Positions(nn.Module):
         return self.features(x) + self.places(torch.arange(18).view(self.shape)).sum(dim=-2)
 
 
+class OwnPositions(Positions):
+    """A model that counts each sample's positions, as OPT does, or expands those of all."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.places = nn.Embedding(18, 6, padding_idx=1)
+
+    def forward(self, x):
+        places = torch.arange(18).view(self.shape).expand(9, -1)
+        return (self.features(x)[:, None] + self.places(places)).square().sum(dim=1)
+
+
 class TimeFirst(nn.Module):
     def __init__(self):
         super().__init__()
@@ -205,6 +218,13 @@ class Shuffled(TimeFirst):
 def test_positions_of_all_samples_are_clustered(kind):
     judge = Judge(make(kind), LABELS, 5, strict=True)
     judge.steps(square, batches())
+
+
+@pytest.mark.parametrize("shape", [(1, 18), (9, 2)])
+def test_positions_of_each_sample_are_those_of_its_lookups(shape, monkeypatch):
+    """They need no sums of the size K times all rows, as what is computed in other ways does."""
+    monkeypatch.setattr(meet, "routed", None)
+    Judge(make(lambda: OwnPositions(shape)), LABELS, 5, strict=True).steps(square, batches())
 
 
 def test_rows_that_are_shown_to_be_time_major_are_clustered():

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from gq_triton.cluster_grad import passes
 from gq_triton.cluster_grad.compiled_ops import autocast_of, exact, param_grads, traced_whole, use
+from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.rows import accumulation_type
 from gq_triton.cluster_grad.site import Block, Call, Family, Site, UnknownRows, site_of
 from gq_triton.cluster_grad.standins.origin import OTHER, Origin, Root
@@ -91,8 +92,13 @@ def _expanded_gradients(
 def _looked_up_gradients(
     site: Site, step: Step, tensors: list[Tensor], wanted: list[int]
 ) -> list[Tensor | None]:
-    """Give the sums of a table whose rows were looked up once for all samples."""
+    """Give the sums of a table whose rows the model looked up once for all samples, or for each."""
     grad, indices = tensors
+    columns = site.param(0).shape[1]
+    each = indices.dim() > 0 and len(indices) == len(grad)
+    if each and grad.numel() == indices.numel() * columns:
+        rows = grad.reshape(len(indices), -1, columns)
+        return EMBEDDING.gradients(site, step, [rows, indices], wanted)
     sums = _by_cluster(step, grad, site.collector.backend).unflatten(1, (indices.numel(), -1))
     return [_give_table(site, step, sums, indices, site.module)]
 

@@ -322,7 +322,10 @@ def _meets(tensor: Any, dims: int, rows: int) -> Tensor | None:
         values = values.reshape(*[1] * (dims - tensor.dim()), *tensor.shape)
         origin = origin if origin.link == SAME else _linked(origin, OTHER)
     if values.shape[0] == rows and rows > 1:
-        if origin.link == SAME:
+        # Rows that were looked up for each sample, as positions that are counted or expanded.
+        indices = origin.roots[0].indices
+        own = indices is not None and indices.dim() > 0 and len(indices) == rows
+        if origin.link == SAME and not own:
             origin = _linked(origin, OTHER)
     elif values.shape[0] != 1:
         return None
