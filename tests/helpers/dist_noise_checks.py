@@ -139,7 +139,7 @@ def check_one_message_and_the_gradients_of_plain_ddp(rank: int) -> None:
     finally:
         dist.all_reduce = original
     params = len(list(ddp.parameters()))
-    assert sent == [2 * params + 4] * 3
+    assert sent == [2 * params + 5] * 3
     assert meter.report().steps == 3
 
 

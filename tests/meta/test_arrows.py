@@ -57,7 +57,7 @@ MAY = {
     "sampling": {"grouping"} | ENGINES,
     # Variance is measured by a sink of its own, and may not know of queues.
     "variance": {"cluster_grad", "grouping", "sampling", "variance.noise"} | ENGINES,
-    "variance.noise": {"cluster_grad", "grouping", "commands", "tasks"} | ENGINES,
+    "variance.noise": {"cluster_grad", "grouping", "commands", "tasks", "dist.sharded"} | ENGINES,
     "optim": QUEUES,
     "attachment": {"optim"},
     "captured": {"grad_queue", "optim"},

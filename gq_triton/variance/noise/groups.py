@@ -99,6 +99,8 @@ class MeterClusters(Clusters):
         generator: draws the groups.
         heard: returns what is called with the forward passes of a backward pass that has ended;
             None when the meter is gone.
+        leaves: by parameter name, the tensors to which autograd gives the gradients; None stands
+            for the parameters.
     """
 
     accumulator: _Ears
@@ -107,6 +109,7 @@ class MeterClusters(Clusters):
         self, model: nn.Module, names: dict[Tensor, str], sink: Sink, *, clusters: int,
         features: str | None, batch_dim: int, generator: torch.Generator,
         heard: Callable[[], Callable[[list[Step]], None] | None],
+        leaves: dict[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self._generator = generator
         self._own = None if features is None else KMeans(clusters, nonfinite="zero")
@@ -116,7 +119,7 @@ class MeterClusters(Clusters):
         )  # fmt: skip
         super().__init__(
             model, names, sink, options, sizes_only=features is None,
-            accumulator=partial(_Ears, raw=_Unkept()),
+            accumulator=partial(_Ears, raw=_Unkept(), leaves=leaves),
         )  # fmt: skip
         self.accumulator.heard = heard
         self.accumulator.asleep = True

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -43,7 +44,8 @@ class NoiseScale:
 
     *Ranks.* Under DDP every rank groups its own samples, and the ranks are groups as well: one
     message per measured step, of two numbers per parameter. All ranks have the same figures. A rank
-    that runs out of batches before others (``join``) is refused.
+    that runs out of batches before others (``join``) is refused. A model that ``fully_shard`` has
+    divided is measured in the same way, with three numbers per parameter.
 
     *Counting.* ``every`` counts forward passes with gradients. With several backward passes per
     step (accumulation) the measured batch is that of one pass. Under a loss scaler ``variance`` and
@@ -51,7 +53,7 @@ class NoiseScale:
     the loss a mean or a sum over them.
 
     Args:
-        model: the model: bare, compiled, or in DDP.
+        model: the model: bare, compiled, in DDP, or divided by ``fully_shard``.
         every: one of so many forward passes is measured.
         clusters: K, groups per batch and process; at least 2 in a single process.
         features: name of the submodule whose output describes a sample. The groups are then random
@@ -92,21 +94,7 @@ class NoiseScale:
         seed: int = 0,
     ) -> None:
         params = parameter_names(model)
-        counts = {"every": every, "clusters": clusters, "window": window}
-        problems = [
-            f"{name} must be an integer >= 1, got {shown(value)}"
-            for name, value in counts.items()
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ]
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            problems.append(f"seed must be an integer >= 0, got {shown(seed)}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        if is_divided(model, params):
-            raise ValueError(
-                "NoiseScale does not measure models that fully_shard or parallelize_module has "
-                "divided: measure the same model under DistributedDataParallel"
-            )
+        _check(every=every, clusters=clusters, window=window, seed=seed)
         trained = {name: param for name, param in params.items() if param.requires_grad}
         if not trained:
             raise ValueError("the model must have a parameter that needs a gradient, and has none")
@@ -118,15 +106,34 @@ class NoiseScale:
                 "already: call remove() on its handle first"
             )
         self._model, self._every, self._wanted = inner, every, clusters
-        self._params = trained
         self._halves = features is not None
-        self._sink = Squares(params, "auto", halves=self._halves)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._clusters = MeterClusters(
-            inner, {param: name for name, param in params.items()}, self._sink, clusters=clusters,
-            features=features, batch_dim=batch_dim, generator=self._generator,
-            heard=weakref.WeakMethod(self._ended),
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "clusters": clusters,
+            "features": features,
+            "batch_dim": batch_dim,
+            "generator": torch.Generator().manual_seed(seed),
+            "heard": weakref.WeakMethod(self._ended),
+        }
+        leaves: dict[str, Tensor] = dict(params)
+        kind: Any = MeterClusters
+        self._layout: Any = None
+        if is_divided(model, params):
+            # Imported here: few models are divided, and FSDP is slow to import.
+            from gq_triton.variance.noise.sharded import ShardedMeterClusters, shards_of
+
+            if optimizer is not None:
+                raise ValueError(
+                    "NoiseScale has no lag share of a model that fully_shard has divided: leave "
+                    "optimizer out"
+                )
+            params, self._layout = shards_of(model)
+            trained = {name: param for name, param in params.items() if param.requires_grad}
+            leaves, kind = {}, ShardedMeterClusters
+            options |= {"layout": self._layout, "leaves": leaves}
+        self._params, self._generator = trained, options["generator"]
+        self._sink = Squares(params, leaves, "auto", halves=self._halves)
+        names: dict[Tensor, str] = {param: name for name, param in params.items()}
+        self._clusters: MeterClusters = kind(inner, names, self._sink, **options)
         self._momentum = None if optimizer is None else Momentum(optimizer, trained)
         elements = [param.numel() for param in trained.values()]
         self._window = Window(list(trained), elements, window)
@@ -183,7 +190,7 @@ class NoiseScale:
                 "NoiseScale cannot measure under join(), where a rank without a batch sends no "
                 "figures: call remove() on the meter, or give all ranks as many batches"
             )
-        if self._ddp is None and self._wanted == 1:
+        if self._ddp is None and self._layout is None and self._wanted == 1:
             raise RuntimeError(
                 "one process has no noise to see with clusters=1: give clusters=2 or more"
             )
@@ -203,13 +210,17 @@ class NoiseScale:
         found, norms = sink.figures(list(self._params))
         degrees = samples - 1 if self._halves else min(self._wanted, samples) - 1
         part = Part(samples, degrees, found, self._halves)
-        if self._ddp is None:
-            batch, figures = part.alone()
-        else:
+        if self._layout is not None:
+            squares = self._squares_of_shards(norms) if sink.fresh else None
+            batch, figures = part.with_ranks(self._layout.place.add_up_, squares, divided=True)
+        elif self._ddp is not None:
             # The mean of the ranks' gradients is in p.grad, if this pass alone has put it there.
             plain = not self._ddp._comm_hooks and self._ddp.require_backward_grad_sync
             squares = self._squares(norms) if plain and sink.fresh else None
-            batch, figures = part.with_ranks(self._ddp.process_group, squares)
+            add_up = partial(dist.all_reduce, group=self._ddp.process_group)
+            batch, figures = part.with_ranks(add_up, squares)
+        else:
+            batch, figures = part.alone()
         lag = torch.full_like(figures[:, :2], torch.nan)
         if self._momentum is not None and sink.fresh:
             self._momentum.compare(lag, figures[:, 0] / batch)
@@ -218,6 +229,11 @@ class NoiseScale:
         known = torch.nan_to_num(table[:, :2]).sum(dim=0)
         self._rows.append((self.step, batch, known))
         sink.clear()
+
+    def _squares_of_shards(self, like: Tensor) -> Tensor | None:
+        from gq_triton.variance.noise.sharded import squares_of_shards
+
+        return squares_of_shards(self._params, self._layout, self._sink.known, like)
 
     def _squares(self, like: Tensor) -> Tensor:
         """Return ``|p.grad|**2`` of every parameter, ``(N,)``; NaN where there is none."""
@@ -301,3 +317,16 @@ class NoiseScale:
         ]
         self._generator.set_state(state["generator"])
         self._clusters.load_state_dict(state["clusters"])
+
+
+def _check(*, seed: Any, **counts: Any) -> None:
+    """Raise one ValueError that names every number that cannot hold."""
+    problems = [
+        f"{name} must be an integer >= 1, got {shown(value)}"
+        for name, value in counts.items()
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+    ]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        problems.append(f"seed must be an integer >= 0, got {shown(seed)}")
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -3,10 +3,10 @@
 Shapes: N parameters, W ranks. A rank r has n_r samples, and g_r is its mean gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 __all__ = ["Part"]
@@ -37,7 +37,11 @@ class Part:
         return self.samples, torch.stack(columns, dim=1)
 
     def with_ranks(
-        self, group: dist.ProcessGroup | None, squares: Tensor | None
+        self,
+        add_up: Callable[[Tensor], object],
+        squares: Tensor | None,
+        *,
+        divided: bool = False,
     ) -> tuple[int, Tensor]:
         """Return what ``alone`` does, of all ranks, which must call together.
 
@@ -46,20 +50,26 @@ class Part:
         ``|G|**2 + h v`` with ``h = sum_r 1 / (n_r W**2)``.
 
         Args:
-            group: the process group.
+            add_up: adds a tensor up over the ranks, in place.
             squares: the squared norm of the mean of the ranks' gradients ``(N,)``; None where that
-                is not known. The ranks are then no groups of one batch, and the figures noisier.
+                is not known. If it is not on some rank, the ranks are no groups of one batch, and
+                the figures noisier.
+            divided: whether ``squares`` are this rank's part, to be added up, too.
         """
         spread, square = self.figures[:, 0], self.figures[:, 1]
-        head = square.new_tensor([self.samples, 1 / self.samples, self.degrees, 1.0])
+        known = float(squares is not None)
+        head = square.new_tensor([self.samples, 1 / self.samples, self.degrees, 1.0, known])
         message = [head, spread, square * self.samples]
         if self.crossed:
             message += [self.figures[:, 2], self.figures[:, 3]]
+        if divided:
+            message.append(torch.zeros_like(square) if squares is None else squares)
         sent = torch.cat(message)
-        dist.all_reduce(sent, group=group)
-        total, inverse, degrees, world = sent[:4].tolist()
-        sums = sent[4:].view(-1, len(spread))
-        if squares is None:
+        add_up(sent)
+        total, inverse, degrees, world, known = sent[:5].tolist()
+        sums = sent[5:].view(-1, len(spread))
+        squares = sums[-1] if divided else squares
+        if squares is None or known < world:
             variance = _divided(sums[0], degrees)
             signal = (sums[1] - world * variance) / total
         else:

@@ -30,8 +30,9 @@ class Squares:
     """The sink that measures the groups' gradients and leaves the batch's gradient as it is.
 
     Args:
+        params: the model's parameters by name.
         leaves: by parameter name, the tensors that have the shape, memory order and type of the
-            gradients.
+            gradients; other ones than the parameters in a model that ``fully_shard`` has divided.
         backend: the engine that forms the layers' sums.
         halves: whether groups 2k and 2k + 1 are two random halves of cluster k.
 
@@ -42,8 +43,12 @@ class Squares:
         fresh: whether no parameter had a ``p.grad`` to which the backward pass adds.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor], backend: str, *, halves: bool) -> None:
-        self._leaves, self.backend, self._halves = leaves, backend, halves
+    def __init__(
+        self, params: Mapping[str, Tensor], leaves: Mapping[str, Tensor], backend: str, *,
+        halves: bool,
+    ) -> None:  # fmt: skip
+        self._params, self._leaves = params, leaves
+        self.backend, self._halves = backend, halves
         self.later: Later | None = None
         self.clear()
 
@@ -102,7 +107,7 @@ class Squares:
         if name in self.known:
             self.unknown.add(name)
         self.known.add(name)
-        self.fresh = self.fresh and self._leaves[name].grad is None
+        self.fresh = self.fresh and self._params[name].grad is None
 
     def _add(self, name: str, groups: Groups, sums: Tensor, total: Tensor) -> None:
         """Add up the groups' sums ``(K, E)`` into ``total``, and keep the norms of a block."""
