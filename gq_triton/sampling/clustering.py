@@ -4,52 +4,29 @@ Faghri et al., "A Study of Gradient Variance in Deep Learning" (2020), sections 
 samples, B of them in a batch, K clusters.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gq_triton.sampling.centres import Centre, Sums, of_samples, products
+from gq_triton.sampling.centres import Centre
 from gq_triton.sampling.checks import check_model, count, number, one_of, raise_all
-from gq_triton.sampling.factors import Factors, factors, layers_of
-from gq_triton.sampling.fetch import moved, split_batch
 from gq_triton.sampling.online import followed, revived
-from gq_triton.sampling.partition import ASSIGNMENTS, Assigner, equal_parts, fill
+from gq_triton.sampling.partition import ASSIGNMENTS, equal_parts, fill
+from gq_triton.sampling.passes import Passes, check_samples, nobody
+from gq_triton.sampling.progress import progress
 from gq_triton.sampling.ranks import stream
 from gq_triton.sampling.saved import FOUND, clustering_rule
 from gq_triton.sampling.scores import Loss, as_module
 from gq_triton.sampling.source import Batches, Source, source_of
-from gq_triton.sampling.watch import device_of, run_model, scorer
+from gq_triton.sampling.watch import device_of
 from gq_triton.saved.rules import check
 
 __all__ = ["GradientClustering"]
 
 # Batches of ``partial_fit`` after which clusters without samples are given up.
 REVIVAL = 50
-
-
-class _Batch(NamedTuple):
-    """The factors of a batch's gradients by layer, and the places of its samples."""
-
-    places: Tensor
-    factors: dict[str, Factors]
-
-
-class _Assigned(NamedTuple):
-    """What a pass that assigned all samples found.
-
-    Attributes:
-        labels: ``(N,)`` int64.
-        distortions: the sum of squared distances from the new labels' centres, ``(K,)`` float64.
-        objective: of the old labels with the centres that were made for them; None without labels.
-        squares: the sum of the gradients' squared norms.
-    """
-
-    labels: Tensor
-    distortions: Tensor
-    objective: float | None
-    squares: float
 
 
 class GradientClustering:
@@ -155,18 +132,19 @@ class GradientClustering:
         )
         if isinstance(layers, str):
             raise ValueError(f"layers must be a list of parts of names, got {layers!r}")
-        self.model = scorer(model)
-        self.layers = layers_of(self.model, layers)
+        self._passes = Passes(model, layers, n_clusters, assignment, rank, loss, split, seed)
+        self.model, self.layers = self._passes.model, self._passes.layers
         self.n_clusters, self.assignment, self.rank = n_clusters, assignment, rank
         self.loss, self.max_iter, self.min_size = loss, max_iter, min_size
-        self.beta = beta
-        self._split, self._seed = split or split_batch, seed
-        self._centres: dict[str, Centre] = {}
+        self.beta, self._seed = beta, seed
         self._sizes: Tensor | None = None  # moving averages of batches
         self._followed, self._fitted = 0, False
 
     def fit(self, loader: Any) -> "GradientClustering":
         """Cluster the samples of a dataset, in ``2 max_iter + 1`` passes over it, or 2 more.
+
+        Beside the labels it holds two numbers per sample. After two seconds a bar shows the samples
+        that were read, where stderr is a terminal and rich is installed.
 
         Args:
             loader: a ``DataLoader`` over a map-style dataset, whose batches are read in orders of
@@ -180,36 +158,47 @@ class GradientClustering:
             ValueError: there are fewer samples than clusters, or a loss or gradient is not finite.
         """
         source = source_of(loader)
-        self._check_samples(source.samples)
-        self._centres, self._sizes, self._followed = {}, None, 0
+        check_samples(self.n_clusters, source.samples)
+        passes = 2 * self.max_iter + 1
+        total = None if source.own is None else passes * source.own
+        with progress("clusters of gradients", total) as self._passes.seen:
+            try:
+                self._fit(source)
+            finally:
+                self._passes.seen = nobody
+        return self
+
+    def _fit(self, source: Source | Batches) -> None:
+        self._passes.centres, self._sizes, self._followed = {}, None, 0
         labels, best, splits = None, None, 0
         self.objectives_ = []
         for iteration in range(self.max_iter):
-            found = self._assign(source, iteration, labels)
+            found = self._passes.assign(source, iteration, labels)
             if labels is not None:
                 best = self._better(best, found.objective, labels)
             generator = stream(self._seed, "halves", iteration)
             labels, halved = fill(found.labels, found.distortions, generator, self.min_size)
             splits += halved
-            mean = self._update(source, labels, mean=iteration == 0)
+            mean = self._passes.update(source, labels, mean=iteration == 0)
             if mean is not None:
                 samples = len(labels)
                 variance = max(0.0, found.squares / samples - mean)
                 self.uniform_ = samples**2 * variance / self.n_clusters
         assert labels is not None
-        best = self._better(best, self._assign(source, self.max_iter, labels).objective, labels)
+        best = self._better(
+            best, self._passes.assign(source, self.max_iter, labels).objective, labels
+        )
         self.objective_, self.labels_ = best
         self.fell_back_ = self.n_clusters > 1 and not self.objective_ < self.uniform_
         if self.fell_back_:
             generator = stream(self._seed, "parts")
             self.labels_ = equal_parts(len(labels), self.n_clusters, generator)
-            self._update(source, self.labels_)
-            objective = self._assign(source, self.max_iter + 1, self.labels_).objective
+            self._passes.update(source, self.labels_)
+            objective = self._passes.assign(source, self.max_iter + 1, self.labels_).objective
             assert objective is not None
             self.objective_ = objective
         self.n_splits_, self._fitted = splits, True
         self.cluster_sizes_ = torch.bincount(self.labels_, minlength=self.n_clusters)
-        return self
 
     def partial_fit(self, batch: Any) -> Tensor:
         """Follow a training: assign one batch, and move the centres towards its samples.
@@ -230,24 +219,25 @@ class GradientClustering:
         """
         if self.rank != 1:
             raise ValueError(f"partial_fit needs rank=1, got {self.rank}")
-        inputs, targets = self._split(moved(batch, device_of(self.model)))
-        found = factors(self.model, self.layers, run_model, inputs, targets, self.loss)
+        found = self._passes.factors(batch)
         samples = len(next(iter(found.values())).inputs)
-        if not self._centres:
-            self._check_samples(samples)
-            self._centres = self._first([found])
+        if not self._passes.centres:
+            check_samples(self.n_clusters, samples)
+            self._passes.centres = self._passes.first([found])
         if self._sizes is None:
             share = samples / self.n_clusters
             self._sizes = torch.full((self.n_clusters,), share, dtype=torch.float64)
-        distances, _ = self._distances(found)
+        distances, _ = self._passes.distances(found)
         labels = ((self._sizes + 1) * distances).argmin(1)
-        moving = followed(self._centres, self._sizes, found, labels, self.beta)
-        self._centres, self._sizes = moving
+        moving = followed(self._passes.centres, self._sizes, found, labels, self.beta)
+        self._passes.centres, self._sizes = moving
         self._followed += 1
         if self._followed % REVIVAL == 0:
             own = distances.gather(1, labels[:, None])[:, 0]
             distortions = torch.zeros_like(self._sizes).index_add_(0, labels, own)
-            self._centres, self._sizes = revived(self._centres, self._sizes, distortions)
+            self._passes.centres, self._sizes = revived(
+                self._passes.centres, self._sizes, distortions
+            )
         return labels
 
     def predict(self, loader: Any) -> Tensor:
@@ -264,9 +254,9 @@ class GradientClustering:
             TypeError: as ``fit``.
             ValueError: as ``fit``.
         """
-        if not self._centres:
+        if not self._passes.centres:
             raise RuntimeError("there are no centres yet: call fit or partial_fit first")
-        return self._assign(source_of(loader), self._followed, None).labels
+        return self._passes.assign(source_of(loader), self._followed, None).labels
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was found, and the centres and sizes that ``partial_fit`` goes on from."""
@@ -274,7 +264,7 @@ class GradientClustering:
         return {
             "n_clusters": self.n_clusters,
             "fit": fit,
-            "centres": {name: list(centre) for name, centre in self._centres.items()},
+            "centres": {name: list(centre) for name, centre in self._passes.centres.items()},
             "sizes": self._sizes,
             "followed": self._followed,
         }
@@ -289,7 +279,7 @@ class GradientClustering:
         rule = clustering_rule(self.n_clusters, [*self.layers])
         check(state, rule, "the saved GradientClustering")
         device, fit, sizes = device_of(self.model), state["fit"], state["sizes"]
-        self._centres = {
+        self._passes.centres = {
             name: Centre(*(side.to(device, copy=True) for side in sides))
             for name, sides in state["centres"].items()
         }
@@ -301,108 +291,6 @@ class GradientClustering:
             self.labels_ = fit["labels_"].to("cpu", copy=True)
             self.cluster_sizes_ = torch.bincount(self.labels_, minlength=self.n_clusters)
 
-    # --- passes
-
-    def _batches(self, read: Iterator[tuple[Tensor | None, Any]]) -> Iterator[_Batch]:
-        """Yield the factors of every batch that a source reads."""
-        device, begin = device_of(self.model), 0
-        for places, batch in read:
-            inputs, targets = self._split(moved(batch, device))
-            found = factors(self.model, self.layers, run_model, inputs, targets, self.loss)
-            size = len(next(iter(found.values())).inputs)
-            if places is None:
-                places = torch.arange(begin, begin + size)
-            begin += size
-            yield _Batch(places, found)
-
-    def _begin(self, source: Source | Batches, order: Tensor | None) -> None:
-        """Make the first samples of an order the centres."""
-        found, seen = [], 0
-        for batch in self._batches(source.first(order, self.n_clusters)):
-            found.append(batch.factors)
-            seen += len(batch.places)
-            if seen >= self.n_clusters:
-                break
-        self._check_samples(seen)
-        first = self._first(found).items()
-        self._centres = {name: Centre(*map(source.of_first_rank, one)) for name, one in first}
-
-    def _assign(self, source: Source | Batches, iteration: int, old: Tensor | None) -> _Assigned:
-        """Assign every sample to a centre, and measure the old labels by the centres."""
-        samples = source.samples
-        order = None if samples is None else _shuffled(samples, self._seed, iteration)
-        if not self._centres:
-            self._begin(source, order)
-        sizes = torch.full((self.n_clusters,), 1.0, dtype=torch.float64)
-        if old is not None:
-            sizes = torch.bincount(old, minlength=self.n_clusters).double()
-        assigner = Assigner(self.assignment, sizes)
-        # Rows: distortions of the new labels and of the old ones, and the squared norms.
-        sums = torch.zeros(3, self.n_clusters, dtype=torch.float64)
-        places, labels = [], []
-        for batch in self._batches(source.batches(order)):
-            distances, squares = self._distances(batch.factors)
-            own = assigner(distances)
-            places.append(batch.places)
-            labels.append(own)
-            sums[0].index_add_(0, own, distances.gather(1, own[:, None])[:, 0])
-            if old is not None:
-                before = _labels_at(old, batch.places)
-                sums[1].index_add_(0, before, distances.gather(1, before[:, None])[:, 0])
-            sums[2].index_add_(0, own, squares)
-        found = torch.zeros(samples or sum(map(len, labels)), dtype=torch.int64)
-        if labels:  # a rank may have no sample
-            found[torch.cat(places)] = torch.cat(labels)
-        distortions, within, norms = source.total(sums)
-        objective = None if old is None else float((sizes * within).sum())
-        return _Assigned(source.total(found), distortions, objective, float(norms.sum()))
-
-    def _first(self, found: list[dict[str, Factors]]) -> dict[str, Centre]:
-        """Return the first K samples as centres."""
-        centres = {}
-        for name in found[0]:
-            first = [Factors(*(f[: self.n_clusters] for f in batch[name])) for batch in found]
-            made = [of_samples(one, self.rank) for one in first]
-            pairs = zip(*made, strict=True)
-            centres[name] = Centre(*(torch.cat(pair)[: self.n_clusters] for pair in pairs))
-        return centres
-
-    def _distances(self, found: dict[str, Factors]) -> tuple[Tensor, Tensor]:
-        """Return squared distances ``(B, K)`` and squared norms ``(B,)``, float64 on the CPU."""
-        distances, squares = 0, 0
-        for name, one in found.items():
-            centre = self._centres[name]
-            dots, norms = products(one, centre)
-            squares = squares + norms.double()
-            both = norms.double()[:, None] + centre.squares.double()
-            # Rounding may lead below 0. It is not rounded further, however small gradients are.
-            distances = distances + (both - 2 * dots.double()).clamp_(min=0)
-        assert isinstance(distances, Tensor)
-        assert isinstance(squares, Tensor)
-        if not bool(squares.isfinite().all()):
-            raise ValueError(
-                "the gradients of all samples must be finite, got a NaN or an infinity: look at "
-                "the model's outputs and the loss"
-            )
-        return distances.cpu(), squares.cpu()
-
-    def _update(self, source: Source | Batches, labels: Tensor, mean: bool = False) -> float | None:
-        """Make new centres for the labels; return the squared norm of the mean gradient."""
-        sums: dict[str, Sums] = {}
-        for batch in self._batches(source.batches(None)):
-            own = _labels_at(labels, batch.places).to(device_of(self.model))
-            for name, one in batch.factors.items():
-                if name not in sums:
-                    sums[name] = Sums(self.rank, self.n_clusters, mean)
-                sums[name].add(one, own)
-        for one in sums.values():
-            one.share(source.total)
-        self._centres = {name: one.centre() for name, one in sums.items()}
-        totals = [one.total for one in sums.values() if one.total is not None]
-        if not mean:
-            return None
-        return sum(float((total / len(labels)).square().sum()) for total in totals)
-
     # --- decisions
 
     def _better(
@@ -412,23 +300,3 @@ class GradientClustering:
         assert objective is not None
         self.objectives_.append(objective)
         return best if best is not None and best[0] <= objective else (objective, labels)
-
-    def _check_samples(self, samples: int | None) -> None:
-        if samples is not None and samples < self.n_clusters:
-            raise ValueError(
-                f"n_clusters must be at most the number of samples, got {self.n_clusters} > "
-                f"{samples}"
-            )
-
-
-def _labels_at(labels: Tensor, places: Tensor) -> Tensor:
-    if int(places.max()) >= len(labels):
-        raise ValueError(
-            f"the loader must yield the same samples in every pass, got {len(labels)} in one and "
-            "more in another"
-        )
-    return labels[places]
-
-
-def _shuffled(samples: int, *name: object) -> Tensor:
-    return torch.randperm(samples, generator=stream(*name, "order"))

@@ -17,7 +17,7 @@ __all__ = ["Source", "source_of"]
 class Source:
     """A dataset behind a ``DataLoader``, read in batches of the same size in any order.
 
-    Under ``torch.distributed`` every rank reads a part.
+    Under ``torch.distributed`` every rank reads a part, of ``own`` samples.
 
     Args:
         loader: the user's loader, from which dataset, batch size, ``collate_fn`` and workers come.
@@ -38,6 +38,7 @@ class Source:
         self.samples = len(dataset)
         if not self.samples:
             raise ValueError("the loader's dataset must have at least one sample, got none")
+        self.own: int | None = len(range(self._rank, self.samples, self._ranks))
 
     def batches(self, order: Tensor | None) -> Iterator[tuple[Tensor | None, Any]]:
         """Yield the places ``(b,)`` and the batch of this rank's samples, in an order ``(N,)``."""
@@ -53,14 +54,13 @@ class Source:
         given = self._loader
         loader = DataLoader(
             given.dataset,
-            batch_size=self._size,
-            sampler=order.tolist(),
+            batch_sampler=_Parts(order, self._size),
             collate_fn=given.collate_fn,
             num_workers=given.num_workers,
             worker_init_fn=given.worker_init_fn,
             generator=torch.Generator().manual_seed(0),  # the global one is left alone
         )
-        yield from zip(order.split(self._size), loader, strict=True)
+        yield from zip(_Parts(order, self._size).tensors(), loader, strict=True)
 
     def total(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks, on its device."""
@@ -83,6 +83,27 @@ class Source:
         return tensor.to(device, copy=True).contiguous()
 
 
+class _Parts:
+    """A batch sampler that cuts an order into batches, and lists one of them at a time.
+
+    A list of millions of numbers would take more memory than the labels.
+    """
+
+    def __init__(self, order: Tensor, size: int) -> None:
+        self._order, self._size = order, size
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (part.tolist() for part in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the parts."""
+        starts = range(0, len(self._order), self._size)
+        return (self._order[start : start + self._size] for start in starts)
+
+
 class Batches:
     """Batches that come in the same order in every pass, such as a list of them.
 
@@ -91,6 +112,7 @@ class Batches:
     """
 
     samples: int | None = None
+    own: int | None = None
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches

@@ -143,8 +143,10 @@ class Twins:
         all_of_them = self.loss(self.whole, torch.cat(batches)) * scale
         all_of_them.backward()
         if self.brings:
-            labels = self.plain.labels_.split(self.sizes)[self.rank] - CLUSTERS * self.rank
-            self.queue.set_labels(labels)
+            labels = self.plain.labels_
+            assert labels is not None
+            mine_of_all = labels.split(self.sizes)[self.rank] - CLUSTERS * self.rank
+            self.queue.set_labels(mine_of_all)
         mine = self.loss(self.sharded, batches[self.rank]) * scale
         mine.backward()
         return mine.detach(), all_of_them.detach()

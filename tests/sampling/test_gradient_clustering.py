@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import sys
 import time
 
 import pytest
@@ -11,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gq_triton.sampling import GradientClustering, StratifiedBatchSampler
-from gq_triton.sampling import clustering as module
 from gq_triton.sampling.centres import Centre
 from gq_triton.sampling.factors import Factors, factors
 from gq_triton.sampling.online import followed, revived
@@ -197,8 +197,8 @@ def test_a_partition_worse_than_uniform_batches_is_replaced(monkeypatch):
         def __call__(self, distances):
             return torch.zeros(len(distances), dtype=torch.long)
 
-    monkeypatch.setattr(module, "Assigner", Bad)
-    monkeypatch.setattr(module, "fill", lambda *_: (lone, 0))
+    monkeypatch.setattr("gq_triton.sampling.passes.Assigner", Bad)
+    monkeypatch.setattr("gq_triton.sampling.clustering.fill", lambda *_: (lone, 0))
     clustering = GradientClustering(model, n_clusters=2, rank=12).fit(DataLoader(data, 20))
     assert scatter(gradients, lone) > clustering.uniform_
     assert clustering.fell_back_
@@ -281,7 +281,7 @@ def test_a_state_that_does_not_fit_is_refused():
     other = GradientClustering(model, n_clusters=5)
     with pytest.raises(ValueError, match="n_clusters must be 5 here"):
         other.load_state_dict(state)
-    assert not other._centres
+    assert not other._passes.centres
     other = GradientClustering(model, n_clusters=4)
     with pytest.raises(ValueError, match="'body' that is no layer here"):
         other.load_state_dict({**state, "centres": {"body": state["centres"]["2"]}})
@@ -330,6 +330,30 @@ def test_bad_data_is_refused():
         GradientClustering(model, n_clusters=2).fit(DataLoader(data, 20))
 
 
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("delay", [0.0, 3600.0])
+def test_a_long_fit_shows_how_far_it_is(monkeypatch, delay):
+    monkeypatch.setattr("gq_triton.sampling.progress.DELAY", delay)
+    monkeypatch.setenv("TERM", "xterm")
+    x = torch.randn(40, 3)
+    data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+    for loader in (
+        torch.utils.data.DataLoader(data, batch_size=10),
+        list(zip(x.split(10), [(x[:10, 0] > 0).long()] * 4, strict=True)),
+    ):
+        screen = Screen()
+        monkeypatch.setattr(sys, "stderr", screen)
+        GradientClustering(nn.Linear(3, 2), n_clusters=4, max_iter=2).fit(loader)
+        assert ("clusters of gradients" in screen.getvalue()) == (delay == 0)
+    monkeypatch.setattr(sys, "stderr", plain := io.StringIO())
+    GradientClustering(nn.Linear(3, 2), n_clusters=4, max_iter=2).fit(loader)
+    assert plain.getvalue() == ""
+
+
 @pytest.mark.slow
 def test_an_a_step_takes_no_longer_than_a_backward_pass():
     """An MLP 1024 wide, K = 10: distances of 512 samples, given the factors."""
@@ -343,7 +367,7 @@ def test_an_a_step_takes_no_longer_than_a_backward_pass():
     own, backward = [], []
     for _ in range(7):
         begin = time.perf_counter()
-        clustering._distances(found)
+        clustering._passes.distances(found)
         own.append(time.perf_counter() - begin)
         loss = F.cross_entropy(model(x), y)
         begin = time.perf_counter()

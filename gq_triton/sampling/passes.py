@@ -1,0 +1,214 @@
+"""The passes over a dataset that cluster its samples: assign all, or make centres for labels.
+
+Shapes: N samples, B of them in a batch, K clusters.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gq_triton.sampling.centres import Centre, Sums, of_samples, products
+from gq_triton.sampling.factors import Factors, factors, layers_of
+from gq_triton.sampling.fetch import moved, split_batch
+from gq_triton.sampling.partition import Assigner
+from gq_triton.sampling.ranks import stream
+from gq_triton.sampling.scores import Loss
+from gq_triton.sampling.source import Batches, Source
+from gq_triton.sampling.watch import device_of, run_model, scorer
+
+__all__ = ["Assigned", "Passes", "check_samples", "nobody"]
+
+
+class Batch(NamedTuple):
+    """The factors of a batch's gradients by layer, and the places of its samples."""
+
+    places: Tensor
+    factors: dict[str, Factors]
+
+
+class Assigned(NamedTuple):
+    """What a pass that assigned all samples found.
+
+    Attributes:
+        labels: ``(N,)`` int64.
+        distortions: the sum of squared distances from the new labels' centres, ``(K,)`` float64.
+        objective: of the old labels with the centres that were made for them; None without labels.
+        squares: the sum of the gradients' squared norms.
+    """
+
+    labels: Tensor
+    distortions: Tensor
+    objective: float | None
+    squares: float
+
+
+class Passes:
+    """The passes of one model, and the centres that they leave.
+
+    Args:
+        model: the model, also within DDP.
+        layers: parts of the names of the layers that count; None takes all.
+        n_clusters: K.
+        assignment: the rule of assignments.
+        rank: the terms of a centre.
+        loss: the loss whose gradients are clustered.
+        split: ``batch -> (inputs, targets)``.
+        seed: seed of the orders.
+
+    Attributes:
+        centres: the centres by layer; empty before the first pass.
+        seen: called with the number of samples of every batch that was read.
+
+    Raises:
+        ValueError: no layer can be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Any,
+        n_clusters: int,
+        assignment: str,
+        rank: int,
+        loss: Loss,
+        split: Callable[[Any], tuple[Any, Any]] | None,
+        seed: int,
+    ) -> None:
+        self.model = scorer(model)
+        self.layers = layers_of(self.model, layers)
+        self.n_clusters, self.assignment, self.rank, self.loss = n_clusters, assignment, rank, loss
+        self._split, self._seed = split or split_batch, seed
+        self.centres: dict[str, Centre] = {}
+        self.seen: Callable[[int], None] = nobody
+
+    def factors(self, batch: Any) -> dict[str, Factors]:
+        """Return the factors of a batch's gradients by layer."""
+        inputs, targets = self._split(moved(batch, device_of(self.model)))
+        return factors(self.model, self.layers, run_model, inputs, targets, self.loss)
+
+    def batches(self, read: Iterator[tuple[Tensor | None, Any]]) -> Iterator[Batch]:
+        """Yield the factors of every batch that a source reads."""
+        begin = 0
+        for places, batch in read:
+            found = self.factors(batch)
+            size = len(next(iter(found.values())).inputs)
+            if places is None:
+                places = torch.arange(begin, begin + size)
+            begin += size
+            self.seen(size)
+            yield Batch(places, found)
+
+    def begin(self, source: Source | Batches, order: Tensor | None) -> None:
+        """Make the first samples of an order the centres."""
+        found, seen = [], 0
+        for batch in self.batches(source.first(order, self.n_clusters)):
+            found.append(batch.factors)
+            seen += len(batch.places)
+            if seen >= self.n_clusters:
+                break
+        check_samples(self.n_clusters, seen)
+        first = self.first(found).items()
+        self.centres = {name: Centre(*map(source.of_first_rank, one)) for name, one in first}
+
+    def assign(self, source: Source | Batches, iteration: int, old: Tensor | None) -> Assigned:
+        """Assign every sample to a centre, and measure the old labels by the centres."""
+        samples = source.samples
+        order = None if samples is None else _shuffled(samples, self._seed, iteration)
+        if not self.centres:
+            self.begin(source, order)
+        sizes = torch.full((self.n_clusters,), 1.0, dtype=torch.float64)
+        if old is not None:
+            sizes = torch.bincount(old, minlength=self.n_clusters).double()
+        assigner = Assigner(self.assignment, sizes)
+        # Rows: distortions of the new labels and of the old ones, and the squared norms.
+        sums = torch.zeros(3, self.n_clusters, dtype=torch.float64)
+        places, labels = [], []
+        for batch in self.batches(source.batches(order)):
+            distances, squares = self.distances(batch.factors)
+            own = assigner(distances)
+            places.append(batch.places)
+            labels.append(own)
+            sums[0].index_add_(0, own, distances.gather(1, own[:, None])[:, 0])
+            if old is not None:
+                before = _labels_at(old, batch.places)
+                sums[1].index_add_(0, before, distances.gather(1, before[:, None])[:, 0])
+            sums[2].index_add_(0, own, squares)
+        found = torch.zeros(samples or sum(map(len, labels)), dtype=torch.int64)
+        if labels:  # a rank may have no sample
+            found[torch.cat(places)] = torch.cat(labels)
+        distortions, within, norms = source.total(sums)
+        objective = None if old is None else float((sizes * within).sum())
+        return Assigned(source.total(found), distortions, objective, float(norms.sum()))
+
+    def first(self, found: list[dict[str, Factors]]) -> dict[str, Centre]:
+        """Return the first K samples as centres."""
+        centres = {}
+        for name in found[0]:
+            first = [Factors(*(f[: self.n_clusters] for f in batch[name])) for batch in found]
+            made = [of_samples(one, self.rank) for one in first]
+            pairs = zip(*made, strict=True)
+            centres[name] = Centre(*(torch.cat(pair)[: self.n_clusters] for pair in pairs))
+        return centres
+
+    def distances(self, found: dict[str, Factors]) -> tuple[Tensor, Tensor]:
+        """Return squared distances ``(B, K)`` and squared norms ``(B,)``, float64 on the CPU."""
+        distances, squares = 0, 0
+        for name, one in found.items():
+            centre = self.centres[name]
+            dots, norms = products(one, centre)
+            squares = squares + norms.double()
+            both = norms.double()[:, None] + centre.squares.double()
+            # Rounding may lead below 0. It is not rounded further, however small gradients are.
+            distances = distances + (both - 2 * dots.double()).clamp_(min=0)
+        assert isinstance(distances, Tensor)
+        assert isinstance(squares, Tensor)
+        if not bool(squares.isfinite().all()):
+            raise ValueError(
+                "the gradients of all samples must be finite, got a NaN or an infinity: look at "
+                "the model's outputs and the loss"
+            )
+        return distances.cpu(), squares.cpu()
+
+    def update(self, source: Source | Batches, labels: Tensor, mean: bool = False) -> float | None:
+        """Make new centres for the labels; return the squared norm of the mean gradient."""
+        sums: dict[str, Sums] = {}
+        for batch in self.batches(source.batches(None)):
+            own = _labels_at(labels, batch.places).to(device_of(self.model))
+            for name, one in batch.factors.items():
+                if name not in sums:
+                    sums[name] = Sums(self.rank, self.n_clusters, mean)
+                sums[name].add(one, own)
+        for one in sums.values():
+            one.share(source.total)
+        self.centres = {name: one.centre() for name, one in sums.items()}
+        totals = [one.total for one in sums.values() if one.total is not None]
+        if not mean:
+            return None
+        return sum(float((total / len(labels)).square().sum()) for total in totals)
+
+
+def check_samples(n_clusters: int, samples: int | None) -> None:
+    """Raise a ValueError if there are fewer samples than clusters; None samples are unknown."""
+    if samples is not None and samples < n_clusters:
+        raise ValueError(
+            f"n_clusters must be at most the number of samples, got {n_clusters} > {samples}"
+        )
+
+
+def nobody(samples: int) -> None:
+    """Tell nobody how many samples a batch has."""
+
+
+def _labels_at(labels: Tensor, places: Tensor) -> Tensor:
+    if int(places.max()) >= len(labels):
+        raise ValueError(
+            f"the loader must yield the same samples in every pass, got {len(labels)} in one and "
+            "more in another"
+        )
+    return labels[places]
+
+
+def _shuffled(samples: int, *name: object) -> Tensor:
+    return torch.randperm(samples, generator=stream(*name, "order"))
