@@ -82,7 +82,15 @@ MAY = {
     "commands": set(),
     "launch": {"commands", "tasks", "training"} | DOORS,
     # Benchmarks also time engines alone, and check before they time.
-    "benchmarks": {"testing", "kernels", "reference", "tasks", "variance", "variance.noise"}
+    "benchmarks": {
+        "testing",
+        "kernels",
+        "reference",
+        "sampling",
+        "tasks",
+        "variance",
+        "variance.noise",
+    }
     | DOORS
     | BELOW,
 }
