@@ -34,10 +34,10 @@ from gq_triton.grouping.kmeans import NOT_FINITE, KMeans
 from gq_triton.options import OUTPUT_GRADIENT, ClusterOptions
 from gq_triton.saved.rules import Also, Bytes, ListOf, Maybe, Number, OneOf, Record, check
 
-__all__ = ["Clusters"]
+__all__ = ["INSTALLED", "Clusters"]
 
 # The attribute of the model that holds its clusters while they are installed.
-_INSTALLED = "_gq_triton_clusters"
+INSTALLED = "_gq_triton_clusters"
 
 
 def _nothing() -> None:
@@ -220,7 +220,7 @@ class Clusters:
 
     def install(self) -> Callable[[], None]:
         """Make the model's backward passes use the sink's gradients; return what undoes it."""
-        earlier: Clusters | None = vars(self.model).get(_INSTALLED)
+        earlier: Clusters | None = vars(self.model).get(INSTALLED)
         if earlier is not None and earlier.model is self.model:
             earlier.uninstall()  # its plug-in or hook is gone, or is replaced
         accumulator = self.accumulator
@@ -245,10 +245,10 @@ class Clusters:
                 handle.remove()
             conversion.undo()
             accumulator.release()
-            vars(self.model).pop(_INSTALLED, None)
+            vars(self.model).pop(INSTALLED, None)
             self.uninstall = _nothing
 
-        vars(self.model)[_INSTALLED] = self
+        vars(self.model)[INSTALLED] = self
         self._depth = 0
         self.uninstall = undo
         self._ownerless = False
@@ -257,7 +257,7 @@ class Clusters:
     @property
     def installed(self) -> bool:
         """Whether the model's backward passes use the sink's gradients."""
-        return vars(self.model).get(_INSTALLED) is self
+        return vars(self.model).get(INSTALLED) is self
 
     def end_with(self, owner: object) -> None:
         """Undo the present installation when its owner is gone: something else may train the model.

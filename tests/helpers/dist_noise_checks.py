@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from gq_triton.dist import register
 from gq_triton.variance import NoiseScale
 
 F64 = torch.float64
@@ -34,11 +35,11 @@ def made(**options: Any) -> tuple[nn.Module, DDP, NoiseScale]:
     return twin, ddp, NoiseScale(ddp, 1, seed=dist.get_rank(), **options)
 
 
-def samples(twin: nn.Module, rank: int, size: int) -> torch.Tensor:
+def samples(twin: nn.Module, rank: int, size: int, step: int = 0) -> torch.Tensor:
     """Return the gradients of a rank's samples, ``(B, P)``."""
     params = list(twin.parameters())
     rows = [
-        torch.autograd.grad(loss_of(twin, row[None]), params) for row in batch(rank, size)
+        torch.autograd.grad(loss_of(twin, row[None]), params) for row in batch(rank, size, step)
     ]  # fmt: skip
     return torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows])
 
@@ -153,6 +154,30 @@ def check_features_on_every_rank(rank: int) -> None:
     same_everywhere(found.value)
 
 
+def check_clusters_of_the_hook(rank: int) -> None:
+    """The meter listens to the hook's clusters, and the weighted gradients stay as they are."""
+    world = dist.get_world_size()
+    torch.manual_seed(0)
+    model = MLP().to(F64)
+    bare = copy.deepcopy(model)
+    ddps = [DDP(copy.deepcopy(model), bucket_cap_mb=1e-4) for _ in range(2)]
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    options = {"n_clusters": 3, "features": "features", "queue_length": 3, "backend": "torch"}
+    states = [register(ddp, clusterer=lambda _: labels, **options) for ddp in ddps]
+    meter = NoiseScale(ddps[0], 2)
+    for step in range(6):
+        for ddp in ddps:
+            ddp.zero_grad()
+            loss_of(ddp, batch(rank, 5, step)).backward()
+        for a, b in zip(ddps[0].parameters(), ddps[1].parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+    assert [row["step"] for row in meter.history] == [2, 4, 6]
+    parts = [samples(bare, r, 5, 5) for r in range(world)]
+    variance = sum(float(part.var(dim=0).sum()) for part in parts) / world
+    assert meter.history[-1]["variance"] == pytest.approx(variance, rel=1e-9)
+    assert states[0].cluster_sizes_ == [2, 2, 1]
+
+
 def check_join_is_refused(rank: int) -> None:
     _, ddp, _ = made()
     with ddp.join(), pytest.raises(RuntimeError, match=r"cannot measure under join"):
@@ -166,4 +191,5 @@ CHECKS = [
     check_planted_noise,
     check_one_message_and_the_gradients_of_plain_ddp,
     check_features_on_every_rank,
+    check_clusters_of_the_hook,
 ]

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportFunctionMemberAccess=false
 """The noise meter: its figures against gradients of single samples, and the training it leaves."""
 
 import copy
@@ -292,19 +292,73 @@ def test_every_option_that_cannot_hold_is_refused():
     assert model(torch.randn(8, 6)) is not None
 
 
-def test_two_meters_and_clusters_do_not_share_a_model():
+def test_two_meters_do_not_share_a_model():
     model = MLP()
     meter = NoiseScale(model)
-    with pytest.raises(ValueError, match="sums this model's gradients by group already"):
+    with pytest.raises(ValueError, match=r"another NoiseScale measures .* call remove\(\)"):
         NoiseScale(model)
     meter.remove()
     meter.remove()
-    queue = GradQueue(model, n_clusters=2, features="features")
-    handle = queue.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="sums this model's gradients by group already"):
-        NoiseScale(model)
-    handle.remove()
     NoiseScale(model).remove()
+
+
+def clustered(model, **options):
+    queue = GradQueue(model, n_clusters=3, features="features", queue_length=3, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return queue, optimizer, queue.attach(optimizer)
+
+
+@pytest.mark.parametrize("kind", [MLP, lambda: GPT(norm=nn.RMSNorm)])
+def test_a_meter_listens_to_the_clusters_of_a_grad_queue(kind):
+    """Training is that without a meter; the variance is that of single samples in clusters of 2."""
+    torch.manual_seed(0)
+    model = kind().to(F64)
+    twin = copy.deepcopy(model)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    options = {"clusterer": lambda features: labels, "backend": "torch", "population_power": 0.5}
+    queue, optimizer, _ = clustered(model, **options)
+    _, plain, _ = clustered(twin, **options)
+    meter = NoiseScale(model, every=2)
+    for step in range(1, 7):
+        batch = torch.randint(9, (6, 5)) if kind is not MLP else torch.randn(6, 6, dtype=F64)
+        for module, steps in ((model, optimizer), (twin, plain)):
+            steps.zero_grad()
+            losses_of(module, batch).mean().backward()
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+        assert torch.equal(queue.labels_, labels)
+        if step % 2 == 0:
+            bare = kind().to(F64)
+            bare.load_state_dict(twin.state_dict())
+            variance = sum(
+                float(rows.var(dim=0).sum())
+                for rows in by_sample(bare, losses_of(bare, batch)).values()
+            )
+            assert meter.history[-1]["variance"] == pytest.approx(variance, rel=1e-9)
+        optimizer.step()
+        plain.step()
+    assert [row["step"] for row in meter.history] == [2, 4, 6]
+    assert meter.report().total.between_to_within.value > 0
+    assert queue.metrics()["cluster_sizes"] == [2, 2, 2]
+
+
+def test_a_meter_on_a_grad_queue_says_what_it_does_not_take():
+    model = MLP()
+    queue, optimizer, handle = clustered(model)
+    for options, words in [({"features": "features"}, "leave features out"),
+                           ({"optimizer": optimizer}, "leave optimizer out")]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"attached to the model; {words}"):
+            NoiseScale(model, **options)
+    meter = NoiseScale(model, every=1)
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"build the NoiseScale after attach\(\)"):
+        model(torch.randn(6, 6))
+    meter.remove()
+    own = NoiseScale(model, every=1)
+    queue.attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"build the NoiseScale after attach\(\)"):
+        model(torch.randn(6, 6))
+    own.remove()
 
 
 def test_it_stands_beside_a_grad_queue_without_clusters():

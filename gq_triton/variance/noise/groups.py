@@ -124,6 +124,10 @@ class MeterClusters(Clusters):
         self.accumulator.heard = heard
         self.accumulator.asleep = True
 
+    def wake(self, measured: bool) -> None:
+        """Have the forward pass that begins measured, or run unchanged."""
+        self.accumulator.asleep = not measured
+
     def assign(self, step: Step) -> Groups:
         """Return the groups of a step's samples."""
         if step.features is None and self._own is None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from gq_triton.cluster_grad import Step
+from gq_triton.cluster_grad import Clusters, Step
+from gq_triton.cluster_grad.clusters import INSTALLED
 from gq_triton.cluster_grad.copies import recorded
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.names import bare, is_divided, parameter_names
@@ -23,6 +24,7 @@ from gq_triton.variance.noise.part import Part
 from gq_triton.variance.noise.report import LayerNoise, NoiseReport, layers, report
 from gq_triton.variance.noise.saved import saved_rule
 from gq_triton.variance.noise.sink import Squares
+from gq_triton.variance.noise.tap import Tap
 from gq_triton.variance.noise.window import Estimate, Measured, Window, ratio
 
 __all__ = ["NoiseScale"]
@@ -100,13 +102,11 @@ class NoiseScale:
             raise ValueError("the model must have a parameter that needs a gradient, and has none")
         wrapped = bare(model)
         inner = bare(wrapped.module) if isinstance(wrapped, DistributedDataParallel) else wrapped
-        if "_gq_triton_clusters" in vars(inner):
-            raise ValueError(
-                "a GradQueue with clusters, or another meter, sums this model's gradients by group "
-                "already: call remove() on its handle first"
-            )
+        self._tapped = vars(inner).get(INSTALLED)
+        if self._tapped is not None:
+            _check_tapped(self._tapped, features, optimizer, is_divided(model, params))
         self._model, self._every, self._wanted = inner, every, clusters
-        self._halves = features is not None
+        self._halves = features is not None or self._tapped is not None
         options: dict[str, Any] = {
             "clusters": clusters,
             "features": features,
@@ -133,7 +133,11 @@ class NoiseScale:
         self._params, self._generator = trained, options["generator"]
         self._sink = Squares(params, leaves, "auto", halves=self._halves)
         names: dict[Tensor, str] = {param: name for name, param in params.items()}
-        self._clusters: MeterClusters = kind(inner, names, self._sink, **options)
+        self._clusters: MeterClusters | Tap
+        if self._tapped is not None:
+            self._clusters = Tap(self._tapped, self._sink, self._generator, options["heard"])
+        else:
+            self._clusters = kind(inner, names, self._sink, **options)
         self._momentum = None if optimizer is None else Momentum(optimizer, trained)
         elements = [param.numel() for param in trained.values()]
         self._window = Window(list(trained), elements, window)
@@ -180,7 +184,12 @@ class NoiseScale:
             return
         self.step += 1
         measured = self.step % self._every == 0
-        self._clusters.accumulator.asleep = not measured
+        if measured and not self._clusters.installed:
+            raise RuntimeError(
+                "a GradQueue was attached to the meter's model, or removed from it: build the "
+                "NoiseScale after attach(), and call remove() on this one"
+            )
+        self._clusters.wake(measured)
         if not measured:
             return
         self._sink.clear()
@@ -197,7 +206,7 @@ class NoiseScale:
 
     def _ended(self, steps: list[Step]) -> None:
         """Take the figures of a backward pass that has just ended."""
-        self._clusters.accumulator.asleep = True
+        self._clusters.wake(False)
         if len(steps) != 1 or not self._sink.known:
             return
         # Behind the callbacks with which DDP finishes its gradients.
@@ -215,7 +224,9 @@ class NoiseScale:
             batch, figures = part.with_ranks(self._layout.place.add_up_, squares, divided=True)
         elif self._ddp is not None:
             # The mean of the ranks' gradients is in p.grad, if this pass alone has put it there.
-            plain = not self._ddp._comm_hooks and self._ddp.require_backward_grad_sync
+            plain = (
+                not (self._ddp._comm_hooks or self._tapped) and self._ddp.require_backward_grad_sync
+            )
             squares = self._squares(norms) if plain and sink.fresh else None
             add_up = partial(dist.all_reduce, group=self._ddp.process_group)
             batch, figures = part.with_ranks(add_up, squares)
@@ -330,3 +341,16 @@ def _check(*, seed: Any, **counts: Any) -> None:
         problems.append(f"seed must be an integer >= 0, got {shown(seed)}")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _check_tapped(clusters: Clusters, features: Any, optimizer: Any, divided: bool) -> None:
+    """Raise a ValueError unless a meter can listen to what groups the model already."""
+    if isinstance(clusters, MeterClusters):
+        raise ValueError("another NoiseScale measures this model: call remove() on it first")
+    for wrong, words in (
+        (features is not None, "leave features out: its groups are those of the GradQueue"),
+        (optimizer is not None, "leave optimizer out: p.grad holds weighted gradients"),
+        (divided, "on a model that fully_shard has divided a meter needs groups of its own"),
+    ):
+        if wrong:
+            raise ValueError(f"a GradQueue with clusters is attached to the model; {words}")

@@ -67,7 +67,7 @@ class Squares:
         param = self._leaves[name]
         whole = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
         out = flat(whole, like=param)
-        self._begin(name)
+        self.begin(name)
         for start, stop, sums in blocks:
             self._add(name, groups, sums, out[start:stop])
         return _taken(whole, param)
@@ -76,7 +76,7 @@ class Squares:
         """Measure the groups of a table's touched rows; all others have gradient 0 in each."""
         param = self._leaves[name]
         total = torch.empty_like(sums[0])
-        self._begin(name)
+        self.begin(name)
         self._add(name, groups, sums, total)
         whole = torch.zeros_like(param, dtype=sums.dtype)
         whole.index_copy_(0, rows, total.view(len(rows), -1))
@@ -99,7 +99,7 @@ class Squares:
         self.unknown.add(name)
         return Taken(grad, grad)
 
-    def _begin(self, name: str) -> None:
+    def begin(self, name: str) -> None:
         """Note that a parameter is measured; twice is not at all.
 
         A second forward pass or a second loss gives two gradients, of which neither is the whole.
@@ -108,6 +108,10 @@ class Squares:
             self.unknown.add(name)
         self.known.add(name)
         self.fresh = self.fresh and self._params[name].grad is None
+
+    def measure(self, name: str, groups: Groups, sums: Tensor) -> None:
+        """Keep the norms of a block of a parameter for which ``begin`` was called."""
+        self._add(name, groups, sums, torch.empty_like(sums[0]))
 
     def _add(self, name: str, groups: Groups, sums: Tensor, total: Tensor) -> None:
         """Add up the groups' sums ``(K, E)`` into ``total``, and keep the norms of a block."""
