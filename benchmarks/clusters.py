@@ -2,6 +2,7 @@
 
     python benchmarks/clusters.py
     python benchmarks/clusters.py --models mlp --clusters 16
+    python benchmarks/clusters.py --models GRU LSTM GRUCell LSTMCell
 
 Three steps have the same batch and model: the plain step, the step with K clusters in one backward
 pass, and the step with K backward passes (``mode="microbatch"``). The first two are timed in turns,
@@ -22,9 +23,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from models import GPT, MLP, ResNet18
+from models import GPT, MLP, Recurrent, ResNet18
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -46,6 +48,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], Callable[
     "resnet18": (ResNet18, classes, lambda: (torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))),
     "gpt": (GPT, next_byte, lambda: (torch.randint(256, (64, 128)), torch.randint(256, (64, 128)))),
 }
+USUAL = list(CASES)
+for kind in (nn.GRU, nn.LSTM, nn.GRUCell, nn.LSTMCell):
+    batch = lambda: (torch.randn(512, 16, 32), torch.randint(10, (512,)))  # noqa: E731
+    CASES[kind.__name__] = partial(Recurrent, kind), classes, batch
 
 
 def make_step(
@@ -154,7 +160,7 @@ def measure(case: str, args: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--models", nargs="+", choices=CASES, default=USUAL)
     parser.add_argument("--clusters", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2, help="on the CPU")
     parser.add_argument("--repeats", type=int, default=9)
