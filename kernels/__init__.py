@@ -16,6 +16,7 @@ from gq_triton.kernels.push import push_
 from gq_triton.kernels.sgd import gqsgd_
 from gq_triton.kernels.statistics import queue_statistics
 from gq_triton.kernels.sums import channel_sums, position_sums
+from gq_triton.kernels.sums_all import sums_all
 from gq_triton.kernels.weigh import weigh_
 from gq_triton.kernels.weight_grad import convolution_sums, product_sums
 
@@ -34,5 +35,6 @@ __all__ = [
     "product_sums",
     "push_",
     "queue_statistics",
+    "sums_all",
     "weigh_",
 ]

@@ -17,8 +17,17 @@ from torch import Tensor
 
 from gq_triton.kernels.launch import TRITON_DTYPE, device_guard
 from gq_triton.kernels.law import load
+from gq_triton.layer_sums import LayerSums
 
-__all__ = ["channel_sums", "position_sums"]
+__all__ = [
+    "add_rows",
+    "channel_sums",
+    "check_sums",
+    "find_part",
+    "finish",
+    "position_sums",
+    "take_tickets",
+]
 
 # Elements a program works on at a time: 8 per thread and tensor.
 TILE = 2048
@@ -32,17 +41,16 @@ TICKETS = 1 << 16
 
 
 @triton.jit
-def _find_part(offsets, n_clusters, unit, PART: tl.constexpr, K: tl.constexpr):
-    """Return this program's part: its cluster, its first row, and the row after its last.
+def find_part(part, offsets, n_clusters, unit, PART: tl.constexpr, K: tl.constexpr):
+    """Return a part's cluster, its first row, and the row after its last.
 
     Each cluster is cut into parts of PART rows; a sample has ``unit`` rows. An empty cluster has
-    one part without rows. Programs beyond the last part get cluster ``n_clusters``. The last two
+    one part without rows. Numbers beyond the last part get cluster ``n_clusters``. The last two
     results are the cluster's first part and the number of its parts.
 
     Example: sizes 3, 0, 2 (offsets 0, 3, 3, 5), 2 rows per sample, PART = 4: parts of cluster 0
-    begin at rows 0 and 4 of 6, those of clusters 1 and 2 at row 6; the fifth program has none.
+    begin at rows 0 and 4 of 6, those of clusters 1 and 2 at row 6; there is no fifth part.
     """
-    part = tl.program_id(0)
     k = tl.arange(0, K)
     begin = tl.load(offsets + k, mask=k < n_clusters, other=0).to(tl.int32) * unit
     end = tl.load(offsets + k + 1, mask=k < n_clusters, other=0).to(tl.int32) * unit
@@ -77,25 +85,55 @@ def _add_parts(
 
 
 @triton.jit
-def _finish(
-    shifts, scales, sum_shifts, sum_scales, tickets, offsets, n_clusters, unit, columns, exists, n,
-    PART: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def finish(
+    shifts, scales, sum_shifts, sum_scales, has_scales, tickets, part, offsets, n_clusters, unit,
+    columns, exists, n, PART: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of a cluster in the program that gets here last, for its columns.
 
     Every program of the cluster and these columns calls this once, after it has written its part,
     and takes a number. Whoever takes the last one knows that all parts are written. It puts the
     ticket back to 0 for the next launch. No program waits for another.
+
+    ``tickets`` has one ticket per cluster, ``exists`` says which of the columns there are.
     """
     tl.debug_barrier()  # what all threads wrote comes before the number
     # Found anew: kept since the beginning, it would take registers from the sums.
-    cluster, _, _, first, count = _find_part(offsets, n_clusters, unit, PART, K)
-    ticket = tickets + cluster * tl.num_programs(1) + tl.program_id(1)
+    cluster, _, _, first, count = find_part(part, offsets, n_clusters, unit, PART, K)
+    ticket = tickets + cluster
     if tl.atomic_add(ticket, 1) == count - 1:
         tl.store(ticket, 0)
         _add_parts(shifts, sum_shifts, cluster, first, count, columns, exists, n, ROWS, COLUMNS)
-        if scales is not None:
+        if has_scales:
             _add_parts(scales, sum_scales, cluster, first, count, columns, exists, n, ROWS, COLUMNS)
+
+
+@triton.jit
+def add_rows(
+    dy, x, mean, rstd, has_x, has_mean, order, begin, end, columns, exists, positions, n,
+    C_DTYPE: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of ``dy`` and of ``dy * (x - mean) * rstd`` over rows ``(b, t)`` of a part.
+
+    Example: rows 1 and 2 of one column: 3, and 0 without ``x``.
+    """
+    shift = tl.zeros((TILE_R, TILE_C), C_DTYPE)
+    scale = tl.zeros((TILE_R, TILE_C), C_DTYPE)
+    for first in range(begin, end, TILE_R):
+        rows = first + tl.arange(0, TILE_R)
+        live = rows < end
+        sample = tl.load(order + rows // positions, mask=live, other=0)
+        row = sample * positions + rows % positions
+        mask = live[:, None] & exists[None, :]
+        g = load(dy + row[:, None] * n + columns[None, :], mask, C_DTYPE)
+        shift += g
+        if has_x:
+            v = load(x + row[:, None] * n + columns[None, :], mask, C_DTYPE)
+            if has_mean:
+                v -= load(mean + row, live, C_DTYPE)[:, None]
+            scale += g * (v * load(rstd + row, live, C_DTYPE)[:, None])
+    return tl.sum(shift, axis=0), tl.sum(scale, axis=0)
 
 
 @triton.jit(do_not_specialize=["n_clusters"])
@@ -109,33 +147,23 @@ def _position_kernel(
 
     Example: rows 1, 2 of one cluster and 4 of another: parts 3 and 4.
     """
-    cluster, begin, end, _, _ = _find_part(offsets, n_clusters, positions, PART, K)
+    part, block = tl.program_id(0), tl.program_id(1)
+    cluster, begin, end, _, _ = find_part(part, offsets, n_clusters, positions, PART, K)
     if cluster == n_clusters:
         return
-    columns = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
+    columns = block * TILE_C + tl.arange(0, TILE_C)
     exists = columns < n
-    shift = tl.zeros((TILE_R, TILE_C), C_DTYPE)
-    scale = tl.zeros((TILE_R, TILE_C), C_DTYPE)
-    for first in range(begin, end, TILE_R):
-        rows = first + tl.arange(0, TILE_R)
-        live = rows < end
-        sample = tl.load(order + rows // positions, mask=live, other=0)
-        row = sample * positions + rows % positions
-        mask = live[:, None] & exists[None, :]
-        g = load(dy + row[:, None] * n + columns[None, :], mask, C_DTYPE)
-        shift += g
-        if x is not None:
-            v = load(x + row[:, None] * n + columns[None, :], mask, C_DTYPE)
-            if mean is not None:
-                v -= load(mean + row, live, C_DTYPE)[:, None]
-            scale += g * (v * load(rstd + row, live, C_DTYPE)[:, None])
-    out = tl.program_id(0).to(tl.int64) * n + columns
-    tl.store(shifts + out, tl.sum(shift, axis=0), mask=exists)
+    shift, scale = add_rows(
+        dy, x, mean, rstd, x is not None, mean is not None, order, begin, end, columns, exists,
+        positions, n, C_DTYPE, TILE_R, TILE_C,
+    )  # fmt: skip
+    out = part.to(tl.int64) * n + columns
+    tl.store(shifts + out, shift, mask=exists)
     if x is not None:
-        tl.store(scales + out, tl.sum(scale, axis=0), mask=exists)
-    _finish(
-        shifts, scales, sum_shifts, sum_scales, tickets, offsets, n_clusters, positions, columns,
-        exists, n, PART, K, TILE_R, TILE_C,
+        tl.store(scales + out, scale, mask=exists)
+    finish(
+        shifts, scales, sum_shifts, sum_scales, x is not None, tickets + block * n_clusters, part,
+        offsets, n_clusters, positions, columns, exists, n, PART, K, TILE_R, TILE_C,
     )  # fmt: skip
 
 
@@ -152,10 +180,11 @@ def _channel_kernel(
 
     Example: one channel, two positions; samples (1, 2) and (3, 4) of one cluster: 10.
     """
-    cluster, begin, end, _, _ = _find_part(offsets, n_clusters, 1, PART, K)
+    part, block = tl.program_id(0), tl.program_id(1)
+    cluster, begin, end, _, _ = find_part(part, offsets, n_clusters, 1, PART, K)
     if cluster == n_clusters:
         return
-    first_channel = tl.program_id(1) * TILE_C
+    first_channel = block * TILE_C
     channels = first_channel + tl.arange(0, TILE_C)
     exists = channels < n
     s = tl.arange(0, TILE_S)
@@ -177,13 +206,13 @@ def _channel_kernel(
             if x is not None:
                 v = load(x + at_s + within, mask, C_DTYPE)
                 scale += g * ((v - center) * rate)
-    out = tl.program_id(0).to(tl.int64) * n + channels
+    out = part.to(tl.int64) * n + channels
     tl.store(shifts + out, tl.sum(shift, axis=1), mask=exists)
     if x is not None:
         tl.store(scales + out, tl.sum(scale, axis=1), mask=exists)
-    _finish(
-        shifts, scales, sum_shifts, sum_scales, tickets, offsets, n_clusters, 1, channels, exists,
-        n, PART, K, TILE_M, TILE_C,
+    finish(
+        shifts, scales, sum_shifts, sum_scales, x is not None, tickets + block * n_clusters, part,
+        offsets, n_clusters, 1, channels, exists, n, PART, K, TILE_M, TILE_C,
     )  # fmt: skip
 
 
@@ -226,6 +255,47 @@ def _check_statistics(
         raise ValueError("x needs rstd, its reciprocal standard deviation, got None")
 
 
+def _check_positions(
+    dy: Tensor, x: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+) -> None:
+    _check_statistics(x, (tuple(dy.shape[:2]),), mean=mean, rstd=rstd)
+
+
+def _check_channels(dy: Tensor, x: Tensor | None, mean: Tensor | None, rstd: Tensor | None) -> None:
+    batch, n, _ = dy.shape
+    groups = 1 if rstd is None else rstd.shape[-1]
+    _check_statistics(x, ((batch, groups), (1, groups)), mean=mean, rstd=rstd)
+    if x is not None and (mean is None or rstd is None or mean.shape != rstd.shape or n % groups):
+        raise ValueError(
+            f"mean and rstd must have one shape (B, G) where G divides the {n} channels, got "
+            f"{None if mean is None else tuple(mean.shape)} and "
+            f"{None if rstd is None else tuple(rstd.shape)}"
+        )
+
+
+def check_sums(layer: LayerSums, order: Tensor, offsets: Tensor) -> None:
+    """Raise ValueError unless a layer of `sums_all` is what ``engines.protocol`` says."""
+    dy, x, mean, rstd, *sums, images = layer
+    _check(dy, x, order, offsets)
+    (_check_channels if images else _check_positions)(dy, x, mean, rstd)
+    if not all(tensor.is_contiguous() for tensor in (dy, x) if tensor is not None):
+        raise ValueError(f"dy and x must be contiguous, got strides {dy.stride()}")
+    types = [dy.dtype, torch.float32] + ([] if x is None else [x.dtype])
+    wide = torch.float64 if torch.float64 in types else torch.float32
+    shape = len(offsets) - 1, dy.shape[1 if images else 2]
+    for name, out, wanted in zip(("shifts", "scales"), sums, (True, x is not None), strict=True):
+        if (out is not None) != wanted:
+            raise ValueError(f"{name} must be given {'' if wanted else 'only '}with x, got {out}")
+        if out is not None and (
+            out.shape != shape or out.dtype != wide or not out.is_contiguous()
+            or out.device != dy.device
+        ):  # fmt: skip
+            raise ValueError(
+                f"{name} must be contiguous {wide} of shape {shape} on {dy.device}, got "
+                f"{out.dtype} of shape {tuple(out.shape)} on {out.device}"
+            )
+
+
 class _Parts:
     """The common part of both launchers: the parts, their number, and the results.
 
@@ -250,7 +320,7 @@ class _Parts:
         self.sums = torch.empty(outputs, clusters, n, dtype=dtype, device=dy.device)
         pair = (*parts, *[None] * (2 - outputs)), (*self.sums, *[None] * (2 - outputs))
         self.blocks = triton.cdiv(n, columns)
-        self.memory = *pair[0], *pair[1], _tickets(dy.device, clusters * self.blocks)
+        self.memory = *pair[0], *pair[1], take_tickets(dy.device, clusters * self.blocks)
         padded = max(triton.next_power_of_2(clusters), 16)
         self.constants = {
             "PART": part, "K": padded, "C_DTYPE": TRITON_DTYPE[dtype], "TILE_C": columns,
@@ -267,7 +337,7 @@ _of_streams: dict[tuple[torch.device, int], Tensor] = {}
 _for_graphs: dict[torch.device, Tensor] = {}
 
 
-def _tickets(device: torch.device, count: int) -> Tensor:
+def take_tickets(device: torch.device, count: int) -> Tensor:
     """Return at least ``count`` tickets, int32, that are 0 when the launch begins.
 
     The launches of a stream follow each other and share their tickets. A launch in a captured graph
@@ -310,7 +380,7 @@ def position_sums(
     """
     _check(dy, x, order, offsets)
     batch, positions, n = dy.shape
-    _check_statistics(x, ((batch, positions),), mean=mean, rstd=rstd)
+    _check_positions(dy, x, mean, rstd)
     columns = min(triton.next_power_of_2(max(n, 1)), MOST_COLUMNS)
     rows = TILE // columns
     with device_guard(dy.device):
@@ -343,13 +413,7 @@ def channel_sums(
     _check(dy, x, order, offsets)
     batch, n, positions = dy.shape
     groups = 1 if rstd is None else rstd.shape[-1]
-    _check_statistics(x, ((batch, groups), (1, groups)), mean=mean, rstd=rstd)
-    if x is not None and (mean is None or rstd is None or mean.shape != rstd.shape or n % groups):
-        raise ValueError(
-            f"mean and rstd must have one shape (B, G) where G divides the {n} channels, got "
-            f"{None if mean is None else tuple(mean.shape)} and "
-            f"{None if rstd is None else tuple(rstd.shape)}"
-        )
+    _check_channels(dy, x, mean, rstd)
     width = min(triton.next_power_of_2(max(positions, 1)), ROWS)
     channels = min(TILE // width, MOST_COLUMNS, triton.next_power_of_2(max(n, 1)))
     samples = max(1, ROWS // max(positions, 1))

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.hooks import LOST, hooks_around
+from gq_triton.cluster_grad.later import Later
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.cluster_grad.raw import RawGradients
 from gq_triton.cluster_grad.sink import Sink, Taken
@@ -249,15 +251,40 @@ class Accumulator:
         for start, stop, sums in blocks:
             partial.sums[:, start:stop] += sums
 
+    def give_sums(self, step: Step, param: Tensor, sums: Sums, scale: bool) -> Tensor | None:
+        """Take the sums of one use of a shift or scale; return what ``give`` returns.
+
+        Args:
+            step: the forward pass that the sums belong to.
+            param: the parameter ``(N,)``.
+            sums: the sums of the layer, which may be formed later.
+            scale: whether the parameter is the scale.
+        """
+        name = self.names[param]
+        once = step.uses.get(name, 1) == 1 and self.leaves[name].numel() == param.numel()
+        later = self._later(step, name) if once else None
+        if later is None:
+            return self.give(step, param, sums.blocks(scale), sums.dtype)
+        mine = later.form(sums)[1 if scale else 0]
+        assert mine is not None
+        return self._wait(step, name, later.take(name, step.groups, mine))
+
+    def _later(self, step: Step, name: str) -> Later | None:
+        """Return what takes the sums of a parameter that is used once, if they may wait."""
+        later = self._sink.later
+        first_use = name not in self._waiting and not step.traced and step.groups.unit == 1
+        may_wait = later is not None and first_use and later.may_wait(self.leaves[name])
+        return later if may_wait else None
+
     def _take(self, step: Step, name: str, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
         """Return the gradients of a parameter that is used once; their values may come later."""
-        later, leaf = self._sink.later, self.leaves[name]
-        first_use = name not in self._waiting and not step.traced and step.groups.unit == 1
-        if later is not None and first_use and later.may_wait(leaf):
+        later, leaf = self._later(step, name), self.leaves[name]
+        if later is not None:
             first = next(blocks)
             if first[1] - first[0] == leaf.numel():
                 return later.take(name, step.groups, first[2])
             blocks = itertools.chain([first], blocks)
+        later = self._sink.later
         if later is not None and name in later:
             later.settle()  # an earlier forward pass: the statistics are those of the last one
         return self._sink.take(name, step.groups, blocks, dtype)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gq_triton.cluster_grad.forming import Sums, form_all
 from gq_triton.cluster_grad.sink import Taken
 from gq_triton.grouping.groups import Groups
 from gq_triton.queues import Queues
@@ -19,7 +20,8 @@ from gq_triton.ring import write_back_
 
 __all__ = ["Later"]
 
-# Bytes of sums that wait for one another. Each launch has work for all of a large GPU well before.
+# Bytes of sums that wait for one another, and of what sums are to be formed from. Each launch has
+# work for all of a large GPU well before.
 ROOM = 512 << 20
 
 
@@ -61,6 +63,9 @@ class Later:
         self._queues, self._statistics, self._grad_scale = queues, statistics, grad_scale
         self._due: list[_Due] = []
         self._bytes = 0
+        # Sums that are yet to be formed, with their streams, and the bytes that they keep.
+        self._unformed: list[tuple[Any, Sums]] = []
+        self._kept = 0
         # By parameter name, the memory of a gradient that waits.
         self._places: dict[str, Tensor] = {}
 
@@ -87,6 +92,15 @@ class Later:
             and not torch.is_anomaly_enabled()
         )
 
+    def form(self, sums: Sums) -> tuple[Tensor, Tensor | None]:
+        """Take what a layer's sums are formed from; return memory that gets their values later."""
+        noted = sums.waits
+        memory = sums.later()
+        if sums.waits and not noted:
+            self._unformed.append((_stream(memory[0]), sums))
+            self._kept += sums.nbytes
+        return memory
+
     def take(self, name: str, groups: Groups, sums: Tensor) -> Taken:
         """Take the sums of a parameter, ``(K, P)``; return gradients that get their values later.
 
@@ -94,19 +108,19 @@ class Later:
             name: the parameter's name.
             groups: the clusters.
             sums: gradients summed by cluster, in the memory order of the parameter. They must not
-                change any more.
+                change any more, but may be memory that ``form`` returned.
         """
         param = self._queues.params[name]
         weighted = torch.empty_like(param, memory_format=torch.preserve_format)
         raw = torch.empty_like(weighted, dtype=sums.dtype)
         place = _memory(weighted)
-        on_gpu = sums.device.type == "cuda"
-        stream = torch.cuda.current_stream(sums.device) if on_gpu else None
-        self._due.append(_Due(name, groups, sums, place, raw, stream))
+        self._due.append(_Due(name, groups, sums, place, raw, _stream(sums)))
         self._places[name] = place
         self._bytes += sums.nbytes
         if self._bytes > ROOM:
             self._weigh()
+        elif self._kept > ROOM:
+            self._form()
         return Taken(weighted, raw)
 
     def arrived(self, name: str, grad: Tensor) -> None:
@@ -127,8 +141,19 @@ class Later:
         self._weigh()
 
     @torch.no_grad()
+    def _form(self) -> None:
+        unformed, self._unformed, self._kept = self._unformed, [], 0
+        streams: dict[Any, list[Sums]] = {}
+        for stream, sums in unformed:
+            streams.setdefault(stream, []).append(sums)
+        for stream, sums in streams.items():
+            with _on(stream):
+                form_all(sums)
+
+    @torch.no_grad()
     def _weigh(self) -> None:
         due, self._due, self._bytes = self._due, [], 0
+        self._form()
         batches: dict[Any, list[_Due]] = {}
         for one in due:
             # Of one launch: the clusters, the types and the stream.
@@ -147,6 +172,11 @@ class Later:
             grad_scale=self._grad_scale(),
         )  # fmt: skip
         self._statistics.update(zip(names, tables, strict=True))
+
+
+def _stream(tensor: Tensor) -> Any:
+    """Return the stream on which a tensor is used now; None on the CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.device.type == "cuda" else None
 
 
 def _memory(tensor: Tensor) -> Tensor:

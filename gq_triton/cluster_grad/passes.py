@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.site import Block, Site, UnknownRows, collector_of, new_number, site_of
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.features import pooled
@@ -186,3 +187,7 @@ class _Whole(Site):
         for start, stop, sums in blocks:
             out[start:stop] = sums[0]
         return whole.to(param.dtype)
+
+    def give_sums(self, step: Step, position: int, sums: Sums, scale: bool) -> Tensor:
+        """Return the gradient of a shift or scale."""
+        return self.give(step, position, sums.blocks(scale), sums.dtype)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.step import Step
 
 __all__ = [
@@ -97,6 +98,10 @@ class Collector(Protocol):
 
         The collector may keep a block, and add to it, except where ``scratch`` reuses its memory.
         """
+        ...
+
+    def give_sums(self, step: Step, param: Tensor, sums: Sums, scale: bool) -> Tensor | None:
+        """Take the sums of one use of a shift or scale; return what ``give`` returns."""
         ...
 
     def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor | None:
@@ -196,6 +201,10 @@ class Site:
     ) -> Tensor | None:
         """Give the sums of one use of a parameter; return what is returned as its gradient."""
         return self.collector.give(step, self.param(position), blocks, dtype)
+
+    def give_sums(self, step: Step, position: int, sums: Sums, scale: bool) -> Tensor | None:
+        """Give the sums of one use of a shift or scale; return what ``give`` returns."""
+        return self.collector.give_sums(step, self.param(position), sums, scale)
 
     def give_rows(self, step: Step, position: int, rows: Tensor, sums: Tensor) -> Tensor | None:
         """Give the sums of some rows of a table that is used once; return what ``give`` returns."""

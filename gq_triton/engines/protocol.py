@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gq_triton.law import Law
+from gq_triton.layer_sums import LayerSums
 
 __all__ = ["Engine"]
 
@@ -342,6 +343,16 @@ class Engine(Protocol):
         Returns:
             The sums of dy ``(K, N)``, and those of the product or None without x, in float32 at
             least; 0 for an empty cluster.
+        """
+        ...
+
+    def sums_all(self, layers: Sequence[LayerSums], order: Tensor, offsets: Tensor) -> None:
+        """Write what ``position_sums`` and ``channel_sums`` return, for many layers at once.
+
+        Args:
+            layers: the layers, all with B samples; written to.
+            order: ``(B,)`` int64, as in ``position_sums``.
+            offsets: ``(K + 1,)`` int64, likewise.
         """
         ...
 

@@ -173,6 +173,90 @@ def test_a_full_room_is_weighted_at_once(monkeypatch, weighed):
     assert len(weighed) > 2
 
 
+@pytest.fixture
+def formed(monkeypatch):
+    """Return a list that gets, for each call of ``sums_all``, the number of its layers."""
+    found, sums_all = [], eager.sums_all
+
+    def noted(layers, order, offsets):
+        found.append(len(layers))
+        sums_all(layers, order, offsets)
+
+    monkeypatch.setattr(eager, "sums_all", noted)
+    return found
+
+
+class Norms(nn.Module):
+    """Norms of both layouts, with and without a bias before them, one of them used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.group, self.again = nn.GroupNorm(2, 4), nn.LayerNorm(4)
+        self.features, self.rms = nn.AdaptiveAvgPool2d(1), nn.RMSNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.group(self.norm(self.conv(x)).relu())
+        x = self.again(self.features(x).flatten(1))
+        return self.head(self.rms(self.again(x)))
+
+
+def norms_step(before=lambda model: None, steps=3):
+    """Compare norms that wait with those that do not, step by step; return the pair."""
+    torch.manual_seed(0)
+    pair = Pair(Norms())
+    for batch in images()[:steps]:
+        pair.each(train(square, batch, before))
+        pair.assert_same()
+    return pair
+
+
+def test_sums_of_all_layers_are_formed_together(formed):
+    """The sums of a layer that is used twice are needed at its second use."""
+    norms_step()
+    assert formed == [5] * 3
+
+
+def test_a_full_room_of_what_sums_are_formed_from(monkeypatch, formed):
+    monkeypatch.setattr(later, "ROOM", 9000)
+    norms_step()
+    assert len(formed) > 3
+    assert sum(formed) == 15
+
+
+def test_a_scale_whose_shift_does_not_wait(formed):
+    """Both come of one operation: the hook of the shift has the scale formed, too."""
+
+    def before(model):
+        if not model.group.bias._backward_hooks or len(model.group.bias._backward_hooks) < 2:
+            model.group.bias.register_hook(lambda grad: None)
+            model.norm.weight.requires_grad_(False)
+
+    norms_step(before)
+    assert formed == [1, 4] * 3
+
+
+def test_a_gradient_that_is_changed_in_place_is_refused():
+    """The sums of a layer before would be those of the changed gradient."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.other = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            first, second = self.features(x), self.other(x.clone().requires_grad_())
+            first.register_hook(lambda grad: grad.mul_(2))
+            return first + second
+
+    model = Shared().double()
+    queue = GradQueue(model, **OPTIONS)
+    queue.attach(torch.optim.SGD(model.parameters(), lr=0.05))
+    with pytest.raises(RuntimeError, match="was changed in place during the backward pass"):
+        square(model, CASES["mlp"][1][0]).mean().backward()
+
+
 def test_a_gradient_that_is_added_to_does_not_wait(weighed):
     def twice(loss, batch, before):
         def run(model, optimizer):

@@ -32,6 +32,7 @@ from gq_triton.kernels.group import TILE_B as GROUP_TILE_B
 from gq_triton.kernels.group import TILE_K as GROUP_TILE_K
 from gq_triton.kernels.group import _group_kernel
 from gq_triton.kernels.launch import CHUNK, THREADS, TRITON_DTYPE, block_size
+from gq_triton.kernels.sums_all import _sums_all_kernel
 from gq_triton.kernels.tiles import Device, precision_of, strip_of, tile_of
 from gq_triton.kernels.weight_kernels import FREE, depthwise_kernel, weight_kernel
 
@@ -169,6 +170,23 @@ SUMS_CASES = {
     "65 clusters": ({"K": 128}, {}),
 }
 NARROW_ROWS = {"one column": {"TILE_C": 1, "TILE_R": sums.TILE, "PART": sums.TILE}}
+SUMS_ALL = {
+    "rows": "*i64:16", "starts": "*i64:16", "n_layers": "i32", "order": "*i64:16",
+    "offsets": "*i64:16", "parts": "*fp32:16", "tickets": "*i32:16", "n_clusters": "i32",
+}  # fmt: skip
+SUMMED_ALL = PARTS | {
+    "G_DTYPE": F32, "X_DTYPE": F32, "S_DTYPE": F32, "ALIGNED": True, "IMAGES": False,
+    "TILE_R": sums.TILE // 128, "TILE_C": 128, "N": 128,
+}  # fmt: skip
+ALL_IMAGES = {"IMAGES": True, "TILE_R": 128, "TILE_C": sums.TILE // 128, "PART": 8 * sums.ROWS}
+SUMS_ALL_CASES = {
+    "float32": ({}, {}),
+    "bfloat16": ({"G_DTYPE": BF16, "X_DTYPE": BF16}, {}),
+    "float64": (dict.fromkeys(("G_DTYPE", "X_DTYPE", "S_DTYPE", "C_DTYPE"), F64),
+                {"parts": "*fp64:16"}),
+    "unaligned": ({"ALIGNED": False}, {}),
+    "65 clusters": ({"K": 128}, {}),
+}  # fmt: skip
 NARROW_IMAGES = {
     "one position": {"TILE_C": 128, "TILE_S": 1, "PART": sums.ROWS},
     "49 positions": {"TILE_C": sums.TILE // 64, "TILE_S": 64, "PART": 2},
@@ -300,6 +318,10 @@ def sums_cases():
         for case, (constants, changed) in (SUMS_CASES | more).items():
             merged = {key: text for key, text in (types | changed).items() if text is not None}
             yield name, case, kernel, merged, tiles | constants
+    for name, layout in (("sums_all", {}), ("sums_all, images", ALL_IMAGES)):
+        for case, (constants, changed) in SUMS_ALL_CASES.items():
+            constants = SUMMED_ALL | layout | constants
+            yield name, case, _sums_all_kernel, SUMS_ALL | changed, constants
 
 
 def weight_cases():

@@ -12,7 +12,7 @@ from triton.backends.amd.compiler import HIPBackend
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 RINGS = ("weigh", "push", "gqsgd", "gqadamw")
-SUMS = ("position_sums", "channel_sums")
+SUMS = ("position_sums", "channel_sums", "sums_all", "sums_all, images")
 AMD = pytest.param(
     "gfx942",
     marks=pytest.mark.skipif(

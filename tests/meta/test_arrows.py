@@ -25,8 +25,8 @@ PLACES = {
 # that are not in BASE may import those of BASE.
 HOUSE = "gq_triton"
 BASE = {
-    "names", "extras", "options", "law", "loss_scale", "ring", "saved", "claims", "describe",
-    "wrappers", "aside",
+    "names", "extras", "options", "law", "layer_sums", "loss_scale", "ring", "saved", "claims",
+    "describe", "wrappers", "aside",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
@@ -42,6 +42,7 @@ MAY = {
     "wrappers": set(),
     "options": set(),
     "law": {"options"},
+    "layer_sums": set(),
     "saved": {"options", "ring"},
     "ring": {"options"},
     "reference": set(),

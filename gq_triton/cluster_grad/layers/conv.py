@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
+from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.layers.rows import (
     accumulation_type,
     check_rows,
@@ -106,15 +107,17 @@ def _gradients(
             geometry = site.options or geometry_of(site.module)
             sums_of = _sums_at_once if launches_cost(grad) else _sums_in_turn
             total = sums_of(site, groups, grad, x, geometry)
+            blocks: Iterator[Block] = iter([(0, param.numel(), total)])
+            result.append(site.give(step, position, blocks, dtype))
         else:
-            ops = engine(grad.device, site.collector.backend)
             images = grad.flatten(2)
             # In the memory format channels_last, positions come before channels.
             last = not images.is_contiguous() and images.mT.is_contiguous()
-            sums = ops.position_sums if last else ops.channel_sums
-            total = sums(images.mT if last else images, groups.order, groups.offsets)[0]
-        blocks: Iterator[Block] = iter([(0, param.numel(), total)])
-        result.append(site.give(step, position, blocks, dtype))
+            sums = Sums(
+                site.collector.backend, images.mT if last else images, groups.order,
+                groups.offsets, images=not last,
+            )  # fmt: skip
+            result.append(site.give_sums(step, position, sums, False))
     return result
 
 

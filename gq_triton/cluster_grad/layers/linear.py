@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
+from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.layers.rows import (
     accumulation_type,
     launches_cost,
@@ -124,11 +125,10 @@ def _gradients(
                 blocks = _weight_sums(site, groups, left, right)
             else:
                 blocks = weight_blocks(groups, left, right, param, site.scratch)
+            result.append(site.give(step, position, blocks, dtype))
         else:
-            ops = engine(rows.device, site.collector.backend)
-            sums = ops.position_sums(rows, groups.order, groups.offsets)[0]
-            blocks = iter([(0, param.numel(), sums)])
-        result.append(site.give(step, position, blocks, dtype))
+            sums = Sums(site.collector.backend, rows, groups.order, groups.offsets)
+            result.append(site.give_sums(step, position, sums, False))
     return result
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
+from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.layers.rows import accumulation_type, check_rows
 from gq_triton.cluster_grad.site import Call, Family, Site
 from gq_triton.cluster_grad.step import Step
-from gq_triton.engines import engine
 
 __all__ = ["BATCH_NORM", "GROUP_NORM", "LAYER_NORM", "RMS_NORM"]
 
@@ -28,17 +28,9 @@ __all__ = ["BATCH_NORM", "GROUP_NORM", "LAYER_NORM", "RMS_NORM"]
 Running = tuple[Tensor | None, Tensor | None, bool, float, float]
 
 
-def _given(
-    site: Site, step: Step, wanted: list[int], sums: tuple[Tensor, Tensor | None]
-) -> list[Tensor | None]:
-    """Give the sums of scale (0) and shift (1), which ``sums`` holds as (shift, scale)."""
-    result = []
-    for position in wanted:
-        param, values = site.param(position), sums[1 - position]
-        assert values is not None
-        blocks = iter([(0, param.numel(), values)])
-        result.append(site.give(step, position, blocks, values.dtype))
-    return result
+def _given(site: Site, step: Step, wanted: list[int], sums: Sums) -> list[Tensor | None]:
+    """Give the sums of scale (0) and shift (1)."""
+    return [site.give_sums(step, position, sums, position == 0) for position in wanted]
 
 
 def _by_position(
@@ -59,8 +51,10 @@ def _by_position(
     batch, columns = groups.labels.numel(), site.param(0).numel()
     dy, x = (t.reshape(batch, -1, columns) for t in (grad, x))
     known = {name: _wide(value).reshape(batch, -1) for name, value in statistics.items()}
-    ops = engine(grad.device, site.collector.backend)
-    sums = ops.position_sums(dy, groups.order, groups.offsets, x=x, **known)
+    sums = Sums(
+        site.collector.backend, dy, groups.order, groups.offsets, x=x, mean=known.get("mean"),
+        rstd=known["rstd"],
+    )  # fmt: skip
     return _given(site, step, wanted, sums)
 
 
@@ -73,8 +67,8 @@ def _by_channel(
     # In two dimensions a sample may have several rows, each with its own statistics.
     order = groups.rows(len(grad) // groups.labels.numel())
     dy, x = (t.reshape(*t.shape[:2], -1) for t in (grad, x))
-    ops = engine(grad.device, site.collector.backend)
-    sums = ops.channel_sums(dy, *order, x=x, mean=_wide(mean), rstd=_wide(rstd))
+    known = {"x": x, "mean": _wide(mean), "rstd": _wide(rstd)}
+    sums = Sums(site.collector.backend, dy, *order, images=True, **known)
     return _given(site, step, wanted, sums)
 
 

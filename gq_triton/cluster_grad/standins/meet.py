@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from gq_triton.cluster_grad import passes
 from gq_triton.cluster_grad.compiled_ops import autocast_of, exact, param_grads, traced_whole, use
+from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.rows import accumulation_type
 from gq_triton.cluster_grad.site import Block, Call, Family, Site, UnknownRows, site_of
@@ -179,6 +180,10 @@ class _Route(Site):
         if self.marker is None:
             self.marker = self.values.new_zeros(()).expand_as(self.values)
         return self.marker
+
+    def give_sums(self, step: Step, position: int, sums: Sums, scale: bool) -> Tensor | None:
+        """Keep the sums as ``give`` does."""
+        return self.give(step, position, sums.blocks(scale), sums.dtype)
 
     def finish(self, total: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         """Return the gradient of the computation and those of its roots.

@@ -22,6 +22,7 @@ from gq_triton.engines.eager import (
     position_sums,
     product_sums,
     push_,
+    sums_all,
 )
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "product_sums",
     "push_",
     "queue_statistics",
+    "sums_all",
     "weigh_",
 ]

@@ -12,7 +12,7 @@ from gq_triton.engines.eager.push import push_
 from gq_triton.engines.eager.rows import combine_rows
 from gq_triton.engines.eager.sgd import gqsgd_
 from gq_triton.engines.eager.statistics import queue_statistics
-from gq_triton.engines.eager.sums import channel_sums, position_sums
+from gq_triton.engines.eager.sums import channel_sums, position_sums, sums_all
 from gq_triton.engines.eager.weigh import weigh_
 from gq_triton.engines.eager.weight_grad import convolution_sums, product_sums
 
@@ -31,5 +31,6 @@ __all__ = [
     "product_sums",
     "push_",
     "queue_statistics",
+    "sums_all",
     "weigh_",
 ]

@@ -3,10 +3,21 @@
 Shape legend: B = samples, K = clusters, T or S = positions, N or C = columns, G = groups.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["by_cluster", "channel_sums", "per_channel", "position_sums", "sample_sums"]
+from gq_triton.layer_sums import LayerSums
+
+__all__ = [
+    "by_cluster",
+    "channel_sums",
+    "per_channel",
+    "position_sums",
+    "sample_sums",
+    "sums_all",
+]
 
 
 def by_cluster(per_sample: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
@@ -55,6 +66,17 @@ def channel_sums(
     channels = dy.shape[1]
     scale, shift = sample_sums(dy, x, per_channel(mean, channels), per_channel(rstd, channels))
     return by_cluster(shift, order, offsets), by_cluster(scale, order, offsets)
+
+
+def sums_all(layers: Sequence[LayerSums], order: Tensor, offsets: Tensor) -> None:
+    """Write the sums by cluster of many layers; see ``protocol``."""
+    for dy, x, mean, rstd, shifts, scales, images in layers:
+        sums_of = channel_sums if images else position_sums
+        shift, scale = sums_of(dy, order, offsets, x=x, mean=mean, rstd=rstd)
+        shifts.copy_(shift)
+        if scales is not None:
+            assert scale is not None
+            scales.copy_(scale)
 
 
 def per_channel(statistic: Tensor, channels: int) -> Tensor:
