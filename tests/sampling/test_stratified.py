@@ -216,6 +216,32 @@ def test_behind_worker_processes_the_batches_that_were_used_count():
     assert seen + list(second) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdata_s_loader_goes_on_in_the_middle_of_an_epoch(workers):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is no extra")
+    data = TensorDataset(torch.arange(10))
+
+    def loader_of(seed=0):
+        return stateful.StatefulDataLoader(
+            data, batch_sampler=sampler_of(2, seed=seed), num_workers=workers
+        )
+
+    def epoch(loader):
+        return [batch.tolist() for (batch,) in loader]
+
+    whole = loader_of()
+    expected = [epoch(whole) for _ in range(3)]
+    for stop in (1, 3, 5):
+        first, second = loader_of(), loader_of(seed=5)
+        assert epoch(first) == expected[0]
+        seen = [batch.tolist() for (batch,) in itertools.islice(first, stop)]
+        second.load_state_dict(first.state_dict())
+        assert seen + epoch(second) == expected[1]
+        assert epoch(second) == expected[2]
+
+
 def test_a_loop_that_was_left_is_followed_by_a_whole_epoch():
     sampler = sampler_of()
     assert len(list(itertools.islice(sampler, 2))) == 2
