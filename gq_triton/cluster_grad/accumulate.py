@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gq_triton.cluster_grad.batch import Arguments
 from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.hooks import LOST, hooks_around
 from gq_triton.cluster_grad.later import Later
@@ -92,6 +93,8 @@ class Accumulator:
         self.batch, self.paused = 1, False
         # Whether the model's forward passes run unchanged for now, though clusters are installed.
         self.asleep = False
+        # Those of the forward pass that begins; None where a compiled graph runs it.
+        self.arguments: Arguments | None = None
         self.inputs: Mapping[int, int] = {}
         self.batch_dim = 0
         self.trusted: set[tuple[Any, int]] = set()
@@ -137,7 +140,9 @@ class Accumulator:
                 raise RuntimeError("the GradQueue of this model is gone: keep it while training")
             return alive._assign(step)
 
-        self.step = Step(assign, batch_dim=self.batch_dim, features=self.given())
+        self.step = Step(
+            assign, batch_dim=self.batch_dim, arguments=self.arguments, features=self.given()
+        )
         return self.step
 
     @property

@@ -144,11 +144,11 @@ def check_batch(
                 accumulator.known_by_cluster.clear()
                 for param in clusters.model.parameters():
                     param.grad = None
-                known = dict(clusters.owners)
+                known = dict(clusters.owners), clusters.batch_size.place
                 if labels is not None:
                     clusters.set_labels(labels)
                 (loss or _loss_of)(_called(clusters.model, batch)).backward()
-                if known == clusters.owners:
+                if known == (clusters.owners, clusters.batch_size.place):
                     break
             how = clusters.report()
             for name, param in accumulator.params.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.accumulate import Accumulator
+from gq_triton.cluster_grad.batch import BatchSize, rows_per_sample_pooled
 from gq_triton.cluster_grad.compiled_ops import begin, capture, end, prepare_for_compile, watch
 from gq_triton.cluster_grad.copies import recorded, without_trace
 from gq_triton.cluster_grad.given import MISSING, GivenLabels
@@ -63,6 +64,7 @@ class Clusters:
         accumulator: makes the accumulator, called as ``Accumulator``.
 
     Attributes:
+        batch_size: tells how many samples a forward pass has.
         owners: by parameter name, the module that uses the parameter, and how.
 
     Raises:
@@ -116,12 +118,17 @@ class Clusters:
 
         def mend(whole: list[str]) -> list[str]:
             alive = clusters()
-            return whole if alive is None else hand_over(alive, alive._conversion, whole)
+            if alive is None:
+                return whole
+            if alive.batch_size.learns():
+                return []  # the next step shows what is known
+            return hand_over(alive, alive._conversion, whole)
 
         self.accumulator.mend = mend
         if self.given is not None:
             self.accumulator.given = self.given.take
         self.sample_weights: Tensor | None = None
+        self.batch_size = BatchSize(options.batch_dim)
         self.last: Step | None = None
         # How many calls of the model run, one within the other.
         self._depth = 0
@@ -162,6 +169,8 @@ class Clusters:
                 'layer in place of features="output_gradient"'
             )
         step.check_batch(self.features or "")
+        if step.arguments is not None:
+            step.mismatch = self.batch_size.differs(step.arguments, len(step.features))
         self._check_number(len(step.features))
         with torch.no_grad():
             assert self._clusterer is not None
@@ -291,19 +300,24 @@ class Clusters:
             if self._depth > 1:
                 return
         if torch.is_grad_enabled() and module is self.model:
-            given, dim = tensors_in((args, kwargs)), self.options.batch_dim
-            sizes = [tensor.shape[dim] for tensor in given if tensor.dim() > dim]
-            accumulator.batch = sizes[0] if sizes and sizes[0] else 1
-            if not torch.compiler.is_compiling():
+            dim = self.options.batch_dim
+            if torch.compiler.is_compiling():
+                given = tensors_in((args, kwargs))
+                sizes = [tensor.shape[dim] for tensor in given if tensor.dim() > dim]
+                accumulator.batch = sizes[0] if sizes and sizes[0] else 1
+            else:
+                shown = accumulator.arguments = self.batch_size.shown(args, kwargs)
+                accumulator.batch = shown.samples or 1
                 if self.given is not None:
-                    self.given.check_number(sizes)
+                    self.given.check_number([tensor.shape[dim] for tensor in shown.tensors])
                 accumulator.inputs = {
                     tensor.data_ptr(): tensor.stride(dim)
-                    for tensor in given
-                    if tensor.dim() > dim and tensor.shape[dim] == accumulator.batch
+                    for tensor in shown.tensors
+                    if tensor.shape[dim] == accumulator.batch
                 }
                 accumulator.trusted.clear()
             accumulator.token = begin(accumulator.clock, accumulator.number)
+            accumulator.arguments = None
             if not torch.compiler.is_compiling():
                 self._conversion.show(accumulator.token)
 
@@ -342,6 +356,9 @@ class Clusters:
         if accumulator.token is None or accumulator.asleep or recorded():
             return
         if tensor is not None and module is self._layer:
+            if not torch.compiler.is_compiling() and not accumulator.batch_dim:
+                batch, trusted = accumulator.batch, accumulator.trusted
+                tensor = rows_per_sample_pooled(tensor, batch, trusted, channels_first)
             if self._sizes_only:
                 tensor = tensor.flatten(1)[:, :0]
             capture(accumulator.clock, accumulator.token, tensor, channels_first)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.install import Conversion
-from gq_triton.cluster_grad.layers.registry import Layer
+from gq_triton.cluster_grad.layers.registry import Layer, is_called
 from gq_triton.cluster_grad.layers.slices import SLICES, parameters_of
 from gq_triton.options import OUTPUT_GRADIENT
 
@@ -45,9 +45,10 @@ def hand_over(clusters: "Clusters", conversion: Conversion, whole: list[str]) ->
     for name in whole:
         owner = clusters.owners[name]
         path = owner.name
-        if owner.family is SLICES or (owner.family is not None and name in reasons):
+        known = owner.family is not None
+        if owner.family is SLICES or (known and name in reasons) or not is_called(owner.module):
             path = _caller(path, modules)
-        elif owner.family is not None:
+        elif known:
             path = ""
         while path and _holds_results(modules[path]):
             path = _caller(path, modules)
@@ -77,7 +78,7 @@ def _caller(path: str, modules: Mapping[str, nn.Module]) -> str:
     """Return the nearest module around one that is called itself; empty for the model."""
     while path:
         path = path.rpartition(".")[0]
-        if path and type(modules[path]).forward is not nn.Module.forward:
+        if path and is_called(modules[path]):
             break
     return path
 

@@ -21,7 +21,7 @@ from gq_triton.cluster_grad.layers.order import (
     is_view_of_input,
     other_order,
 )
-from gq_triton.cluster_grad.layers.registry import Layer, runs_whole
+from gq_triton.cluster_grad.layers.registry import Layer, is_called, runs_whole
 from gq_triton.cluster_grad.passes import OUTSIDE, in_backward
 from gq_triton.cluster_grad.site import SITE, Collector, Family, Site
 from gq_triton.cluster_grad.standins.meet import EXPANDED, LOOKED_UP
@@ -121,7 +121,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _unchanged(module, own, args, kwargs)
     if own.shown:
         return _hidden(module, own, token, args, kwargs)
-    return _converted(module, own, token, args, kwargs)
+    return _given_or_own(module, own, token, args, kwargs)
 
 
 def _hidden(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
@@ -130,10 +130,21 @@ def _hidden(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs
     shown = {name: attributes.pop(name) for name in own.shown}
     own.shown = []
     try:
-        return _converted(module, own, token, args, kwargs)
+        return _given_or_own(module, own, token, args, kwargs)
     finally:
         attributes.update(shown)
         own.shown = list(shown)
+
+
+def _given_or_own(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+    """Run a module, without clusters where it was given tensors in place of its parameters.
+
+    ``functional_call`` does so. What they are computed from has its gradient from autograd.
+    """
+    whole = own.site is not None and own.site.runs_whole
+    if all(isinstance(param, nn.Parameter) for param in module.parameters(recurse=whole)):
+        return _converted(module, own, token, args, kwargs)
+    return _unchanged(module, own, args, kwargs)
 
 
 def _converted(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
@@ -350,6 +361,8 @@ class Conversion:
         self._followed: list[nn.Module] = []
         for layer in layers:
             self.convert(layer)
+            if not is_called(layer.module):
+                self.follow(layer.module)  # modules around a list of parameters use them
 
     def convert(self, layer: Layer) -> None:
         """Convert a module, or convert it in another way than before."""
@@ -372,7 +385,7 @@ class Conversion:
         """Follow the uses of a layer's parameters by other modules; return False if that is done.
 
         Args:
-            module: a layer of a known kind.
+            module: a layer of a known kind, or a container of parameters.
         """
         if module in self._followed:
             return False

@@ -154,6 +154,8 @@ def param_grads(
     try:
         if int(site) in step.unordered:
             raise UnknownRows(f"{where.name or 'the model'} saw rows in no known order")
+        if step.groups is not None and step.mismatch:
+            raise UnknownRows(step.mismatch)
         return where.family.gradients(where, step, tensors, wanted), False
     except UnknownRows as problem:
         for position in wanted:

@@ -9,6 +9,7 @@ from torch import Tensor
 from gq_triton.grouping.groups import Groups
 
 if TYPE_CHECKING:
+    from gq_triton.cluster_grad.batch import Arguments
     from gq_triton.cluster_grad.sink import Taken
 
 __all__ = ["Partial", "Step"]
@@ -37,6 +38,9 @@ class Step:
     Attributes:
         assign: returns the clusters of a step.
         batch_dim: the dimension of the samples in the model's inputs and features.
+        arguments: what the model's arguments show; None where a compiled graph runs the pass.
+        mismatch: how the features contradict the arguments, so that no row has a known sample;
+            empty if they agree. It is known with the groups.
         features: ``(B, F)``, known after the forward pass or at the start of the backward pass.
         shape: the shape of the features before the mean over positions.
         outputs: the first dimensions of the tensors that the model returned; empty for a compiled
@@ -54,6 +58,8 @@ class Step:
 
     assign: Callable[["Step"], Groups]
     batch_dim: int = 0
+    arguments: "Arguments | None" = None
+    mismatch: str = ""
     features: Tensor | None = None
     shape: tuple[int, ...] = ()
     outputs: list[int] = field(default_factory=list)

@@ -125,8 +125,9 @@ def test_a_number_taken_from_a_parameter_without_gradient_is_a_constant():
 
 def test_tensors_made_of_parameters_are_not_samples_whatever_their_rows():
     def within(model, x):
-        weight = model.scale * model.some[0].tanh() * 2  # (B, WIDTH), from no sample
-        keys = model.norm(model.project(model.some[0]))
+        some = dict(model.named_parameters())["some.0"]  # which no stand-in stands for
+        weight = model.scale * some.tanh() * 2  # (B, WIDTH), from no sample
+        keys = model.norm(model.project(some))
         return x @ (weight.mT @ weight) + keys.tanh().sum(0)
 
     torch.manual_seed(0)
@@ -211,20 +212,25 @@ def test_a_module_may_checkpoint_a_part_of_its_own_forward(reentrant):
 
 
 class Listed(nn.Module):
-    """A module with parameters in a list, which runs again from the second step on."""
+    """A module without stand-ins, which runs again from the second step on."""
 
     def __init__(self, how):
         super().__init__()
         self.some = nn.ParameterList([parameter(WIDTH), parameter(WIDTH, WIDTH)])
         self.how = how
 
+    @property
+    def plain(self):
+        """The parameters themselves, not what stands for them."""
+        return list(self.some.parameters())
+
     def forward(self, x):
         return self.how(self, x)
 
 
 @pytest.mark.parametrize(("how", "after"), [
-    (lambda block, x: (F.relu_(x) * block.some[0]) @ block.some[1], lambda x: x),
-    (lambda block, x: F.dropout((x.transpose(0, 1) * block.some[0]) @ block.some[1], 0.2),
+    (lambda block, x: (F.relu_(x) * block.plain[0]) @ block.plain[1], lambda x: x),
+    (lambda block, x: F.dropout((x.transpose(0, 1) * block.plain[0]) @ block.plain[1], 0.2),
      lambda x: x.transpose(0, 1)),
 ])  # fmt: skip
 def test_a_module_that_cannot_run_again_is_taken_as_one_cluster(how, after):
@@ -238,7 +244,7 @@ def test_every_batch_shows_whether_a_module_may_run_in_parts():
     """An expert of limited capacity drops samples only where too many are sent to it."""
 
     def how(block, x):
-        y = (x * block.some[0]) @ block.some[1]
+        y = (x * block.plain[0]) @ block.plain[1]
         return y - y.mean(0) if block.mixes else y
 
     torch.manual_seed(0)
@@ -318,4 +324,4 @@ def test_parts_of_parameters_that_met_other_rows_than_the_samples():
     for param, grad in zip(model.parameters(), plain, strict=True):
         torch.testing.assert_close(param.grad, grad)
     assert all(how.startswith("whole batch") for how in queue.report().values())
-    assert f"the model saw {SAMPLES} rows for 4 samples" in queue.report()["matrix"]
+    assert f"4 rows, and the model was given {SAMPLES} rows" in queue.report()["matrix"]

@@ -130,18 +130,13 @@ def _leads_to_samples(
         if place in seen:
             continue
         seen.add(place)
-        node, output, axis, groups = place
-        if type(node).__name__ == "_SlicesBackward" and node.run.out_dims[output] != axis:
-            return False
-        if axis == 0 and groups == 1:
-            known = (node, output) in trusted
-            if not known and place != start and _has_samples_first(shape_of(node, output), batch):
-                known = not _selected((node, output), batch, trusted)
-            if known:
-                found = True
-                continue
-        if (node, output) in trusted:
+        axis = place.axis
+        known = _known(place, batch, trusted, first=place == start)
+        if known is False:
             return False  # its samples are at another place
+        if known:
+            found = True
+            continue
         into = None if len(seen) > _LIMIT else sources(place, batch, believing)
         if into is None:
             return None
@@ -152,6 +147,26 @@ def _leads_to_samples(
             elif one.axis == 0 and one.groups == 1 and one.node.variable.shape[0] == batch:
                 found = True  # an input of the model, or of a segment that is run again
     return True if found else None if ends else False
+
+
+def _known(place: Place, batch: int, trusted: set[Output], first: bool) -> bool | None:
+    """Return whether the samples of a result are at a place; None if its operands must tell.
+
+    Args:
+        place: where they may be.
+        batch: the number of samples B.
+        trusted: as for ``in_order``.
+        first: whether the walk begins at the result, so that its shape does not tell.
+    """
+    node, output, axis, groups = place
+    alone = groups == 1
+    if type(node).__name__ == "_SlicesBackward":
+        return alone and node.run.out_dims[output] == axis
+    if (node, output) in trusted:
+        return alone and axis == 0
+    if alone and axis == 0 and not first and _has_samples_first(shape_of(node, output), batch):
+        return True if not _selected((node, output), batch, trusted) else None
+    return None
 
 
 def _from_samples(tensor: Tensor, trusted: set[Output]) -> bool:

@@ -17,7 +17,7 @@ from gq_triton.cluster_grad.layers.run import OPAQUE
 from gq_triton.cluster_grad.layers.slices import SLICES, parameters_of
 from gq_triton.cluster_grad.site import SITE, Family
 
-__all__ = ["Layer", "register_layer", "runs_whole", "survey"]
+__all__ = ["Layer", "is_called", "register_layer", "runs_whole", "survey"]
 
 # By the class whose forward() a layer runs: a subclass that overrides forward() has no family.
 _FAMILIES: dict[Any, Family] = {
@@ -110,6 +110,11 @@ def runs_whole(module: nn.Module) -> bool:
         isinstance(module, cls) and type(module).forward is cls.forward for cls in _WHOLE
     )
     return registered or (isinstance(module, OPAQUE) and not shows_parameters(module))
+
+
+def is_called(module: nn.Module) -> bool:
+    """Return whether a module has a ``forward``, which a list of parameters has not."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _family_of(module: nn.Module) -> Family | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from gq_triton.cluster_grad.layers.noise import Noise
+from gq_triton.cluster_grad.layers.noise import Noise, random_state, set_random_state
 from gq_triton.cluster_grad.layers.order import in_order
 from gq_triton.cluster_grad.site import Collector, Site
 
@@ -28,11 +28,14 @@ class Known:
             gave; None before the first backward pass.
         draws: whether it draws random numbers, which are recorded from then on.
         in_parts: whether it holds a reentrant checkpoint, so that only its parts can run.
+        out_dims: by output and its number of dimensions, the dimension of the samples that a run of
+            one sample has shown, or None.
     """
 
     repeats: bool | None = None
     draws: bool = False
     in_parts: bool = False
+    out_dims: dict[tuple[int, int], int | None] = field(default_factory=dict)
 
 
 def known_of(site: Site) -> Known:
@@ -111,6 +114,56 @@ class Run:
                 return tree_flatten(self.forward(*args, **kwargs))
         finally:
             collector.paused = kept
+
+    def dim_shown(self, place: int, value: Tensor, inputs: list[Tensor]) -> int | None:
+        """Return the dimension of the samples of an output that several may be; None if unknown.
+
+        A run of the first sample alone shows it, once: there that dimension alone is shorter.
+
+        Args:
+            place: the output.
+            value: its value for all samples.
+            inputs: the arguments that need a gradient.
+        """
+        shown, key = known_of(self.site).out_dims, (place, value.dim())
+        if key not in shown:
+            one = self._first_sample(inputs)
+            found = None if one is None else one[place]
+            if isinstance(found, Tensor) and found.dim() == value.dim():
+                pairs = enumerate(zip(value.shape, found.shape, strict=True))
+                changed = [dim for dim, (all_, first) in pairs if all_ != first]
+                whole = len(changed) == 1 and value.shape[changed[0]] == (
+                    self.batch * found.shape[changed[0]]
+                )
+                shown[key] = changed[0] if whole else None
+            else:
+                shown[key] = None
+        return shown[key]
+
+    def _first_sample(self, inputs: list[Tensor]) -> list[Any] | None:
+        """Return the outputs of a run of the first sample; None if it cannot be run alone."""
+
+        def first(value: Any, dim: int | None) -> Any:
+            return value if dim is None else value.narrow(dim, 0, value.shape[dim] // self.batch)
+
+        values = [first(value, dim) for value, dim in zip(self.values, self.dims, strict=True)]
+        alone = [
+            first(tensor.detach(), self.dims[place]).requires_grad_()
+            for place, tensor in zip(self.places, inputs, strict=True)
+        ]
+        device = self.site.param(0).device
+        state = random_state(device)
+        buffers = [(buffer, buffer.clone()) for buffer in self.site.module.buffers()]
+        try:
+            return self.call(alone, values)[0]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            return None
+        finally:
+            set_random_state(device, state)
+            for buffer, kept in buffers:
+                buffer.data.copy_(kept)
 
     def outputs(self, leaves: list[Any]) -> list[Tensor]:
         """Return the outputs with a gradient."""

@@ -59,7 +59,7 @@ def _forward(module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
     if shown.repeats is None and _checkpointed(leaves, inputs):
         shown.in_parts = True
         return _not_known(run, leaves, out_spec, _REENTRANT)
-    unknown = _place_outputs(run, leaves)
+    unknown = _place_outputs(run, leaves, inputs)
     if unknown is not None:
         reason = f"its output {unknown} has no dimension of {batch} samples alone"
         return _not_known(run, leaves, out_spec, reason)
@@ -102,11 +102,13 @@ def _watched(run: Run, inputs: list[Tensor]) -> tuple[bool, list[Any], TreeSpec]
     return drew, leaves, out_spec
 
 
-def _place_outputs(run: Run, leaves: list[Any]) -> int | None:
+def _place_outputs(run: Run, leaves: list[Any], inputs: list[Tensor]) -> int | None:
     """Note where the outputs have the samples; return the first one that does not show it."""
     for place, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             dim = out_dim(run.site.module, place, leaf, run.batch)
+            if dim is None and list(leaf.shape).count(run.batch) > 1:
+                dim = run.dim_shown(place, leaf, inputs)
             if dim is None:
                 return place
             run.out_places.append(place)

@@ -26,7 +26,7 @@ _KEEPING = {
     "PreluKernel", "ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention",
     "ScaledDotProductEfficientAttention", "ScaledDotProductCudnnAttention", "ConstantPadNd",
     "_Linear", "_Conv", "_Embedding", "_LayerNorm", "_RMSNorm", "_GroupNorm", "_BatchNorm",
-    "_Slices", "AvgPool2D", "MaxPool2DWithIndices",
+    "_Slices", "AvgPool2D", "MaxPool2DWithIndices", "AdaptiveAvgPool2D", "AdaptiveMaxPool2D",
     "RegisterPostBackwardFunction", "_DDPSink",  # of FSDP2 and DDP: they return what they are given
 }  # fmt: skip
 # Operations that are known to put rows in another order.
@@ -36,7 +36,7 @@ _VIEWING = {"View", "UnsafeView", "ReshapeAlias", "Reshape", "Squeeze", "Unsquee
 _ALONG = {
     "Mean", "Sum", "Softmax", "SafeSoftmax", "LogSoftmax", "Slice", "Cat", "Split",
     "SplitWithSizes", "Flip", "Roll", "Gather", "IndexSelect", "Cumsum", "Glu", "Amax", "Amin",
-    "Logsumexp", "Var", "Std", "LinalgVectorNorm",
+    "Logsumexp", "Var", "Std", "LinalgVectorNorm", "Max", "Min",
 }  # fmt: skip
 # Operations that mix along their last dimension, or the last two, or all but the first one.
 _LAST = {"_Linear", "NativeLayerNorm", "FusedRmsNorm", "_LayerNorm", "_RMSNorm"}
@@ -163,6 +163,9 @@ def _axis(
         swap = {_signed(first) % dims: _signed(second) % dims}
         swap |= {new: old for old, new in swap.items()}
         return swap.get(axis, axis)
+    if kind == "Stack":
+        new = _along(node, dims)
+        return None if axis == new else axis - (axis > new)
     if kind in ("Unbind", "Select"):
         return axis + (_signed(node._saved_dim) % len(inner) <= axis)
     if kind == "Index":
@@ -178,20 +181,28 @@ def _axis(
         batched = dims == 3 and axis == 0
         return axis if batched or (right == 0 and axis == dims - 2) else -1 if right else None
     if kind in _ALONG:
-        changed = getattr(node, "_saved_dims", getattr(node, "_saved_dim", ()))
-        changed = changed if isinstance(changed, tuple) else (changed,)
-        if (
-            len(inner) != dims
-            or None in changed
-            or axis in {_signed(dim) % len(inner) for dim in changed}
-            or (kind == "Gather" and inner[axis] != shape[axis])
-        ):
-            return None
-        return axis
+        return _beside(node, kind, axis, shape, inner)
     mixed = dims - 1 if kind in _LAST else dims - 2 if "Attention" in kind else dims
     if axis and (axis >= mixed or kind in _FIRST_ONLY):
         return None
     return _broadcast(axis, shape, inner) if kind in _KEEPING else None
+
+
+def _beside(
+    node: Any, kind: str, axis: int, shape: tuple[int, ...], inner: tuple[int, ...]
+) -> int | None:
+    """Return the dimension that rows come from, of an operation that works along others."""
+    given = getattr(node, "_saved_dims", getattr(node, "_saved_dim", ()))
+    given = given if isinstance(given, tuple) else (given,)
+    if None in given:
+        return None
+    along = {_signed(dim) % len(inner) for dim in given}
+    if len(inner) == len(shape):
+        moved = kind == "Gather" and inner[axis] != shape[axis]
+        return None if axis in along or moved else axis
+    # A mean or a sum may drop the dimensions that it works along.
+    left = [dim for dim in range(len(inner)) if dim not in along]
+    return left[axis] if len(left) == len(shape) else None
 
 
 def _indexed(indices: Any, axis: int, shape: tuple[int, ...], inner: tuple[int, ...]) -> int | None:

@@ -279,7 +279,16 @@ class _Tapped(torch.autograd.Function):
         values = [value.detach().requires_grad_() for value in ctx.values]
         with torch.enable_grad():
             out = ctx.again(values)
-        if len(grad) % batch:
+        unknown = step.mismatch or (
+            f"it met {len(grad)} rows, which are no multiple of {batch} samples"
+            if len(grad) % batch
+            else ""
+        )
+        if unknown:
+            for call in ctx.calls:
+                route = site_of(call[1])
+                assert route is not None
+                route.take_unknown(0, unknown)
             return grad, None, None, *torch.autograd.grad(out, values, grad)
         rows = groups.members.repeat_interleave(len(grad) // batch, dim=1).to(grad.dtype)
         parts: list[list[Tensor]] = [[] for _ in values]

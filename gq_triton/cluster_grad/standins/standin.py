@@ -167,6 +167,13 @@ def _of_samples(tensor: Tensor, origin: Origin) -> bool:
     return not torch.compiler.is_compiling() and is_view_of_input(tensor, origin.inputs, batch)
 
 
+def _of_known(out: Tensor, origin: Origin) -> Tensor:
+    """Return the result of a family's operation on samples, whose rows are theirs as well."""
+    if not torch.compiler.is_compiling() and out.grad_fn is not None:
+        origin.trusted.add((out.grad_fn, out.output_nr))
+    return out
+
+
 def _merged(stand_ins: list[Any], link: str) -> Origin:
     """Return the origin of what is computed from some stand-ins."""
     origin: Origin = stand_ins[0]._gq_origin
@@ -399,7 +406,8 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entered = _entered(right, "product", CONV1D)
         if entered is None:
             return func(*args, **kwargs)
-        return linear(left, entered[0], None, True, entered[1])
+        out = linear(left, entered[0], None, True, entered[1])
+        return _of_known(out, stand._gq_origin)
     dims = max(left.dim(), right.dim())
     if stand.dim() < 2 or other.dim() < max(3, dims):
         return _other(func, args, kwargs)
@@ -430,10 +438,10 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return _with_bias(F.linear(x, weight), bias, (-1,))
     both = _with_its_bias(weight, bias) if isinstance(bias, StandIn) else None
     if both is not None:
-        return linear(x, both[0], both[1], False, both[2])
+        return _of_known(linear(x, both[0], both[1], False, both[2]), origin)
     entered = _entered(weight, "linear", LINEAR)
     out = F.linear(x, weight) if entered is None else linear(x, entered[0], None, False, entered[1])
-    return _with_bias(out, bias, (-1,))
+    return _with_bias(_of_known(out, origin), bias, (-1,))
 
 
 def _with_its_bias(weight: Any, bias: Any) -> Any:
@@ -490,9 +498,7 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if entered is None:
         return func(*args, **kwargs)
     out = embedded(indices, entered[0], given.get("padding_idx"), entered[1])
-    if not torch.compiler.is_compiling() and out.grad_fn is not None:
-        origin.trusted.add((out.grad_fn, out.output_nr))
-    return out
+    return _of_known(out, origin)
 
 
 def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -514,7 +520,7 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         site = site_of(call[1])
         assert site is not None
         site.options = geometry
-        out = convolved(x, kernel, None, geometry, call)
+        out = _of_known(convolved(x, kernel, None, geometry, call), stand._gq_origin)
     else:
         out = func(**given)
     return _with_bias(out, bias, (-1, *[1] * spatial))
