@@ -283,7 +283,7 @@ def write(out: Path, records: Records) -> None:
 def draw(results: Sequence[Result]) -> bytes:
     """Return a picture: steps against batch size, the fit, and what was predicted."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(4 * len(results), 4.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
@@ -310,6 +310,7 @@ def draw(results: Sequence[Result]) -> bytes:
         panel.set_yscale("log")
         panel.set(title=found.name, xlabel="batch size", ylabel="steps to the target")
         panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.yaxis.set_minor_formatter(NullFormatter())
         panel.legend(fontsize=8)

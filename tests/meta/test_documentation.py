@@ -213,9 +213,11 @@ def test_commands_exist(block, capsys):
             case "git", ["tag" | "push", *_]:
                 pass  # git's own, which nothing here can check
             case "gq-triton", _:
+                # A command may have commands of its own.
+                named = 2 if words[2].startswith("-") else 3
                 with pytest.raises(SystemExit, match=r"^0$"):
-                    main([*words[1:3], "--help"])
-                check_options(words[3:], capsys.readouterr().out)
+                    main([*words[1:named], "--help"])
+                check_options(words[named:], capsys.readouterr().out)
             case ("sbatch", _) | ("launch/multi_node.sh", _):
                 scripts = [word for word in words if word.startswith(("launch/", "examples/"))]
                 assert all((ROOT / script).is_file() for script in scripts)

@@ -20,6 +20,7 @@ from gq_triton.extras import how_to_install
 from gq_triton.tasks import STUDY_TASKS, MissingData, batches, sample_losses
 from gq_triton.variance.noise.meter import NoiseScale
 from gq_triton.variance.noise.picture import draw
+from gq_triton.variance.noise.predict import CONSTANT
 from gq_triton.variance.noise.script import run_script
 from gq_triton.variance.noise.window import ratio
 
@@ -70,7 +71,7 @@ def _parser() -> Parser:
         "--out", type=Path, default=Path("noise"), metavar="DIR", help="folder (default: noise)"
     )
     counts = {
-        "--every": (None, "one of so many forward passes is measured (default: 5; scripts: 10)"),
+        "--every": (None, "one of so many forward passes is measured (default: 1; scripts: 10)"),
         "--clusters": (8, "groups per batch (default: 8)"),
         "--window": (50, "measurements in the table (default: 50)"),
         "--steps": (300, "steps of the task (default: 300)"),
@@ -156,7 +157,7 @@ def _run_task(given: argparse.Namespace) -> int:
         else torch.optim.SGD(params, lr=given.lr, momentum=0.9)
     )
     features = task.features if given.features == "" else given.features
-    meter = _meter(given, model, given.every or 5, features=features, optimizer=optimizer)
+    meter = _meter(given, model, given.every or 1, features=features, optimizer=optimizer)
     order, epoch = torch.empty(0, dtype=torch.int64), 0
     with _progress(given.steps) as advance:
         for step in range(1, given.steps + 1):
@@ -260,5 +261,6 @@ def _overall(history: Sequence[Mapping[str, float]]) -> str:
         return ""
     return (
         f"all {len(history)} measurements of the run: noise scale {found.value:.3g} samples, "
-        f"{found.low:.3g} to {found.high:.3g}\n"
+        f"{found.low:.3g} to {found.high:.3g}; critical batch of the whole run about "
+        f"{CONSTANT * found.value:.3g}\n"
     )

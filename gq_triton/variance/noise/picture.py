@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gq_triton.variance.noise.predict import steps_ratio
+from gq_triton.variance.noise.predict import WITHIN, steps_ratio
 from gq_triton.variance.noise.report import NoiseReport
 from gq_triton.variance.noise.window import Estimate, ratio
 
@@ -90,7 +90,7 @@ def _draw_prediction(panel: Any, report: NoiseReport) -> None:
     sizes = [old * 2 ** (n / 4) for n in range(-8, 25)]
     curves = [[steps_ratio(batch, old, new) for new in sizes] for batch in critical]
     panel.fill_between(sizes, curves[1], curves[2], color=_ORANGE, alpha=0.2,
-                       label="critical batch half or twice as large")  # fmt: skip
+                       label=f"critical batch up to {WITHIN:g} times off")  # fmt: skip
     panel.plot(sizes, curves[0], color=_ORANGE, label="predicted")
     panel.plot(sizes, [old / new for new in sizes], ":", color=_GRAY, label="each sample as useful")
     panel.axvline(old, color=_GRAY, linestyle="--", label="present batch")

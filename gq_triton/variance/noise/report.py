@@ -61,10 +61,11 @@ class NoiseReport:
 
     @property
     def critical_batch(self) -> Estimate:
-        """The batch at which twice the least steps are needed, predicted within a factor of 2.
+        """The batch at which twice the least steps are needed, predicted within a factor of 3.
 
-        The factor between it and the noise scale, 2.4, was fitted to six ladders of batches, and
-        the interval is no more than the range in which those six lay.
+        The factor between it and the noise scale, 2.4, was fitted to six ladders of batches. The
+        interval is the range in which those six and four other ladders lay. Their noise scales were
+        those of whole runs, from the first step on; a late window's is larger.
         """
         value = CONSTANT * self.total.noise_scale.value
         return Estimate(value, value / WITHIN, value * WITHIN)
@@ -77,7 +78,8 @@ class NoiseReport:
             old: the batch size to compare with; None takes ``batch_size``.
 
         Returns:
-            The ratio for the predicted critical batch, and those for half and twice as much.
+            The ratio for the predicted critical batch, and those for a third and three times as
+            much.
         """
         old = self.batch_size if old is None else old
         if not self.steps:
@@ -105,7 +107,7 @@ class NoiseReport:
             f"{size:g}",
             f"noise scale {_short(scale.value)} samples, {_range(scale)}",
             f"critical batch about {_short(batch.value)}, {_range(batch)}: {CONSTANT:g} noise "
-            f"scales, within a factor of {WITHIN:g} on the six ladders to which that was fitted",
+            f"scales, fitted to six ladders, within {WITHIN:g} times on those and four others",
         ]
         if math.isfinite(batch.value):
             for new in (2 * size, 4 * size):
