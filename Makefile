@@ -15,7 +15,7 @@ RUFF = echo "ruff: lint and format, a second" && $(BIN)/ruff check . && $(BIN)/r
 PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-docs test-all test-oldest lint format docs build check-build clean
+.PHONY: help setup train test test-fast test-docs test-all test-oldest test-slurm lint format docs build check-build clean
 
 help:
 	@echo "make train   train on the handwritten digits with two ranks, write runs/digits-<time>/"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-docs    examples of docstrings, README.md and docs/, under a minute"
 	@echo "make test-all  all tests, with the rare cases that make test leaves out, about 15 minutes"
 	@echo "make test-oldest  all tests on Python 3.10 and the oldest versions promised, in .venv-oldest"
+	@echo "make test-slurm   a study and a training on a real SLURM; needs root on Debian, about 5 minutes"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make docs    the documentation site, in site/; needs Python 3.11"
@@ -80,6 +81,11 @@ test-all: $(READY)
 test-oldest: $(OLDEST)/.ready
 	@echo "pytest: all tests on the oldest versions promised"
 	@$(OLDEST)/bin/pytest $(SHARED)
+
+test-slurm: $(READY)
+	@echo "SLURM: installs slurm-wlm, starts one node, runs launch/study_slurm.sh and launch/slurm.sh"
+	@tests/slurm/setup.sh start; tests/slurm/check.sh $(BIN)/python; failed=$$?; \
+	tests/slurm/setup.sh stop; exit $$failed
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	@command -v $(OLDEST_PYTHON) > /dev/null \

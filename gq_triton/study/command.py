@@ -58,7 +58,8 @@ def _parser() -> Parser:
 
 def _check_extra() -> None:
     packages = {"rich": "rich", "matplotlib": "matplotlib", "scipy": "scipy",
-                "sklearn": "scikit-learn", "numpy": "numpy", "jinja2": "jinja2"}  # fmt: skip
+                "sklearn": "scikit-learn", "numpy": "numpy", "jinja2": "jinja2",
+                "distributed": "distributed"}  # fmt: skip
     absent = [name for module, name in packages.items() if find_spec(module) is None]
     if absent:
         raise Refusal(f"studies need {', '.join(absent)}: {how_to_install('study')}")
@@ -85,6 +86,11 @@ def _add_run(commands: Any) -> None:
     run.add_argument(
         "--jobs", type=int, default=1, metavar="N",
         help="trials at a time, each in a process with one thread (default: 1)",
+    )  # fmt: skip
+    run.add_argument(
+        "--scheduler", metavar="ADDRESS",
+        help="run the trials on the workers of a dask scheduler, such as tcp://10.0.0.1:8786, and "
+        "not in --jobs processes of this machine; launch/ starts one under SLURM or Kubernetes",
     )  # fmt: skip
     run.add_argument(
         "--data", type=Path, metavar="DIR",
@@ -182,7 +188,7 @@ def _run(given: argparse.Namespace) -> int:
     out: Path = given.out
     _check_folder(out)
     config = _config(given)
-    _check_runnable(config, given.data)
+    _check_runnable(config, given.data, given.scheduler)
     every = cells(config)
     if not every:
         raise Refusal("no arm makes sense for these tasks: text has no classes to weight")
@@ -196,7 +202,10 @@ def _run(given: argparse.Namespace) -> int:
 
     _make_folder(out)
     _announce_changes(config, out / CONFIG)
-    return watch(every, store, out, given.jobs, given.data, damaged)
+    return watch(
+        every, store, out, jobs=given.jobs, data=given.data, damaged=damaged,
+        scheduler=given.scheduler,
+    )  # fmt: skip
 
 
 def _check_folder(out: Path) -> None:
@@ -249,14 +258,15 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
-def _check_runnable(config: StudyConfig, data: Path | None) -> None:
+def _check_runnable(config: StudyConfig, data: Path | None, scheduler: str | None) -> None:
     """Refuse a study that cannot run here, before anything is written.
 
     Raises:
         Refusal: there are too few GPUs, or a batch is larger than a task's training data.
         MissingData: the files of a task are not there.
     """
-    check_device(config.device, config.nproc_per_trial)
+    if scheduler is None:  # the workers elsewhere say what they have
+        check_device(config.device, config.nproc_per_trial)
     for name in config.tasks:
         samples = len(STUDY_TASKS[name].load(0, data).train[1])
         if max(config.batch_sizes) > samples:
@@ -268,7 +278,7 @@ def _check_runnable(config: StudyConfig, data: Path | None) -> None:
 
 def _dry_run(every: list[Any], total: int, finished: int, given: argparse.Namespace) -> int:
     from gq_triton.study.run.board import clock
-    from gq_triton.study.run.runner import estimate_seconds
+    from gq_triton.study.run.estimate import estimate_seconds
 
     seconds, runs = estimate_seconds(every, total - finished, given.jobs, given.data)
     sys.stdout.write(

@@ -1,12 +1,14 @@
-"""Options of a small study, its trials, and one trial as each rank runs it."""
+"""Options of a small study, its trials, and ways to run them without worker processes."""
 
 from pathlib import Path
 
 import torch.distributed as dist
 
+from gq_triton.study.design.protocol import missing
 from gq_triton.study.design.trial import EVALUATE, Trial
 from gq_triton.study.run.ranks import run_rank
 from gq_triton.study.run.records import Store
+from gq_triton.study.trials.training import run_trial
 
 OPTIONS = {
     "tasks": ["lines-disc"],
@@ -34,3 +36,13 @@ def run_and_store(rank: int, asked: Trial, folder: Path) -> None:
     record = run_rank(asked, None)
     if rank == 0:
         Store(folder).add(record)
+
+
+def run_here(cells, store, *, data, done, **others):
+    """Be ``run_study`` without worker processes, whose start takes longer than a few trials."""
+    for cell in cells:
+        while todo := missing(cell, store):
+            for one in todo:
+                record = run_trial(one, data)
+                store.add(record)
+                done(record)

@@ -11,20 +11,19 @@ import time
 from datetime import datetime, timezone
 
 import pytest
+from study_trials import run_here
 
 from gq_triton.commands import cli
 from gq_triton.study import command
 from gq_triton.study.design.config import StudyConfig
-from gq_triton.study.design.protocol import missing
 from gq_triton.study.design.study_file import command_line, read_toml
 from gq_triton.study.report import figures
 from gq_triton.study.run import watch
-from gq_triton.study.trials.training import run_trial
 
 STUDY = [
     "--tasks", "lines-disc", "digits-longtail",
     "--arms", "sgdm", "gq-sgdm", "gq-sgdm-clusters", "sgdm-class-weighted",
-    "--batch-sizes", "4", "64", "--steps", "7",
+    "--batch-sizes", "4", "64", "--steps", "3",
     "--trials", "2", "--tuning-seeds", "1", "--seeds", "2",
     "--controls", "norm-ratio", "rho1-equal",
 ]  # fmt: skip
@@ -88,7 +87,9 @@ def interrupt(out, sign, wanted):
 @pytest.mark.slow
 def test_a_killed_and_resumed_study_is_the_one_never_killed(tmp_path, monkeypatch, capfd):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert cli.main(["study", "run", "--out", str(whole), *STUDY, "--jobs", "2"]) == 0
+    with monkeypatch.context() as here:
+        here.setattr(watch, "run_study", run_here)
+        assert cli.main(["study", "run", "--out", str(whole), *STUDY]) == 0
     total = records(whole)
     for sign, share in ((signal.SIGKILL, 0.1), (signal.SIGINT, 0.3)):
         code, output = interrupt(killed, sign, share * total)
@@ -98,7 +99,9 @@ def test_a_killed_and_resumed_study_is_the_one_never_killed(tmp_path, monkeypatc
     before = {path: path.stat().st_mtime_ns for path in killed.glob("trials/*.json")}
     # Without options the study continues as its own study.toml says.
     capfd.readouterr()
-    assert cli.main(["study", "run", "--out", str(killed)]) == 0
+    with monkeypatch.context() as here:
+        here.setattr(watch, "run_study", run_here)
+        assert cli.main(["study", "run", "--out", str(killed)]) == 0
     assert f"{len(before)} of" in "".join(capfd.readouterr())
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     assert records(killed) == total
@@ -268,17 +271,6 @@ def test_two_processes_do_not_run_one_study(tmp_path, capsys):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert cli.main(["study", "run", "--out", str(out), *STUDY]) == 2
     assert "another process runs the study" in capsys.readouterr().err
-
-
-def run_here(cells, store, folder, *, jobs, data, done):
-    """Be ``run_study`` without worker processes, whose start takes longer than a few trials."""
-    for cell in cells:
-        while todo := missing(cell, store):
-            for trial in todo:
-                record = run_trial(trial, data)
-                store.add(record)
-                store.know(record)
-                done(record)
 
 
 def test_a_changed_study_says_what_changed(tmp_path, capsys, monkeypatch):

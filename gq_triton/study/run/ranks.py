@@ -6,10 +6,8 @@ The study starts each rank as ``torchrun -m gq_triton.study.run.ranks TRIAL.json
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from gq_triton.options import OUTPUT_GRADIENT
 from gq_triton.study.design.law import StudyLaw
 from gq_triton.study.design.trial import SERIES, Record, Trial
 from gq_triton.study.run.device import take_device
+from gq_triton.study.run.guard import guarded
 from gq_triton.study.run.records import Store
 from gq_triton.study.trials.backward import Measured
 from gq_triton.study.trials.clusterer import StudyClusterer
@@ -123,16 +122,14 @@ class _RankRun(TrainingRun):
         return loss
 
 
-def launch(
-    trial: Trial, folder: Path, data: Path | None, started: Callable[[subprocess.Popen[str]], None]
-) -> Record:
-    """Run a trial under torchrun and return its record, which rank 0 writes.
+def launch(trial: Trial, data: Path | None) -> Record:
+    """Run a trial under torchrun and return its record.
+
+    The ranks end with this process, also if it is killed.
 
     Args:
         trial: the trial.
-        folder: folder of the study.
         data: folder with the files of tasks that need some.
-        started: called with the process of torchrun, so that the caller can stop it.
 
     Raises:
         Refusal: a rank failed.
@@ -142,21 +139,13 @@ def launch(
         path.write_text(json.dumps(asdict(trial)), encoding="utf-8")
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={trial.processes}", "-m", __name__, str(path), str(folder),
+            f"--nproc-per-node={trial.processes}", "-m", __name__, str(path), scratch,
             *([] if data is None else [str(data)]),
         ]  # fmt: skip
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        started(process)
-        output, _ = process.communicate()
-    record = Store(folder).read(trial)
-    if process.returncode or record is None:
-        raise Refusal(f"torchrun ended with {process.returncode}: {output[-1000:]}")
+        code, output = guarded(command, {"OMP_NUM_THREADS": "1"})
+        record = Store(Path(scratch)).read(trial)  # rank 0 has written it
+    if code or record is None:
+        raise Refusal(f"torchrun ended with {code}: {output[-1000:]}")
     return record
 
 

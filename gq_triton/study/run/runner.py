@@ -1,203 +1,222 @@
-"""Worker processes that run a study's trials; a kill loses only the trials under way."""
+"""The trials of a study on dask: workers of this machine, or those of a scheduler elsewhere.
 
-import multiprocessing
+The records on disk are the truth. Dask is told which trials are missing, and nothing else: a worker
+or a scheduler that is lost costs the trials under way.
+"""
+
+import logging
 import os
+import queue
 import signal
-import subprocess
-import tempfile
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
-from multiprocessing.connection import wait as wait_for_sentinel
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.protocol import Cell, missing
-from gq_triton.study.design.trial import EVALUATE, Record, Trial
+from gq_triton.study.design.trial import Record, Trial
 from gq_triton.study.run.records import Store
 
-__all__ = ["estimate_seconds", "run_study"]
+__all__ = ["resources", "run_study"]
 
-Progress = Callable[[Record], None]
-_PROBE_STEPS = 20
+# Trials that the scheduler knows at a time; it gives them also to workers that join later.
+_KNOWN = 1000
+_CONNECT = 30.0  # seconds in which a scheduler elsewhere must answer
+_LOOK = 2.0  # seconds after which the scheduler is looked at, although no trial has finished
 
 
 def run_study(
-    cells: list[Cell], store: Store, folder: Path, *, jobs: int, data: Path | None, done: Progress
+    cells: list[Cell],
+    store: Store,
+    *,
+    jobs: int,
+    data: Path | None,
+    done: Callable[[Record], None],
+    scheduler: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Run every trial of a study that has no record yet.
+    """Run every trial of a study that has no record yet, and write the records.
 
-    Each worker writes its own records, so that a kill of this process loses at most the trials
-    under way. The evaluation of a cell starts as soon as the cell is tuned.
+    The evaluation of a cell starts as soon as the cell is tuned. Results do not depend on the
+    number of workers: each trial computes with one thread.
 
     Args:
         cells: cells of the study.
         store: records of the study; trials that have one are not run again.
-        folder: folder of the study.
-        jobs: number of worker processes. Each computes with one thread, so that results do not
-            depend on it.
+        jobs: number of worker processes on this machine.
         data: folder with the files of tasks that need some.
         done: called with every new record.
+        scheduler: address of a dask scheduler whose workers run the trials in place of ``jobs``
+            processes of this machine, such as ``tcp://10.0.0.1:8786``.
+        note: called with what a user should know meanwhile.
 
     Raises:
-        Refusal: a worker was killed.
+        Refusal: there is no scheduler at the address, it was lost, or a trial cannot be run.
     """
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        jobs,
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(cells[0].config.device, context.Value("i", 0)),
-    )
-    workers: dict[int, Any] = {}
-    open_cells, running = list(cells), {}
-    try:
-        while open_cells or running:
-            _submit(pool, open_cells, store, running, folder, data, limit=2 * jobs)
-            if not running:
-                continue
-            workers.update(pool._processes or {})
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+    if not any(missing(cell, store) for cell in cells):
+        return  # nothing to start workers for
+    with _client(jobs, scheduler) as client:
+        _Run(client, cells, store, data, done).go(note if scheduler else lambda text: None)
+
+
+def resources(trial: Trial) -> dict[str, float]:
+    """Return the resources of a dask worker that a trial takes, on a scheduler elsewhere."""
+    if trial.device == "cuda":
+        return {"GPU": trial.processes}
+    return {"CPU": trial.processes} if trial.processes > 1 else {}
+
+
+class _Run:
+    """The trials that dask knows of and those still to come."""
+
+    def __init__(
+        self,
+        client: Any,
+        cells: list[Cell],
+        store: Store,
+        data: Path | None,
+        done: Callable[[Record], None],
+    ) -> None:
+        self.client, self.store, self.data, self.done = client, store, data, done
+        self.open_cells = list(enumerate(cells))
+        self.running: dict[str, Any] = {}
+        self.ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.limited = client.cluster is None  # workers elsewhere say what they have
+
+    def go(self, note: Callable[[str], None]) -> None:
+        """Run until no trial is missing."""
+        self._submit()
+        waiting = False
+        while self.running:
+            finished = self._finished()
             for future in finished:
-                del running[future]
-                record = future.result()
-                store.know(record)
-                done(record)
-    except BrokenProcessPool as error:
-        raise Refusal(
-            "a worker process was killed, perhaps for want of memory: what is finished is kept; "
-            "run the same command again, with a smaller --jobs if it happens again"
-        ) from error
-    finally:
-        if running:  # Ctrl-C or a failure: the trials under way are not waited for
-            for worker in workers.values():
-                worker.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+                self._take(future)
+            if finished:
+                self._submit()
+                waiting = False
+            elif not waiting and self._nobody():
+                waiting = True
+                note(f"waiting for workers{self._wanted()}")
 
+    def _submit(self) -> None:
+        """Give dask the trials that can start; forget the cells that are complete."""
+        from gq_triton.study.run.worker import work
 
-def _submit(
-    pool: ProcessPoolExecutor,
-    open_cells: list[Cell],
-    store: Store,
-    running: dict[Future[Record], Trial],
-    folder: Path,
-    data: Path | None,
-    limit: int,
-) -> None:
-    """Start the trials that can start, until ``limit`` run; drop the cells that are complete."""
-    started = {trial.key for trial in running.values()}
-    for cell in list(open_cells):
-        todo = missing(cell, store)
-        if not todo:
-            open_cells.remove(cell)
-        for trial in todo:
-            if len(running) >= limit:
-                return
-            if trial.key not in started:
-                started.add(trial.key)
-                running[pool.submit(_work, trial, folder, data)] = trial
+        for number, cell in list(self.open_cells):
+            todo = missing(cell, self.store)
+            if not todo:
+                self.open_cells.remove((number, cell))
+            for trial in todo:
+                if len(self.running) >= _KNOWN:
+                    return
+                if trial.key in self.running:
+                    continue
+                future = self.client.submit(
+                    work,
+                    trial,
+                    self.data,
+                    key=f"trial-{trial.key}",
+                    priority=-number,  # the first cells first
+                    resources=(resources(trial) or None) if self.limited else None,
+                )
+                self.running[trial.key] = future
+                future.add_done_callback(lambda one, key=trial.key: self.ready.put((key, one)))
 
-
-def _start_worker(device: str, started: Any) -> None:
-    """Prepare a worker: one thread; it ignores Ctrl-C and ends when its parent ends."""
-    from gq_triton.study.run.device import take_device
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too and stops workers
-    with started.get_lock():
-        number = started.value
-        started.value += 1
-    take_device(device, number)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait_for_sentinel([parent.sentinel])
-        _stop_ranks()
-        os._exit(1)
-
-    def stop(number: int, frame: object) -> None:
-        _stop_ranks()
-        os._exit(1)
-
-    signal.signal(signal.SIGTERM, stop)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-_ranks: list[subprocess.Popen[str]] = []  # the torchrun process that this worker waits for
-
-
-def _stop_ranks() -> None:
-    for process in _ranks:
-        process.terminate()  # torchrun stops its ranks
-
-
-def _work(trial: Trial, folder: Path, data: Path | None) -> Record:
-    from gq_triton.study.trials.training import run_trial
-
-    if trial.processes > 1:
-        from gq_triton.study.run.ranks import launch
-
+    def _finished(self) -> list[tuple[str, Any]]:
+        """Return the futures that finished, after a wait for the first; none after a long one."""
         try:
-            return launch(trial, folder, data, _ranks.append)
-        finally:
-            _ranks.clear()
-    record = run_trial(trial, data)
-    Store(folder).add(record)
-    return record
+            found = [self.ready.get(timeout=_LOOK)]
+        except queue.Empty:
+            if self.client.status == "closed":
+                raise Refusal(_LOST) from None
+            # A scheduler that has come back has forgotten them.
+            return [(k, f) for k, f in self.running.items() if f.status in ("lost", "cancelled")]
+        while not self.ready.empty():
+            found.append(self.ready.get())
+        return found
+
+    def _take(self, finished: tuple[str, Any]) -> None:
+        """Keep the record of a future; a future that dask has lost is asked for again."""
+        from distributed.scheduler import KilledWorker
+
+        key, future = finished
+        if self.running.get(key) is not future:
+            return
+        del self.running[key]
+        try:
+            record = future.result()
+        except CancelledError:
+            if self.client.status == "closed":
+                raise Refusal(_LOST) from None
+            return
+        except KilledWorker as error:
+            raise Refusal(_KILLED) from error
+        self.store.add(record)
+        self.done(record)
+
+    def _nobody(self) -> bool:
+        """Return whether no worker has what one of the trials needs."""
+        if not self.limited or self.client.status != "running":
+            return False
+        workers = self.client.scheduler_info()["workers"].values()
+        needed = self._needed()
+        return not any(
+            all(worker["resources"].get(name, 0) >= least for name, least in needed.items())
+            for worker in workers
+        )
+
+    def _needed(self) -> dict[str, float]:
+        return resources(self.open_cells[0][1].tuning[0][0])
+
+    def _wanted(self) -> str:
+        needed = " ".join(f"{name}={least:g}" for name, least in self._needed().items())
+        return f" that were started with --resources {needed}" if needed else ""
 
 
-def estimate_seconds(
-    cells: list[Cell], trials: int, jobs: int, data: Path | None
-) -> tuple[float, int]:
-    """Return an estimate of the seconds that trials take, and the number of runs it is from.
+_LOST = (
+    "the scheduler was lost: what is finished is kept; run the same command again when there is one"
+)
+_KILLED = (
+    "a worker process was killed again and again, perhaps for want of memory: what is finished is "
+    "kept; run the same command again, with fewer workers if it happens again"
+)
 
-    There is one short run per task and arm at the middle batch size, with its looks at the data.
-    With several processes per trial there is one whole trial.
 
-    Args:
-        cells: cells of the study.
-        trials: number of trials still to run.
-        jobs: number of worker processes.
-        data: folder with the files of tasks that need some.
-    """
-    import torch
+@contextmanager
+def _client(jobs: int, scheduler: str | None) -> Iterator[Any]:
+    """Connect to a scheduler, or start one with workers on this machine and end it afterwards."""
+    from distributed import Client, LocalCluster
 
-    from gq_triton.study.trials.training import run_trial
-
-    if cells[0].config.nproc_per_trial > 1:
-        return _ranked_seconds(cells[0].tuning[0][0], data) * trials / jobs, 1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    per_trial = []
-    sizes = sorted({cell.batch_size for cell in cells})
-    middle = sizes[len(sizes) // 2]
+    # What dask would log on the way is said by the command, in a line.
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=_CONNECT, set_as_default=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise Refusal(f"there is no dask scheduler at {scheduler}: {error}") from error
+        with client:
+            yield client
+        return
+    cluster = LocalCluster(
+        n_workers=jobs,
+        threads_per_worker=1,
+        processes=True,
+        memory_limit=None,  # dask would stop workers that take more than their share
+        dashboard_address=":0",  # any free port
+        silence_logs=logging.CRITICAL,
+        preload=["gq_triton.study.run.worker"],
+    )
+    client = Client(cluster, set_as_default=False)
     try:
-        for cell in cells:
-            if cell.batch_size != middle:
-                continue
-            first = cell.tuning[0][0]
-            steps = min(first.steps, _PROBE_STEPS)
-            short = replace(first, steps=steps, looks_every=min(first.looks_every, steps))
-            # The first run reads the data and compiles; it is not timed.
-            run_trial(replace(short, steps=min(steps, 8), looks_every=min(steps, 8)), data)
-            started = time.perf_counter()
-            run_trial(replace(short, purpose=EVALUATE), data)
-            per_trial.append((time.perf_counter() - started) * first.steps / steps)
+        yield client
+    except BaseException:  # Ctrl-C or a failure: the trials under way are not waited for
+        for nanny in cluster.workers.values():
+            if nanny.pid is not None:
+                os.kill(nanny.pid, signal.SIGTERM)
+        raise
     finally:
-        torch.set_num_threads(threads)
-    return sum(per_trial) / len(per_trial) * trials / jobs, len(per_trial)
-
-
-def _ranked_seconds(trial: Trial, data: Path | None) -> float:
-    """Return the seconds of one whole trial under torchrun, most of which its start takes."""
-    from gq_triton.study.run.ranks import launch
-
-    with tempfile.TemporaryDirectory() as scratch:
-        started = time.perf_counter()
-        launch(trial, Path(scratch), data, lambda process: None)
-        return time.perf_counter() - started
+        client.close()
+        cluster.close()

@@ -19,7 +19,14 @@ INTERRUPTED, FAILED = 130, 1  # exit status after Ctrl-C, and after a worker or 
 
 
 def watch(
-    cells: list[Cell], store: Store, folder: Path, jobs: int, data: Path | None, damaged: int
+    cells: list[Cell],
+    store: Store,
+    folder: Path,
+    *,
+    jobs: int,
+    data: Path | None,
+    damaged: int,
+    scheduler: str | None = None,
 ) -> int:
     """Run the missing trials of a study and show them; return the exit status.
 
@@ -30,6 +37,7 @@ def watch(
         jobs: number of worker processes.
         data: folder with the files of tasks that need some.
         damaged: number of files among the records that could not be read.
+        scheduler: address of a dask scheduler elsewhere, or None for workers on this machine.
 
     Raises:
         Refusal: another process runs the study.
@@ -50,7 +58,10 @@ def watch(
         try:
             with board:
                 board.recall(store)
-                run_study(cells, store, folder, jobs=jobs, data=data, done=done)
+                run_study(
+                    cells, store, jobs=jobs, data=data, done=done, scheduler=scheduler,
+                    note=board.note,
+                )  # fmt: skip
         except KeyboardInterrupt:
             board.note("stopped; what is finished is kept, and the same command continues")
             return INTERRUPTED
