@@ -74,7 +74,9 @@ def scoring(count: int) -> list[float]:
         with torch.no_grad():
             model(x)
 
-    return turns(lambda: seconds(lambda: loader._run(x, y, 768)), lambda: seconds(forward), count)
+    return turns(
+        lambda: seconds(lambda: loader._gate.run(x, y, 768)), lambda: seconds(forward), count
+    )
 
 
 def drawing(count: int) -> list[float]:

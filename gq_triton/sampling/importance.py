@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -17,24 +16,14 @@ from gq_triton.sampling import presample as law
 from gq_triton.sampling.checks import check_data, check_model
 from gq_triton.sampling.costs import EpochCost
 from gq_triton.sampling.fetch import Fetch, Fetched, moved, pick, split_batch
+from gq_triton.sampling.gate import Gate, Reading
 from gq_triton.sampling.importance_options import check_loader_options, check_options
 from gq_triton.sampling.ranks import place, shard, stream
-from gq_triton.sampling.scores import (
-    Loss,
-    as_module,
-    check_scores,
-    importance_score,
-    sample_losses,
-    variance_reduction,
-)
-from gq_triton.sampling.watch import Watch, device_of, evaluation_mode, run_model, scorer
+from gq_triton.sampling.scores import Loss, as_module
+from gq_triton.sampling.watch import device_of, run_model
 from gq_triton.saved.rules import Exactly, Flag, Integer, ListOf, Maybe, Number, Record, check
 
 __all__ = ["ImportanceBatch", "ImportanceLoader"]
-
-# The share of the past in the moving averages of tau and of the mean score.
-MEMORY = 0.9
-_SCORES = {"gradient": importance_score, "loss": sample_losses}  # as SCORES lists them
 
 
 class ImportanceBatch(NamedTuple):
@@ -53,21 +42,6 @@ class ImportanceBatch(NamedTuple):
     inputs: Any
     targets: Any
     weights: Tensor
-
-
-class _Reading(NamedTuple):
-    """What the scores of one step say: its variance reduction, and the mean score."""
-
-    tau: float
-    mean: float
-
-
-class _Trained(NamedTuple):
-    """A uniform batch that was given, whose scores are still to come."""
-
-    inputs: Any
-    targets: Any
-    samples: int
 
 
 class ImportanceLoader:
@@ -192,13 +166,14 @@ class ImportanceLoader:
             )
         self.model, self.loss, self.schedule, self.presample = model, loss, schedule, presample
         self.tau_th = law.threshold(schedule, batch_size, presample) if tau_th is None else tau_th
-        self._smoothing = law.Smoothing(power, smooth, smooth_mean)
-        self._score, self._weight_power = _SCORES[score], weight_power
-        self._split, self._forward = split or split_batch, forward or run_model
+        smoothing = law.Smoothing(power, smooth, smooth_mean)
+        self._gate = Gate(
+            model, loss, score, forward or run_model, smoothing, self.num_replicas, self._scored
+        )
+        self._weight_power, self._split = weight_power, split or split_batch
         self._collate, self._seed = collate_fn or default_collate, seed
         self._steps = steps or -(-self._samples // (batch_size * self.num_replicas))
         self.costs: list[EpochCost] = []
-        self.tau, self._mean = 0.0, 1.0
         # The epoch, whether it has begun, and the batches of it that were given.
         self._epoch, self._begun, self._step = 0, False, 0
         self._resumes, self._turn = False, 0
@@ -206,11 +181,7 @@ class ImportanceLoader:
         self._under_way: deque[tuple[law.Plan, Tensor]] = deque()
         self._again: deque[law.Plan] = deque()
         self._part: Tensor | None = None
-        # The uniform batch that was given last, and the scores of the model's answer to it.
-        self._trained: _Trained | None = None
-        self._answer: Tensor | None = None
-        self._loaded: _Reading | None = None
-        self._watch = Watch(self._answered)
+        self._loaded: Reading | None = None
         self._base = torch.Generator()
         self._data = DataLoader(
             Fetch(dataset, self._collate),  # pyright: ignore[reportArgumentType]
@@ -222,6 +193,11 @@ class ImportanceLoader:
             **options,
         )
 
+    @property
+    def tau(self) -> float:
+        """The moving average of ``variance_reduction``."""
+        return self._gate.tau
+
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
         return self._steps
@@ -232,7 +208,7 @@ class ImportanceLoader:
         turn = self._turn
         self._begin()
         device = device_of(self.model)
-        handle = self.model.register_forward_hook(self._watch)
+        handle = self.model.register_forward_hook(self._gate.watch)
         try:
             batches = iter(self._data)
             while self._step < self._steps:
@@ -246,7 +222,7 @@ class ImportanceLoader:
                 yield batch
                 if turn != self._turn:
                     raise RuntimeError("another loop over this ImportanceLoader has begun since")
-                self._settle()
+                self._gate.settle()
         finally:
             # What the model answered is kept: state_dict() may be asked for after a loop was left.
             handle.remove()
@@ -261,7 +237,7 @@ class ImportanceLoader:
         comes next; the model has a state of its own.
         """
         cost = self.costs[-1] if self._begun else EpochCost(self._epoch)
-        reading = self._loaded if self._answer is None else self._read(self._answer)
+        reading = self._gate.answered or self._loaded
         plans = [*(plan for plan, _ in self._under_way), *self._again]
         return {
             **self._fixed(),
@@ -269,7 +245,7 @@ class ImportanceLoader:
             "step": self._step,
             "begun": self._begun,
             "tau": self.tau,
-            "mean": self._mean,
+            "mean": self._gate.mean,
             "reading": None if reading is None else list(reading),
             "plans": [list(plan) for plan in plans],
             "cost": [cost.steps, cost.steps_by_score, cost.scored, cost.trained],
@@ -295,11 +271,11 @@ class ImportanceLoader:
         }
         check(state, Record(rules), "the saved ImportanceLoader")
         self._turn += 1  # a loop that is running ends with an error
-        self._forget()
+        self._gate.forget()
         self._epoch, self._step, self._begun = state["epoch"], state["step"], state["begun"]
         self._resumes = self._begun
-        self.tau, self._mean = state["tau"], state["mean"]
-        self._loaded = None if state["reading"] is None else _Reading(*state["reading"])
+        self._gate.tau, self._gate.mean = state["tau"], state["mean"]
+        self._loaded = None if state["reading"] is None else Reading(*state["reading"])
         self._under_way.clear()
         self._again = deque(law.Plan(*plan) for plan in state["plans"])
         self.costs = [EpochCost(self._epoch, *state["cost"])] if self._begun else []
@@ -325,10 +301,10 @@ class ImportanceLoader:
             self._again.clear()
             self.costs.append(EpochCost(self._epoch))
         self._begun, self._resumes = True, False
-        self._forget()
+        self._gate.forget()
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
-            self._learn(loaded)
+            self._gate.learn(loaded)
         name = self._seed, self._epoch
         self._part = shard(self._samples, self.num_replicas, self.rank, *name, "parts")
         # Seeds of worker processes: not those of the global generator, and the same on resumption.
@@ -351,8 +327,7 @@ class ImportanceLoader:
 
     def _uniform(self, indices: Tensor, fetched: Fetched, device: torch.device) -> ImportanceBatch:
         inputs, targets = self._split(moved(fetched.batch, device))
-        self._trained = _Trained(inputs, targets, len(indices))
-        self._watch.samples = len(indices)
+        self._gate.wait(inputs, targets, len(indices))
         self._count(len(indices))
         weights = torch.full((len(indices),), self._correction)
         return ImportanceBatch(indices, inputs, targets, weights.to(device))
@@ -361,12 +336,12 @@ class ImportanceLoader:
         self, plan: law.Plan, indices: Tensor, fetched: Fetched, device: torch.device
     ) -> ImportanceBatch:
         whole = moved(fetched.batch, device)
-        scores = self._run(*self._split(whole), plan.scored)
-        smooth = self._smoothing(scores, self._mean)
+        scores = self._gate.run(*self._split(whole), plan.scored)
+        smooth = self._gate.smooth(scores)
         generator = stream(self._seed, self._epoch, self.rank, self._step, "draw")
         drawn = law.draw(smooth, plan.trained, generator)
         weights = law.weights_of(smooth, drawn, self._weight_power) * self._correction
-        self._learn(self._read(scores))
+        self._gate.learn(self._gate.read(scores))
         self._count(plan.trained, by_score=1)
         fetched = fetched._replace(batch=whole)
         inputs, targets = self._split(moved(pick(fetched, drawn, self._collate), device))
@@ -385,52 +360,8 @@ class ImportanceLoader:
         cost.steps_by_score += by_score
         cost.trained += trained
 
-    # --- scores
-
-    def _run(self, inputs: Any, targets: Any, samples: int) -> Tensor:
-        """Run the model on a batch to score it; return ``(samples,)`` float64 on the CPU."""
-        model = scorer(self.model)
-        with evaluation_mode(model), torch.no_grad():
-            outputs = self._forward(model, inputs)
+    def _scored(self, samples: int) -> None:
         self.costs[-1].scored += samples
-        scores = check_scores(self._score(outputs, targets, self.loss), "the scores of a batch")
-        if len(scores) != samples:
-            raise ValueError(
-                f"the loss must give one score to each of the {samples} samples of a batch, got "
-                f"{len(scores)}: outputs and targets must begin with the samples"
-            )
-        return scores.to("cpu", torch.float64)
-
-    def _answered(self, outputs: Any) -> None:
-        """Score what the model answers to a uniform batch; the hook calls it."""
-        if self._trained is not None:
-            scores = self._score(outputs, self._trained.targets, self.loss)
-            self._answer = scores if len(scores) == self._trained.samples else None
-
-    def _read(self, scores: Tensor) -> _Reading:
-        scores = check_scores(scores, "the scores of a batch").to("cpu", torch.float64)
-        smooth = self._smoothing(scores, self._mean)
-        return _Reading(variance_reduction(smooth), float(scores.mean()))
-
-    def _settle(self) -> None:
-        """Take the scores of the batch that was given last into ``tau``, if it was uniform."""
-        trained, answer = self._trained, self._answer
-        self._forget()
-        if trained is not None:
-            self._learn(self._read(self._run(*trained) if answer is None else answer))
-
-    def _forget(self) -> None:
-        self._trained, self._answer, self._watch.samples = None, None, 0
-
-    def _learn(self, reading: _Reading) -> None:
-        """Take a step's reading, the mean over all ranks, into the moving averages."""
-        if self.num_replicas > 1 and dist.is_initialized():
-            device = device_of(self.model) if "nccl" in dist.get_backend() else "cpu"
-            both = torch.tensor(reading, dtype=torch.float64, device=device)
-            dist.all_reduce(both)
-            reading = _Reading(*(both / dist.get_world_size()).tolist())
-        self.tau = MEMORY * self.tau + (1 - MEMORY) * reading.tau
-        self._mean = MEMORY * self._mean + (1 - MEMORY) * reading.mean
 
 
 class _Requests:
