@@ -14,6 +14,7 @@ import torch
 from cluster_cases import GPT, MLP, ResNet
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from gq_triton import GradQueue
 from gq_triton.variance import NoiseScale, steps_ratio
@@ -564,3 +565,45 @@ def test_a_compiled_model_keeps_its_gradients_and_its_graphs(compiled):
         graphs.append(counters["stats"]["unique_graphs"])
     assert [row["step"] for row in meter.history] == [3, 6, 9]
     assert graphs[2] == graphs[-1]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_models_are_measured(reentrant):
+    class Checkpointed(MLP):
+        def forward(self, x):
+            x = x.clone().requires_grad_()
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    torch.manual_seed(0)
+    model, twin = Checkpointed().to(F64), MLP().to(F64)
+    twin.load_state_dict(model.state_dict())
+    meter = NoiseScale(model, every=2, clusters=8)
+    for step in range(1, 5):
+        batch = torch.randn(8, 6, dtype=F64)
+        for module in (model, twin):
+            module.zero_grad()
+            losses_of(module, batch).mean().backward()
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-13)
+        if step % 2 == 0:
+            grads = by_sample(twin, losses_of(twin, batch))
+            variance = sum(float(rows.var(dim=0).sum()) for rows in grads.values())
+            assert meter.history[-1]["variance"] == pytest.approx(variance, rel=1e-9)
+    assert len(meter.history) == 2
+
+
+def test_autocast_keeps_its_gradients_and_bfloat16_its_figures():
+    torch.manual_seed(0)
+    model = MLP()
+    twin = copy.deepcopy(model)
+    meter = NoiseScale(model, every=1, clusters=16)
+    batch = torch.randn(16, 6)
+    for module in (model, twin):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = losses_of(module, batch)
+        losses.mean().backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0.02, atol=1e-3)
+    grads = by_sample(twin, losses_of(twin, batch))
+    variance = sum(float(rows.var(dim=0).sum()) for rows in grads.values())
+    assert meter.history[0]["variance"] == pytest.approx(variance, rel=0.05)

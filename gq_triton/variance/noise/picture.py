@@ -14,8 +14,8 @@ from gq_triton.variance.noise.window import Estimate, ratio
 __all__ = ["draw"]
 
 _BLUE, _ORANGE, _GRAY = "#0072B2", "#D55E00", "#8A8A8A"
-# Measurements that a point of the curve is made of, and rows of the panel of parameters.
-_POOLED, _ROWS = 10, 24
+# Points of the curve, each of as many measurements, and rows of the panel of parameters.
+_POINTS, _ROWS = 12, 24
 
 
 def draw(title: str, history: Sequence[Mapping[str, float]], report: NoiseReport) -> bytes:
@@ -41,7 +41,7 @@ def draw(title: str, history: Sequence[Mapping[str, float]], report: NoiseReport
 
 def _draw_curve(panel: Any, history: Sequence[Mapping[str, float]], report: NoiseReport) -> None:
     pooled: list[tuple[float, Estimate]] = []
-    size = max(1, min(_POOLED, len(history) // 4))
+    size = max(1, len(history) // _POINTS)
     for start in range(0, len(history) - size + 1, size):
         rows = history[start : start + size]
         top, bottom = (
@@ -51,10 +51,14 @@ def _draw_curve(panel: Any, history: Sequence[Mapping[str, float]], report: Nois
         pooled.append((sum(row["step"] for row in rows) / len(rows), ratio(top, bottom)))
     seen = [(at, found) for at, found in pooled if 0 < found.value < math.inf]
     at = [step for step, _ in seen]
-    panel.plot(at, [f.value for _, f in seen], "o-", color=_BLUE, label="noise scale")
+    panel.plot(at, [f.value for _, f in seen], color=_BLUE, label="noise scale")
     for step, found in seen:
-        if found.low > 0 and found.high < math.inf:
+        bounded = found.low > 0 and found.high < math.inf
+        panel.plot([step], [found.value], "o", color=_BLUE, mfc=_BLUE if bounded else "white")
+        if bounded:
             panel.plot([step, step], [found.low, found.high], color=_BLUE, alpha=0.5)
+    if any(found.high == math.inf for _, found in seen):
+        panel.plot([], [], "o", color=_BLUE, mfc="white", label="of which no bound is known")
     panel.axhline(report.batch_size, color=_GRAY, linestyle="--", label="batch size")
     panel.set(
         title=f"Noise scale, {size} measurements a point", xlabel="forward pass", ylabel="samples"
