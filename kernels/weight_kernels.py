@@ -104,12 +104,13 @@ def weight_kernel(
     out1, out2, in0, in1, in2, taps, taps1, taps2, step0, step1, step2, pad0, pad1, pad2, gap0,
     gap1, gap2,
     BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, KP: tl.constexpr, WHOLE: tl.constexpr,
-    TAPS: tl.constexpr, MIXED: tl.constexpr, C_DTYPE: tl.constexpr, F_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TAPS: tl.constexpr, MIXED: tl.constexpr, FIRST: tl.constexpr, C_DTYPE: tl.constexpr,
+    F_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of one cluster's sum of ``dy.T @ x``, or of one split of its rows.
 
-    ``outputs`` and ``inputs`` are those of one group of channels. TAPS says that there is a window.
+    ``outputs`` and ``inputs`` are those of one group of channels. TAPS says that there is a window,
+    FIRST that channels come before positions: then a channel's positions lie next to each other.
     MIXED counts the columns through all taps, ``tap * inputs + input``, so that a tile holds
     several taps of few inputs. F_DTYPE is the type of the factors, C_DTYPE that of the sums.
     """
@@ -143,17 +144,24 @@ def weight_kernel(
         at, live = row % positions, row < last
         if WHOLE:
             at, live = start % positions + tl.arange(0, BR)[:, None], row >= 0
-        a_at = dy + sample * dy_sample + at * (groups * outputs) + dy_columns
-        a = tl.load(a_at, mask=live & known_o, other=0.0)
+        a_at, known_a = dy + sample * dy_sample, live & known_o
+        if FIRST:  # neighbouring threads read neighbouring positions
+            a = tl.load((a_at + at + dy_columns * positions).T, mask=known_a.T, other=0.0)
+        else:
+            a = tl.load(a_at + at * (groups * outputs) + dy_columns, mask=known_a, other=0.0).T
         if TAPS:
             at, exists = _met(
                 at, tap, out1, out2, in0, in1, in2, taps1, taps2, step0, step1, step2, pad0, pad1,
                 pad2, gap0, gap1, gap2,
             )  # fmt: skip
             live = live & exists
-        b_at = x + sample * x_sample + at * (groups * inputs) + x_columns
-        b = tl.load(b_at, mask=live & known_j, other=0.0)
-        a, b = a.to(F_DTYPE).T, b.to(F_DTYPE)
+        b_at, known_b = x + sample * x_sample, live & known_j
+        if FIRST:
+            b_at += at + x_columns * (in0 * in1 * in2)
+            b = tl.load(b_at.T, mask=known_b.T, other=0.0).T
+        else:
+            b = tl.load(b_at + at * (groups * inputs) + x_columns, mask=known_b, other=0.0)
+        a, b = a.to(F_DTYPE), b.to(F_DTYPE)
         if C_DTYPE == tl.float64 and not MULTIPLIES_FLOAT64:
             total += tl.sum(a[:, :, None] * b[None, :, :], axis=1)
         else:

@@ -209,7 +209,7 @@ DEVICES = {
 WEIGHT = dict.fromkeys(FREE, "i32") | dict.fromkeys(
     ("dy_sample", "x_sample", "outputs", "inputs", "stride_k", "stride_o"), "i32:16"
 )
-WHOLE, TAPS, MIXED = ({name: True} for name in ("WHOLE", "TAPS", "MIXED"))
+WHOLE, TAPS, MIXED, FIRST = ({name: True} for name in ("WHOLE", "TAPS", "MIXED", "FIRST"))
 # Type and precision of the factors, height and width of the product, constants.
 WEIGHT_CASES = {
     "bfloat16, rows of one sample": (torch.bfloat16, False, 4096, WHOLE),
@@ -219,6 +219,10 @@ WEIGHT_CASES = {
     "bfloat16, smallest": (torch.bfloat16, False, 3, TAPS | MIXED),
     "tf32, mixed taps": (torch.float32, True, 4096, TAPS | MIXED),
     "float32, taps": (torch.float32, False, 4096, TAPS),
+    "tf32, channels first": (torch.float32, True, 4096, TAPS | WHOLE | FIRST),
+    "float32, channels first": (torch.float32, False, 4096, TAPS | FIRST),
+    "tf32, mixed taps, channels first": (torch.float32, True, 4096, TAPS | MIXED | FIRST),
+    "float64, channels first": (torch.float64, False, 4096, TAPS | FIRST),
     "float64, mixed taps": (torch.float64, False, 4096, TAPS | MIXED),
 }
 LLOYD = {
@@ -335,7 +339,7 @@ def weight_cases():
             precision = precision_of(dtype, tf32, device)
             tile = tile_of(dtype, precision, size, size, 8, **shared)
             more = {"BI": tile.inputs, "F_DTYPE": TRITON_DTYPE[dtype], "PRECISION": precision}
-            more |= {"WHOLE": False, "TAPS": False, "MIXED": False} | constants
+            more |= {"WHOLE": False, "TAPS": False, "MIXED": False, "FIRST": False} | constants
             yield "weight_grad", case, weight_kernel, *_weight_case(arch, dtype, tile, more)
         for dtype in (torch.float32, torch.float64):
             case, tile = str(dtype).removeprefix("torch."), strip_of(512, 72, **shared)

@@ -155,6 +155,7 @@ CONVOLVED: dict[str, tuple[Any, ...]] = {
     "depthwise": ([4, 0, 2], 8, 8, 8, (9, 7), (3, 2), (2, 1), (1, 0), (1, 2)),
     "depthwise, two outputs each": ([4, 2], 8, 4, 4, (9,), (3,), (1,), (1,), (1,)),
     "a cluster per sample": ([1] * 17, 3, 1, 1, (6, 6), (3, 3), (1, 1), (0, 0), (1, 1)),
+    "one sample": ([1], 3, 5, 1, (6, 6), (3, 3), (1, 1), (1, 1), (1, 1)),
 }
 
 
@@ -202,6 +203,32 @@ def test_convolutions_of_clusters(device, engine, name, last):
         out = out.view(len(out), outputs, *taps, -1).movedim(-1, 2)
     ENGINES[engine].convolution_sums(dy, x, order, ends, out, **options)
     check_convolutions(out, dy, x, labels, options)
+    guarded.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["uneven sides", "groups"])
+def test_images_are_read_in_either_order(device, name, dtype, monkeypatch):
+    """Small images are read as they are, others in ``channels_last``: the sums are the same bits.
+
+    What is not finite stays in its cluster.
+    """
+    sizes, outputs, inputs, groups, side, taps, *moves = CONVOLVED[name]
+    options = dict(zip(("stride", "padding", "dilation"), moves, strict=True), groups=groups)
+    guarded = Guarded(device)
+    dy, x, labels, order, ends = convolution(
+        guarded, sizes, outputs, inputs, taps, side, options, dtype
+    )
+    x[int((labels == 0).nonzero()[0])] = math.nan
+    found = []
+    for most in (weight_grad.MOST_NARROW, 0):
+        monkeypatch.setattr(weight_grad, "MOST_NARROW", most)
+        found.append(empty(guarded, (len(sizes), outputs, inputs // groups, *taps), dtype))
+        kernels.convolution_sums(dy, x, order, ends, found[-1], **options)
+    assert found[0][0].isnan().any()
+    for k in range(1, len(sizes)):
+        assert found[0][k].isfinite().all()
+        assert torch.equal(found[0][k], found[1][k])
     guarded.check()
 
 
