@@ -181,6 +181,46 @@ def test_nodes_are_not_taken_for_rows_of_graphs():
     assert verdict.tiers["enter.weight"] == WHOLE
 
 
+def shuffled(model, x):
+    there, back = model.order, model.order.argsort()
+    rows = model.enter(x)[there]
+    rows = rows.transpose(0, 1) if model.second else rows
+    out = model.core(*[rows] * model.given)[0]
+    return (out.transpose(0, 1) if model.second else out)[back]
+
+
+def groups_of_all(model, x):
+    rows = model.enter(x).transpose(0, 1).flatten(0, 1)[:, None]
+    return model.core(rows)[0].unflatten(0, (LENGTH, -1))[:, :, 0].transpose(0, 1)
+
+
+def packed(model, x):
+    lengths = [4, 4, 2, 2]  # time steps and rows are multiples of the samples
+    rows = nn.utils.rnn.pack_padded_sequence(model.enter(x)[:, :4], lengths, batch_first=True)
+    out = nn.utils.rnn.pad_packed_sequence(model.core(rows)[0], batch_first=True)
+    return out[0]
+
+
+@pytest.mark.parametrize(("within", "core", "second"), [
+    (shuffled, lambda: nn.LSTM(WIDTH, WIDTH, batch_first=True), False),
+    (shuffled, lambda: nn.GRU(WIDTH, WIDTH), True),
+    (shuffled, lambda: nn.MultiheadAttention(WIDTH, 2, batch_first=True), False),
+    (groups_of_all, lambda: nn.GRU(WIDTH, WIDTH, batch_first=True), False),
+    (packed, lambda: nn.LSTM(WIDTH, WIDTH, batch_first=True), False),
+])  # fmt: skip
+def test_layers_of_torch_are_not_believed_to_see_rows_in_order(within, core, second):
+    def build():
+        model = Model(within, core=core())
+        model.order, model.second = torch.tensor([2, 0, 3, 1]), second
+        model.given = 3 if isinstance(model.core, nn.MultiheadAttention) else 1
+        return model
+
+    verdict = judge(case(build, sequences, "enter"), backend="torch")
+    assert verdict.problems() == []
+    tiers = {tier for name, tier in verdict.tiers.items() if name.startswith("core.")}
+    assert tiers == {WHOLE}
+
+
 def trained(model, batch, features="head", steps=2):
     queue = GradQueue(model, n_clusters=2, features=features)
     queue.attach(torch.optim.SGD(model.parameters(), lr=0.0))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gq_triton.cluster_grad.layers.noise import Noise, random_state, set_random_state
-from gq_triton.cluster_grad.layers.order import in_order
+from gq_triton.cluster_grad.layers.order import SECOND, in_order, other_order
 from gq_triton.cluster_grad.site import Collector, Site
 
-__all__ = ["OPAQUE", "Known", "Run", "dim_of", "known_of", "out_dim"]
+__all__ = ["OPAQUE", "Known", "Run", "dim_of", "known_of", "leads", "out_dim"]
 
 # Modules of torch that use their submodules' weights, or functions that show nothing of theirs.
 OPAQUE = nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase
@@ -68,6 +68,7 @@ class Run:
         places: the arguments that need a gradient.
         wanted: the positions of the parameters that need a gradient.
         autocast: enters the autocast of the forward pass.
+        ordered: whether the rows that a layer of torch works on are those of samples, in order.
         out_places: the outputs with a gradient.
         out_dims: by such output, the dimension of the samples.
         graph: inputs and outputs of the run with their graph, where it is kept.
@@ -85,6 +86,7 @@ class Run:
     places: list[int]
     wanted: list[int]
     autocast: Callable[[], Any]
+    ordered: bool = True
     out_places: list[int] = field(default_factory=list)
     out_dims: list[int] = field(default_factory=list)
     graph: tuple[list[Tensor], list[Tensor]] | None = None
@@ -178,15 +180,30 @@ def dim_of(module: nn.Module, name: str, value: Any, collector: Collector) -> in
     if isinstance(module, nn.MultiheadAttention):
         if name == "attn_mask":
             return 0 if value.dim() == 3 else None
-        return 0 if name == "key_padding_mask" else first
+        return 0 if name == "key_padding_mask" else _where_believed(value, first, collector)
     if isinstance(module, nn.RNNBase):
-        return 1 if name == "hx" else first
+        return _where_believed(value, 1 if name == "hx" else first, collector)
     rows, batch = value.shape[0], collector.batch
     if rows == 0 or rows % batch:
         return None
     if value.requires_grad:
         return 0 if in_order(value, batch, collector.trusted) else None
     return 0 if rows == batch else None
+
+
+def _where_believed(value: Tensor, dim: int, collector: Collector) -> int | None:
+    """Return the dimension where a layer has its samples; None if the graph does not show them."""
+    batch, trusted = collector.batch, collector.trusted
+    if value.dim() <= dim or not value.requires_grad or batch == 1 or (collector.batch_dim and dim):
+        return dim
+    shown = other_order(value, batch, trusted) == SECOND if dim else in_order(value, batch, trusted)
+    return dim if shown else None
+
+
+def leads(module: nn.Module) -> str:
+    """Return the argument whose rows are those of the outputs; empty where it has no name."""
+    names = {nn.MultiheadAttention: "query", nn.RNNBase: "input"}
+    return next((name for cls, name in names.items() if isinstance(module, cls)), "")
 
 
 def out_dim(module: nn.Module, place: int, value: Tensor, batch: int) -> int | None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gq_triton.cluster_grad import passes
 from gq_triton.cluster_grad.compiled_ops import autocast_of, exact
 from gq_triton.cluster_grad.layers.again import Backward
 from gq_triton.cluster_grad.layers.noise import Noise, random_state
-from gq_triton.cluster_grad.layers.run import OPAQUE, Run, dim_of, known_of, out_dim
+from gq_triton.cluster_grad.layers.run import OPAQUE, Run, dim_of, known_of, leads, out_dim
 from gq_triton.cluster_grad.site import SITE, Call, Family, Site, UnknownRows, site_of
 from gq_triton.cluster_grad.step import Step
 
@@ -48,9 +49,9 @@ def _forward(module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
         _note(run, _REENTRANT)
         forward = getattr(module, SITE).inner or type(module).forward.__get__(module)
         return forward(*args, **kwargs)
-    known = [(v, d) for v, d in zip(run.values, run.dims, strict=True) if d is not None]
-    if not known or any(v.dim() <= d or v.shape[d] % batch for v, d in known):
-        return _as_one(run, "no argument has the samples in its first dimension")
+    reason = _no_samples(run)
+    if reason:
+        return _as_one(run, reason)
     changes = [tensor._version for tensor in originals]
     inputs = [tensor.view_as(tensor) for tensor in originals]
     drew, leaves, out_spec = _watched(run, inputs)
@@ -81,6 +82,16 @@ def _forward(module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
         if dim == 0:
             site.collector.trusted.add((value.grad_fn, value.output_nr))
     return tree_unflatten(leaves, out_spec)
+
+
+def _no_samples(run: Run) -> str:
+    """Return why no argument shows the samples; an empty string if one does."""
+    if not run.ordered:
+        return "its rows are in no known order"
+    known = [(v, d) for v, d in zip(run.values, run.dims, strict=True) if d is not None]
+    if not known or any(v.dim() <= d or v.shape[d] % run.batch for v, d in known):
+        return "no argument has the samples in its first dimension"
+    return ""
 
 
 def _watched(run: Run, inputs: list[Tensor]) -> tuple[bool, list[Any], TreeSpec]:
@@ -128,8 +139,12 @@ def _begun(
     # Arguments beyond the named ones belong to the last name, that of *args.
     names = [positional[min(place, len(positional) - 1)] for place in range(len(args))]
     dims: list[int | None] = []
+    lead, ordered = leads(module), True
     for name, value in [*zip(names, args, strict=True), *kwargs.items()]:
-        dims += [dim_of(module, name, leaf, site.collector) for leaf in tree_flatten(value)[0]]
+        found = [dim_of(module, name, leaf, site.collector) for leaf in tree_flatten(value)[0]]
+        if name == lead:
+            ordered = found[0] is not None and not isinstance(value, PackedSequence)
+        dims += found
     tensors = [isinstance(value, Tensor) and value.dim() > 0 for value in values]
     # A tensor that needs no gradient, such as a mask, may have the n B rows of one that does.
     rows = {v.shape[0] for v, d in zip(values, dims, strict=True) if d == 0 and v.requires_grad}
@@ -141,7 +156,7 @@ def _begun(
     params = [site.param(position) for position in range(len(site.attributes))]
     wanted = [position for position, param in enumerate(params) if param.requires_grad]
     autocast = autocast_of(params[0].device.type)
-    run = Run(site, batch, forward, values, spec, dims, places, wanted, autocast)
+    run = Run(site, batch, forward, values, spec, dims, places, wanted, autocast, ordered)
     return run, [values[place] for place in places]
 
 
