@@ -16,6 +16,7 @@ from gq_triton.cluster_grad.copies import recorded, without_trace
 from gq_triton.cluster_grad.given import MISSING, GivenLabels
 from gq_triton.cluster_grad.handover import hand_over
 from gq_triton.cluster_grad.install import Conversion
+from gq_triton.cluster_grad.kmeans_state import check_plain, plain_state, tensor_state
 from gq_triton.cluster_grad.layers.registry import Layer, survey
 from gq_triton.cluster_grad.layers.slices import SLICES
 from gq_triton.cluster_grad.microbatch import backward
@@ -33,7 +34,6 @@ from gq_triton.grouping.features import (
 from gq_triton.grouping.groups import Groups
 from gq_triton.grouping.kmeans import NOT_FINITE, KMeans
 from gq_triton.options import OUTPUT_GRADIENT, ClusterOptions
-from gq_triton.saved.rules import Also, Bytes, ListOf, Maybe, Number, OneOf, Record, check
 
 __all__ = ["INSTALLED", "Clusters"]
 
@@ -365,34 +365,11 @@ class Clusters:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of k-means in plain values; an empty one for another clusterer."""
-        if self.kmeans is None:
-            return {}
-        state = self.kmeans.state_dict()
-        centers = state["cluster_centers"]
-        return {
-            "cluster_centers": None if centers is None else centers.tolist(),
-            "dtype": None if centers is None else str(centers.dtype).removeprefix("torch."),
-            "generator": bytes(state["generator"].tolist()),
-        }
+        return {} if self.kmeans is None else plain_state(self.kmeans)
 
     def check_saved(self, state: Any) -> None:
         """Raise a ValueError that names what keeps a saved state from being loaded."""
-        if isinstance(state, list):
-            raise ValueError(
-                "the saved clusters are those of several ranks: load them into a GradQueueState"
-            )
-        what = "the state of the saved clusters"
-        check(state, Record({}), what)
-        if self.kmeans is None or not state:
-            return
-        centers = ListOf(ListOf(Number(), shortest=1), length=self.n_clusters)
-        rules = {
-            "cluster_centers": Maybe(centers),
-            "dtype": OneOf((None, "float32", "float64")),
-            "generator": Bytes(),
-        }
-        check(state, Also(Record(rules), _uneven), what)
-        self.kmeans.check_saved(_tensors(state))
+        check_plain(state, self.kmeans, self.n_clusters)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a saved state; with an empty one k-means starts anew."""
@@ -401,7 +378,7 @@ class Clusters:
         if not state:
             self.kmeans = self._clusterer = self._new_kmeans()
             return
-        self.kmeans.load_state_dict(_tensors(state))
+        self.kmeans.load_state_dict(tensor_state(state))
 
     def report(self) -> dict[str, str]:
         """Return, by parameter name, how the last gradient was handled or the first will be."""
@@ -437,23 +414,3 @@ class Clusters:
             ValueError: there was no forward pass, or there is not one loss per sample.
         """
         backward(self.accumulator, losses, self.options)
-
-
-def _uneven(state: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with saved centres, besides their number; None if nothing is."""
-    centers = state["cluster_centers"]
-    if (centers is None) != (state["dtype"] is None):
-        return "cluster_centers and dtype must both be None or neither"
-    if centers is not None and len({len(center) for center in centers}) > 1:
-        return "cluster_centers must all have the same number of features"
-    return None
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of ``KMeans`` from the plain values of ``Clusters.state_dict``."""
-    centers = state["cluster_centers"]
-    if centers is not None:
-        # Through float64, a number beyond the range of float32 becomes an infinity, not an error.
-        centers = torch.tensor(centers, dtype=torch.float64).to(getattr(torch, state["dtype"]))
-    generator = torch.tensor(list(state["generator"]), dtype=torch.uint8)
-    return {"cluster_centers": centers, "generator": generator}
