@@ -450,6 +450,9 @@ def test_evaluation_and_a_batch_of_one_are_not_measured():
     model(draws(2, 0)).mean().backward()
     assert not math.isnan(meter.noise_scale)
     assert meter.report().steps == 1
+    for seed in range(100):
+        model(draws(4, seed)).mean().backward()
+    assert [row["step"] for row in meter.history] == list(range(2, 103))
 
 
 def test_a_step_that_overflows_is_left_out():
@@ -460,6 +463,7 @@ def test_a_step_that_overflows_is_left_out():
         (model(draws(8, 0).float()) * scale).mean().backward()
     assert meter.report().steps == 2
     assert math.isfinite(meter.noise_scale)
+    assert [row["step"] for row in meter.history] == [1, 3]
 
 
 def test_accumulation_measures_one_pass_and_gradients_add_up():

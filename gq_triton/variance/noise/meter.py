@@ -25,7 +25,7 @@ from gq_triton.variance.noise.report import LayerNoise, NoiseReport, layers, rep
 from gq_triton.variance.noise.saved import saved_rule
 from gq_triton.variance.noise.sink import Squares
 from gq_triton.variance.noise.tap import Tap
-from gq_triton.variance.noise.window import Estimate, Measured, Window, ratio
+from gq_triton.variance.noise.window import Estimate, History, Measured, Window, ratio
 
 __all__ = ["NoiseScale"]
 
@@ -63,7 +63,8 @@ class NoiseScale:
             tell more than random groups, which have F = 1.
         window: how many measurements the figures are of.
         optimizer: a torch optimizer with a momentum, for the lag share: how much of the distance
-            from momentum to gradient is noise. Near 1, all; far below, momentum lags behind.
+            from momentum to gradient is noise. Near 1, all; far below, momentum lags behind. Not
+            with a loss scaler, whose scale momentum does not have.
         batch_dim: the dimension of the samples in the model's inputs.
         seed: of the random groups. Torch's own generators are left alone.
 
@@ -142,7 +143,7 @@ class NoiseScale:
         elements = [param.numel() for param in trained.values()]
         self._window = Window(list(trained), elements, window)
         self.step = 0
-        self._rows: list[tuple[int, int, Tensor]] = []
+        self._history = History()
         self._depth = 0
         self._ddp: DistributedDataParallel | None = None
         alive = weakref.ref(self)
@@ -237,8 +238,8 @@ class NoiseScale:
             self._momentum.compare(lag, figures[:, 0] / batch)
         table = torch.cat([figures, lag], dim=1)
         self._window.add(Measured(self.step, batch, table, norms))
-        known = torch.nan_to_num(table[:, :2]).sum(dim=0)
-        self._rows.append((self.step, batch, known))
+        known = [name in sink.known - sink.unknown for name in self._params]
+        self._history.add(self.step, batch, table[known, :2].sum(dim=0))
         sink.clear()
 
     def _squares_of_shards(self, like: Tensor) -> Tensor | None:
@@ -276,13 +277,10 @@ class NoiseScale:
     def history(self) -> list[dict[str, float]]:
         """A row per measurement since the start: ``step``, ``samples``, ``variance``, ``signal``.
 
-        ``variance`` is ``tr S`` and ``signal`` ``|G|**2`` of that step alone, both noisy.
+        ``variance`` is ``tr S`` and ``signal`` ``|G|**2`` of that step alone, both noisy. Steps
+        whose gradients were not finite have no row.
         """
-        return [
-            {"step": step, "samples": samples, "variance": variance, "signal": signal}
-            for step, samples, known in self._rows
-            for variance, signal in [known.tolist()]
-        ]
+        return self._history.rows()
 
     def report(self) -> NoiseReport:
         """Return all figures of the window, to be printed, with what they predict."""
@@ -291,7 +289,7 @@ class NoiseScale:
     def reset(self) -> None:
         """Forget what was measured, for figures of what follows; the count goes on."""
         self._window.clear()
-        self._rows.clear()
+        self._history = History()
 
     def __repr__(self) -> str:
         """Return how often is measured, and what was found."""
@@ -307,7 +305,7 @@ class NoiseScale:
             "names": self._window.names,
             "step": self.step,
             "measured": self._window.state_dict(),
-            "rows": [[step, samples, *known.tolist()] for step, samples, known in self._rows],
+            "rows": [list(row.values()) for row in self._history.rows()],
             "generator": self._generator.get_state(),
             "clusters": self._clusters.state_dict(),
         }
@@ -322,10 +320,7 @@ class NoiseScale:
         self._clusters.check_saved(state["clusters"])
         self.step = state["step"]
         self._window.load_state_dict(state["measured"])
-        self._rows = [
-            (int(step), int(samples), torch.tensor(known, dtype=torch.float64))
-            for step, samples, *known in state["rows"]
-        ]
+        self._history = History(state["rows"])
         self._generator.set_state(state["generator"])
         self._clusters.load_state_dict(state["clusters"])
 

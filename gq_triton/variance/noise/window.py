@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Estimate", "Measured", "Window", "ratio"]
+__all__ = ["COLUMNS", "Estimate", "History", "Measured", "Window", "ratio"]
 
 # The figures of a parameter in one measured step: tr S and |G|**2, both unbiased; the two parts of
 # F; and those of the lag share. What was not measured is NaN.
+ROW = "step", "samples", "variance", "signal"
 COLUMNS = "variance", "signal", "between", "within", "expected", "innovation"
 
 
@@ -75,6 +76,42 @@ def ratio(numerators: Tensor, denominators: Tensor) -> Estimate:
     error = float(((logs - logs.mean()).square().sum() * (steps - 1) / steps).sqrt())
     factor = math.exp(min(1.96 * error, 700.0))
     return Estimate(value, value / factor, value * factor)
+
+
+class History:
+    """The figures of a whole model in every step that was measured.
+
+    Args:
+        rows: those of a saved history: step, samples, variance, signal.
+    """
+
+    # Rows that may wait on the device.
+    _MOST = 64
+
+    def __init__(self, rows: Sequence[Sequence[float]] = ()) -> None:
+        self._rows = [(int(row[0]), int(row[1]), *map(float, row[2:])) for row in rows]
+        self._waiting: list[tuple[int, int, Tensor]] = []
+
+    def add(self, step: int, samples: int, figures: Tensor) -> None:
+        """Add a step; ``figures`` are ``tr S`` and ``|G|**2``, ``(2,)``."""
+        self._waiting.append((step, samples, figures))
+        if len(self._waiting) > self._MOST:
+            self._settle()
+
+    def rows(self) -> list[dict[str, float]]:
+        """Return a row per step whose figures are finite."""
+        self._settle()
+        return [dict(zip(ROW, row, strict=True)) for row in self._rows]
+
+    def _settle(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            figures = torch.stack([one for _, _, one in waiting]).tolist()
+            self._rows += [
+                (step, samples, *found)
+                for (step, samples, _), found in zip(waiting, figures, strict=True)
+                if all(map(math.isfinite, found))
+            ]
 
 
 class Window:
