@@ -10,6 +10,10 @@ __all__ = ["main"]
 COMMANDS = {
     "study": ("gq_triton.study.command", "run scaling studies and report what they found"),
     "noise": ("gq_triton.variance.noise.command", "measure how noisy a model's gradients are"),
+    "variance": (
+        "gq_triton.variance.trajectory.command",
+        "log the variance of gradient estimators along a training",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Files that readers see whole or not at all, whatever happens to the process that writes them."""
+"""Files that readers see whole or not at all, and folders that one process writes to at a time."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-__all__ = ["whole_file"]
+from gq_triton.commands.refusal import Refusal
+
+__all__ = ["alone", "whole_file"]
 
 
 @contextmanager
@@ -39,3 +41,27 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def alone(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a folder; it is released when the process ends or is killed.
+
+    Args:
+        folder: the folder, which must exist.
+        what: what runs in it, for the message.
+
+    Raises:
+        Refusal: another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows has no such lock; two processes only do the same twice
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"another process runs the {what} in {folder}") from None
+        yield

@@ -4,7 +4,7 @@ from gq_triton.tasks import data_files, lines, random_features, rare_digits, tex
 from gq_triton.tasks.digits import load_digits
 from gq_triton.tasks.images import IMAGE_TASKS
 from gq_triton.tasks.scored import MissingData, ScoredTask, StudyTask, measure, sample_losses
-from gq_triton.tasks.task import Task, batches
+from gq_triton.tasks.task import Task, batch_stream, batches
 
 __all__ = [
     "STUDY_TASKS",
@@ -13,6 +13,7 @@ __all__ = [
     "ScoredTask",
     "StudyTask",
     "Task",
+    "batch_stream",
     "batches",
     "measure",
     "sample_losses",

@@ -8,29 +8,48 @@ from torch import Tensor, nn
 
 from gq_triton.tasks.scored import ScoredTask
 
-__all__ = ["load_random_features"]
+__all__ = ["STUDENT", "load_random_features", "random_features"]
 
-_INPUTS, _TEACHER, _STUDENT = 100, 100, 1000
-_TRAIN, _HELD_OUT = 500, 2000
+STUDENT = 1000  # features of the student
+_HELD_OUT = 2000
 
 
 def load_random_features(seed: int, data: Path | None = None) -> ScoredTask:
-    """Return 500 samples in 100 dimensions; the student trains only its last layer.
+    """Return 500 samples in 100 dimensions; the student trains only its last layer."""
+    return random_features(seed)
+
+
+def random_features(
+    seed: int, samples: int = 500, inputs: int = 100, teacher: int = 100, outputs: int = 2
+) -> ScoredTask:
+    """Return training samples of a random teacher, and a student of 1000 features.
 
     The inputs are ``x ~ N(0, I)``. The label says whether the teacher's output, ``relu(first x)``
     times ``second``, lies above its mean over the training set; the rows of ``first`` have norm 1.
-    The student has 1000 fixed ReLU features whose weights have norm 1.
+    The student's fixed ReLU features have weights with norm 1.
+
+    Args:
+        seed: seed of teacher and samples.
+        samples: size of the training set.
+        inputs: dimensions of a sample.
+        teacher: features of the teacher.
+        outputs: outputs of the student: 2, as in the authors' code, or 1, as in the paper.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = _unit_rows(torch.randn(_TEACHER, _INPUTS, generator=generator))
-    second = torch.randn(_TEACHER, generator=generator)
-    sizes = _TRAIN, _HELD_OUT, _HELD_OUT
-    inputs = [torch.randn(size, _INPUTS, generator=generator) for size in sizes]
-    outputs = [torch.relu(x @ first.T) @ second for x in inputs]
-    mean = outputs[0].mean()
-    train, validation, test = ((x, (y > mean).long()) for x, y in zip(inputs, outputs, strict=True))
+    first = _unit_rows(torch.randn(teacher, inputs, generator=generator))
+    second = torch.randn(teacher, generator=generator)
+    sizes = samples, _HELD_OUT, _HELD_OUT
+    drawn = [torch.randn(size, inputs, generator=generator) for size in sizes]
+    answers = [torch.relu(x @ first.T) @ second for x in drawn]
+    mean = answers[0].mean()
+    train, validation, test = ((x, (y > mean).long()) for x, y in zip(drawn, answers, strict=True))
     return ScoredTask(
-        train=train, validation=validation, test=test, model=_student, features="relu", classes=2
+        train=train,
+        validation=validation,
+        test=test,
+        model=lambda: _student(inputs, outputs),
+        features="relu",
+        classes=2,
     )
 
 
@@ -38,9 +57,9 @@ def _unit_rows(matrix: Tensor) -> Tensor:
     return matrix / matrix.norm(dim=1, keepdim=True)
 
 
-def _student() -> nn.Module:
-    fixed = nn.Linear(_INPUTS, _STUDENT, bias=False)
+def _student(inputs: int, outputs: int) -> nn.Module:
+    fixed = nn.Linear(inputs, STUDENT, bias=False)
     with torch.no_grad():
-        fixed.weight.copy_(_unit_rows(torch.randn(_STUDENT, _INPUTS)))
+        fixed.weight.copy_(_unit_rows(torch.randn(STUDENT, inputs)))
     fixed.weight.requires_grad_(False)
-    return nn.Sequential(OrderedDict(fixed=fixed, relu=nn.ReLU(), head=nn.Linear(_STUDENT, 2)))
+    return nn.Sequential(OrderedDict(fixed=fixed, relu=nn.ReLU(), head=nn.Linear(STUDENT, outputs)))

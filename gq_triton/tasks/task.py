@@ -1,12 +1,12 @@
 """A task, which is data in memory and a model, and the order of its batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Task", "batches"]
+__all__ = ["Task", "batch_stream", "batches"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,17 @@ def batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[Tensor
     """
     generator = torch.Generator().manual_seed((seed << 32) + epoch)
     return list(torch.randperm(samples, generator=generator).split(batch_size))
+
+
+def batch_stream(samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yield batches of indices, all of one size, cut from shuffled passes over the data.
+
+    A batch that spans the end of a pass may hold a sample twice.
+    """
+    epoch, left = 0, torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(left) < batch_size:
+            left = torch.cat([left, batches(samples, samples, seed, epoch)[0]])
+            epoch += 1
+        yield left[:batch_size]
+        left = left[batch_size:]

@@ -59,6 +59,16 @@ MAY = {
     # Variance is measured by a sink of its own, and may not know of queues.
     "variance": {"cluster_grad", "grouping", "sampling", "variance.noise"} | ENGINES,
     "variance.noise": {"cluster_grad", "grouping", "commands", "tasks", "dist.sharded"} | ENGINES,
+    # A command that trains tasks, with pieces of studies.
+    "variance.trajectory": {
+        "variance",
+        "sampling",
+        "study.report",
+        "study.run",
+        "study.trials",
+        "tasks",
+        "commands",
+    },
     "optim": QUEUES,
     "attachment": {"optim"},
     "captured": {"grad_queue", "optim"},

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from gq_triton import GradQueue
-from gq_triton.study.trials.training import _stream
-from gq_triton.tasks import STUDY_TASKS, MissingData, data_files, measure, sample_losses
+from gq_triton.tasks import (
+    STUDY_TASKS,
+    MissingData,
+    batch_stream,
+    data_files,
+    measure,
+    sample_losses,
+)
 from gq_triton.tasks.text import CONTEXT
 
 FILES = ("cifar10", "mnist", "fashion-mnist", "reuters")
@@ -123,7 +129,7 @@ def test_measures():
 
 def test_batches_use_every_sample_equally_and_have_one_size():
     for size in (3, 7, 16):  # below, at and above the size of the data
-        stream = _stream(7, size, seed=0)
+        stream = batch_stream(7, size, seed=0)
         drawn = [next(stream) for _ in range(7)]
         assert {len(batch) for batch in drawn} == {size}
         assert torch.bincount(torch.cat(drawn)).tolist() == [size] * 7

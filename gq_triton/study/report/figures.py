@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 
+from gq_triton.study.report.canvas import COLOURS, LINES, MARKERS, finish, png
+from gq_triton.study.report.canvas import figure as new_figure
 from gq_triton.study.report.results import Group
 from gq_triton.study.report.statistics import Comparison, interval, median_interval
 from gq_triton.study.report.verdict import Finding
@@ -14,36 +15,19 @@ from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["forest", "scores", "steps_to_target", "weights"]
 
-# Okabe and Ito's palette, whose colours stay distinct with every common form of colour blindness.
-# Markers and lines distinguish the arms too, and go on where the colours repeat.
-_COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
-_MARKERS = "osD^vP*X"
-_LINES = "-", "--", "-.", ":"
 _GRAY = "#8A8A8A"
 # More than _FEW arms get a panel each, in which the other arms are gray lines.
 _FEW, _COLUMNS = 7, 4
 _OTHERS: dict[str, Any] = {"color": "#BDBDBD", "linewidth": 0.8, "zorder": 0}
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
-
-
-def _png(figure: Any) -> bytes:
-    content = BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    return content.getvalue()
-
-
 def _style(group: Group) -> dict[str, Any]:
     """Return the style of an arm, which is the same in all pictures of a study."""
     number = group.cell.config.arms.index(group.cell.arm.name)
     return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)],
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
         "linewidth": 1.6,
         "markersize": 6,
     }
@@ -71,11 +55,6 @@ def _batch_axis(panel: Any, groups: Sequence[Group], labelled: bool) -> None:
         panel.set_xlabel("batch size (samples per step)")
 
 
-def _finish(panel: Any) -> None:
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-
-
 def _legend(figure: Any, panels: Mapping[str | None, Any]) -> None:
     """Add a legend, unless every arm has a panel whose title names it."""
     if None in panels and panels[None].get_legend_handles_labels()[0]:
@@ -85,13 +64,13 @@ def _legend(figure: Any, panels: Mapping[str | None, Any]) -> None:
 def _canvas(arms: Mapping[str, Any], heading: str, unit: str) -> tuple[Any, dict[str | None, Any]]:
     """Return a figure and its panels by arm; few arms share one panel, whose key is None."""
     if len(arms) <= _FEW:
-        figure = _figure(8.6, 4.6)
+        figure = new_figure(8.6, 4.6)
         panel = figure.subplots()
         panel.set_ylabel(unit)
         panel.set_title(heading, loc="left")
         return figure, {None: panel}
     rows = -(-len(arms) // _COLUMNS)
-    figure = _figure(10.6, 1.2 + 2.0 * rows)
+    figure = new_figure(10.6, 1.2 + 2.0 * rows)
     panels = list(figure.subplots(rows, _COLUMNS, sharex=True, sharey=True).flat)
     for panel in panels[len(arms) :]:
         panel.set_visible(False)
@@ -145,9 +124,9 @@ def steps_to_target(groups: Sequence[Group], task: str, target: float) -> bytes:
             _batch_axis(panel, groups, labelled=place is None)
             panel.text(0.5, 0.5, f"no run has reached {target:g}", ha="center", va="center",
                        transform=panel.transAxes)  # fmt: skip
-        _finish(panel)
+        finish(panel)
     _legend(figure, panels)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_steps(panel: Any, some: Sequence[Group], xs: Sequence[float], top: float) -> None:
@@ -219,9 +198,9 @@ def scores(groups: Sequence[Group], task: str) -> bytes:
                 panel.plot([x, x], interval(group.scores), color=style["color"], alpha=0.6)
         if arms:
             _batch_axis(panel, groups, labelled=place is None)
-        _finish(panel)
+        finish(panel)
     _legend(figure, panels)
-    return _png(figure)
+    return png(figure)
 
 
 def forest(found: Sequence[Finding], task: str, arm: str) -> bytes:
@@ -229,7 +208,7 @@ def forest(found: Sequence[Finding], task: str, arm: str) -> bytes:
     mine = [finding for finding in found if finding.group.cell.arm.name == arm]
     rows = list(dict.fromkeys(name for finding in mine for name in finding.against))
     # The title needs this width, however few panels there are.
-    figure = _figure(max(9.6, 2.2 + 2.7 * len(mine)), 1.6 + 0.36 * len(rows))
+    figure = new_figure(max(9.6, 2.2 + 2.7 * len(mine)), 1.6 + 0.36 * len(rows))
     panels = figure.subplots(1, len(mine), sharey=True, squeeze=False)[0]
     for panel, finding in zip(panels, mine, strict=True):
         panel.axvline(0, color=_GRAY, linewidth=1)
@@ -257,7 +236,7 @@ def forest(found: Sequence[Finding], task: str, arm: str) -> bytes:
     unit = STUDY_TASKS[task].score.replace("_", " ")
     figure.supxlabel(f"paired difference in {unit}, right of 0 is better for {arm} "
                      "(thick: 95 %, thin: level of the verdict)", fontsize=9)  # fmt: skip
-    return _png(figure)
+    return png(figure)
 
 
 def _clip(panel: Any, drawn: Sequence[Comparison]) -> None:
@@ -271,7 +250,7 @@ def _clip(panel: Any, drawn: Sequence[Comparison]) -> None:
         panel.set_xlim(max(low, -reach), min(high, reach))
 
 
-_SIGNS = {1: (_COLOURS[0], ">"), 0: ("#555555", "o"), -1: (_COLOURS[1], "<")}
+_SIGNS = {1: (COLOURS[0], ">"), 0: ("#555555", "o"), -1: (COLOURS[1], "<")}
 
 
 def weights(groups: Sequence[Group], task: str) -> bytes | None:
@@ -282,7 +261,7 @@ def weights(groups: Sequence[Group], task: str) -> bytes | None:
     if not arms:
         return None
     sizes = sorted({group.cell.batch_size for some in arms.values() for group in some})
-    figure = _figure(2.4 + 2.9 * len(sizes), 8.8)
+    figure = new_figure(2.4 + 2.9 * len(sizes), 8.8)
     panels = figure.subplots(len(_PANELS), len(sizes), sharex=True, sharey="row", squeeze=False)
     for row, (title, names) in zip(panels, _PANELS, strict=True):
         for panel, size in zip(row, sizes, strict=True):
@@ -307,7 +286,7 @@ def weights(groups: Sequence[Group], task: str) -> bytes | None:
         title=f"{task}: what the law does over the steps (mean over seeds)", title_fontsize=11,
         alignment="left",
     )  # fmt: skip
-    return _png(figure)
+    return png(figure)
 
 
 _PANELS = (

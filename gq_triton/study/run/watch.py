@@ -1,10 +1,8 @@
 """One call of ``gq-triton study run``: alone in its folder, shown on a board, ended cleanly."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from gq_triton.commands.files import whole_file
+from gq_triton.commands.files import alone, whole_file
 from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.protocol import Cell, progress
 from gq_triton.study.design.study_file import CONFIG, write_toml
@@ -42,7 +40,7 @@ def watch(
     Raises:
         Refusal: another process runs the study.
     """
-    with _alone(folder):
+    with alone(folder, "study"):
         with whole_file(folder / CONFIG) as file:
             file.write(write_toml(cells[0].config).encode())
         finished, total = progress(cells, store)
@@ -70,19 +68,3 @@ def watch(
             return FAILED
         board.note(f"finished; now: gq-triton study report {folder}")
         return 0
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a study's folder; it is released when the process ends or is killed."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows has no such lock; two processes only run trials twice
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(f"another process runs the study in {folder}") from None
-        yield

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from gq_triton.study.design.trial import EVALUATE, SERIES, Record, Trial
 from gq_triton.study.trials.backward import Backward, build_backward
 from gq_triton.study.trials.environment import environment
 from gq_triton.study.trials.optimizers import OPTIMIZERS
-from gq_triton.tasks import STUDY_TASKS, ScoredTask, batches, measure, sample_losses
+from gq_triton.tasks import STUDY_TASKS, ScoredTask, batch_stream, measure, sample_losses
 
 __all__ = ["TrainingRun", "learning_rate", "run_trial"]
 
@@ -70,7 +69,7 @@ class TrainingRun:
         return Record(self.trial, self._result(), self._timing(), environment(self.device))
 
     def _train(self) -> None:
-        order = _stream(len(self.task.train[1]), self.trial.batch_size, self.trial.seed)
+        order = batch_stream(len(self.task.train[1]), self.trial.batch_size, self.trial.seed)
         # Dropout draws the same numbers, however many the initial weights took.
         torch.manual_seed(self.trial.seed)
         for step in range(1, self.trial.steps + 1):
@@ -199,20 +198,6 @@ def learning_rate(trial: Trial, step: int) -> float:
         return trial.lr
     share = (step - 1 - rising) / (trial.steps - rising)
     return trial.lr * (1 + math.cos(math.pi * share)) / 2
-
-
-def _stream(samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield batches of indices, all of one size, cut from shuffled passes over the data.
-
-    A batch that spans the end of a pass may hold a sample twice.
-    """
-    epoch, left = 0, torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(left) < batch_size:
-            left = torch.cat([left, batches(samples, samples, seed, epoch)[0]])
-            epoch += 1
-        yield left[:batch_size]
-        left = left[batch_size:]
 
 
 def _class_weights(task: ScoredTask) -> Tensor:

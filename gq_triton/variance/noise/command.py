@@ -17,7 +17,7 @@ import torch
 from gq_triton.commands.files import whole_file
 from gq_triton.commands.refusal import Parser, Refusal
 from gq_triton.extras import how_to_install
-from gq_triton.tasks import STUDY_TASKS, MissingData, batches, sample_losses
+from gq_triton.tasks import STUDY_TASKS, MissingData, batch_stream, sample_losses
 from gq_triton.variance.noise.meter import NoiseScale
 from gq_triton.variance.noise.picture import draw
 from gq_triton.variance.noise.predict import CONSTANT
@@ -158,13 +158,10 @@ def _run_task(given: argparse.Namespace) -> int:
     )
     features = task.features if given.features == "" else given.features
     meter = _meter(given, model, given.every or 1, features=features, optimizer=optimizer)
-    order, epoch = torch.empty(0, dtype=torch.int64), 0
+    order = batch_stream(len(labels), given.batch_size, given.seed)
     with _progress(given.steps) as advance:
         for step in range(1, given.steps + 1):
-            while len(order) < given.batch_size:
-                order = torch.cat([order, batches(len(labels), len(labels), given.seed, epoch)[0]])
-                epoch += 1
-            chosen, order = order[: given.batch_size], order[given.batch_size :]
+            chosen = next(order)
             loss = sample_losses(model(inputs[chosen]), labels[chosen]).mean()
             if not math.isfinite(value := loss.item()):
                 raise Refusal(f"the loss is {value} at step {step}: take a smaller --lr")

@@ -1,0 +1,1 @@
+"""The command ``gq-triton variance``: the variance of gradient estimators along a training."""
