@@ -17,7 +17,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from gq_triton import GradQueue
+from gq_triton.grouping import Groups
+from gq_triton.options import ClusterOptions
 from gq_triton.variance import NoiseScale, steps_ratio
+from gq_triton.variance.noise.sink import Squares
 from gq_triton.variance.noise.window import ratio
 
 F64 = torch.float64
@@ -611,3 +614,30 @@ def test_autocast_keeps_its_gradients_and_bfloat16_its_figures():
     grads = by_sample(twin, losses_of(twin, batch))
     variance = sum(float(rows.var(dim=0).sum()) for rows in grads.values())
     assert meter.history[0]["variance"] == pytest.approx(variance, rel=0.05)
+
+
+def test_lookups_of_a_table_are_those_of_its_rows():
+    """A GPU gives lookups where the CPU gives sums of rows; V is one that does not count."""
+    table = torch.zeros(7, 2, dtype=F64)
+    labels = torch.tensor([0, 1, 0, 1])
+    options = ClusterOptions(n_clusters=2, features="")
+    groups = Groups.of(labels, 2, options, backend="torch")
+    where = torch.tensor([3, 7, 3, 5, 0, 3, 7, 7])
+    grads = torch.randn(8, 2, dtype=F64)
+    found = []
+    for way in ("lookups", "rows", "dense"):
+        sink = Squares({"t": table}, {"t": table}, "torch", halves=False)
+        sums = torch.zeros(2, 8, 2, dtype=F64)
+        sums.view(16, 2).index_add_(0, labels.repeat_interleave(2) * 8 + where, grads)
+        sums = sums[:, :7]
+        if way == "lookups":
+            taken = sink.take_lookups("t", groups, where, grads)
+        elif way == "rows":
+            rows = torch.tensor([0, 3, 5])
+            taken = sink.take_rows("t", groups, rows, sums[:, rows].flatten(1))
+        else:
+            taken = sink.take("t", groups, iter([(0, 14, sums.flatten(1))]), F64)
+        torch.testing.assert_close(taken.gradient, sums.sum(dim=0))
+        found.append(sink.figures(["t"])[0][:, :2])
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
