@@ -159,7 +159,8 @@ class NoiseScale:
                 meter._depth = max(0, meter._depth - 1)  # it may have begun before the meter
 
         # Before the hooks of the clusters. A graph of torch.compile would count while it is traced.
-        untraced: Any = torch.compiler.disable
+        reason = "NoiseScale counts forward passes: compile without fullgraph=True"
+        untraced: Any = partial(torch.compiler.disable, reason=reason)
         handles = [
             inner.register_forward_pre_hook(untraced(enter)),
             inner.register_forward_hook(untraced(leave), always_call=True),
