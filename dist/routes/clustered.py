@@ -45,11 +45,15 @@ class ClusteredQueues(Queues):
         self.clustered: set[str] = set()
 
     def _keep_statistics(
-        self, names: tuple[str, ...], statistics: Tensor, owners: Sequence[str] | None = None
+        self,
+        names: tuple[str, ...],
+        statistics: Tensor | list[Tensor],
+        owners: Sequence[str] | None = None,
     ) -> None:
         if self.clustered.isdisjoint(names):
             # Every rank has the statistics of the whole bucket, and metrics() adds the ranks up.
-            statistics = statistics.clone()
+            parts = statistics if isinstance(statistics, list) else [statistics]
+            statistics = torch.cat(parts)
             statistics[:, 2:] /= dist.get_world_size(self._group())
         super()._keep_statistics(names, statistics, owners)
 

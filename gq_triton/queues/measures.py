@@ -13,19 +13,27 @@ class LastStep:
 
     def __init__(self) -> None:
         # By the names of a batch: the rows of its statistics, and the parameter of each row.
-        self._batches: dict[tuple[str, ...], tuple[Tensor, Sequence[str]]] = {}
+        self._batches: dict[tuple[str, ...], tuple[list[Tensor], Sequence[str]]] = {}
 
-    def keep(self, names: tuple[str, ...], statistics: Tensor, owners: Sequence[str]) -> None:
+    def keep(
+        self, names: tuple[str, ...], statistics: Tensor | list[Tensor], owners: Sequence[str]
+    ) -> None:
         """Keep the statistics of a batch; a parameter that comes again begins a new step.
 
         Args:
             names: the parameters of the batch.
-            statistics: ``(N, 5)``, to be added up.
+            statistics: ``(N, 5)``, to be added up, or parts of it, which are joined when somebody
+                asks for them.
             owners: the parameter of each row.
         """
         if any(not set(names).isdisjoint(batch) for batch in self._batches):
             self._batches.clear()
-        self._batches[names] = statistics, owners
+        parts = statistics if isinstance(statistics, list) else [statistics]
+        self._batches[names] = parts, owners
+
+    def _tables(self) -> list[Tensor]:
+        """Return the statistics of each batch in float64."""
+        return [torch.cat(parts).double() for parts, _ in self._batches.values()]
 
     def names(self) -> set[str]:
         """Return the names of the parameters that have statistics."""
@@ -33,13 +41,13 @@ class LastStep:
 
     def total(self) -> Tensor:
         """Return the statistics of all parameters together, ``(1, 5)`` float64."""
-        sums = torch.stack([part.double().sum(dim=0) for part, _ in self._batches.values()])
+        sums = torch.stack([table.sum(dim=0) for table in self._tables()])
         return sums.sum(dim=0, keepdim=True)
 
     def table(self, names: Sequence[str]) -> Tensor:
         """Return the statistics of each parameter, ``(N, 5)`` float64."""
         place = {name: row for row, name in enumerate(names)}
-        parts = [part.double() for part, _ in self._batches.values()]
+        parts = self._tables()
         rows = [place[owner] for _, owners in self._batches.values() for owner in owners]
         device = parts[0].device
         index = torch.tensor(rows, dtype=torch.int64, device=device)

@@ -56,7 +56,7 @@ class Queues:
         self._layouts: dict[str, tuple[torch.device, tuple[int, ...]]] = {}
         self._losses: Tensor | None = None
         # By parameter name, a raw gradient that was weighted elsewhere, and whether it is finite.
-        self._finite: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._finite: dict[str, tuple[weakref.ref[Tensor], Tensor, int]] = {}
         self._last = LastStep()
 
     def weigh_(
@@ -115,13 +115,16 @@ class Queues:
         return Law(self.options.rho, self.effective_length(device), grad_scale)
 
     def _keep_statistics(
-        self, names: tuple[str, ...], statistics: Tensor, owners: Sequence[str] | None = None
+        self,
+        names: tuple[str, ...],
+        statistics: Tensor | list[Tensor],
+        owners: Sequence[str] | None = None,
     ) -> None:
         """Keep the statistics of the step; a parameter that comes again begins a new step.
 
         Args:
             names: the parameters of the batch.
-            statistics: ``(N, 5)``, to be added up.
+            statistics: ``(N, 5)``, to be added up, or parts of it.
             owners: the parameter of each row; None says that there is one row for each name.
         """
         self._last.keep(names, statistics, names if owners is None else owners)
@@ -212,7 +215,7 @@ class Queues:
             mixture=mixture,
             sigma_scales=sigma_scales,
         )
-        self._finite[name] = weakref.ref(raw), finite
+        self._finite[name] = weakref.ref(raw), finite.view(1), 0
         return weighted, raw, table
 
     def combine_all(
@@ -257,19 +260,32 @@ class Queues:
             mixture=mixture,
             sigma_scales=sigma_scales,
         )
-        for name, mean, answer in zip(names, raw, finite.unbind(), strict=True):
-            self._finite[name] = weakref.ref(mean), answer
+        for place, (name, mean) in enumerate(zip(names, raw, strict=True)):
+            self._finite[name] = weakref.ref(mean), finite, place
         return tables
 
-    def _known_finite(self, names: Sequence[str], raw: Mapping[str, Tensor]) -> Tensor | None:
-        """Return which raw gradients are finite, ``(N,)`` bool, if it is known of all of them."""
-        known = [self._finite.pop(name, None) for name in names]
-        answers = [
-            one[1]
-            for name, one in zip(names, known, strict=True)
-            if one is not None and one[0]() is raw[name]
-        ]
-        return torch.stack(answers) if len(answers) == len(names) else None
+    def _known_finite(
+        self, names: list[str], raw: Mapping[str, Tensor]
+    ) -> tuple[list[str], Tensor | None]:
+        """Return which raw gradients are finite, ``(N,)`` bool, if it is known of all of them.
+
+        The names come in the order of the answers, so that the answers of one launch are used as
+        they are.
+        """
+        launches: dict[int, tuple[Tensor, dict[int, str]]] = {}
+        for name in names:
+            one = self._finite.pop(name, None)
+            if one is None or one[0]() is not raw[name]:
+                continue
+            launches.setdefault(id(one[1]), (one[1], {}))[1][one[2]] = name
+        ordered, parts = [], []
+        for finite, places in launches.values():
+            ordered += [places[place] for place in sorted(places)]
+            whole = len(places) == len(finite)
+            parts += [finite] if whole else [finite[place : place + 1] for place in sorted(places)]
+        if len(ordered) != len(names):
+            return names, None
+        return ordered, parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _read(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return a parameter's ring ``(L, P)`` and its counter, as ``combine`` takes them."""
@@ -296,14 +312,15 @@ class Queues:
         for name, grad in raw.items():
             stored = self.options.queue_dtype or self.params[name].dtype
             batches.setdefault((grad.device, grad.dtype, stored), []).append(name)
-        for names in batches.values():
+        for batch in batches.values():
+            names, finite = self._known_finite(batch, raw)
             self.push_batch(
                 names,
                 [flat(raw[name], like=self.params[name]) for name in names],
                 [statistics[name] for name in names],
                 grad_scale=grad_scale,
                 found_inf=found_inf,
-                finite=self._known_finite(names, raw),
+                finite=finite,
             )
 
     def push_batch(
@@ -341,7 +358,7 @@ class Queues:
         owners = [
             name for name, part in zip(names, statistics, strict=True) for _ in range(len(part))
         ]
-        self._keep_statistics(tuple(names), torch.cat(list(statistics)), owners)
+        self._keep_statistics(tuple(names), list(statistics), owners)
 
     def _allocate(self, name: str) -> None:
         """Allocate a parameter's ring, or bring one to the parameter's device and order."""
