@@ -217,6 +217,9 @@ class GradQueue:
                 grad, like = local(param.grad), local(param)
                 key = grad.device, grad.dtype, param.dtype, getattr(param, "placements", None)
                 batches.setdefault(key, []).append((self._names[param], grad, like))
+        if self._clusters is not None and self._clusters.mode == "one_backward":
+            named = [name for batch in batches.values() for name, _, _ in batch]
+            self._clusters.accumulator.note_later(named)
         for batch in batches.values():
             values = [flat(grad, like) for _, grad, like in batch]
             self._queues.weigh_(

@@ -196,7 +196,9 @@ class Accumulator:
 
     def take_unknown(self, param: Tensor, reason: str) -> None:
         """Note why a parameter's gradient is not known by cluster in this backward pass."""
-        self.reasons[self.names[param]] = reason
+        name = self.names.get(param)
+        if name is not None:
+            self.reasons[name] = reason
 
     def uses(self, step: Step, param: Tensor) -> int:
         """Return how often a parameter was used in a forward pass."""
@@ -463,12 +465,7 @@ class Accumulator:
         self._passed.clear()
         if whole and not traced and self.mend is not None:
             whole = self.mend(whole)
-        if whole and self.strict:
-            raise RuntimeError(
-                f"strict=True, and these parameters are not known by cluster: {self._listed(whole)}"
-            )
-        if whole:
-            self.warn_whole(whole)
+        self._tell(whole)
 
     def why_whole(self, name: str) -> str:
         """Return why a parameter's last gradient was taken as one cluster's."""
@@ -476,6 +473,28 @@ class Accumulator:
         return self.reasons.get(
             name, f"used past {kind}" if kind else "used where the samples cannot be told apart"
         )
+
+    def note_later(self, names: Iterable[str]) -> None:
+        """Note that gradients are weighted as one cluster though no forward pass was seen.
+
+        Args:
+            names: names of parameters; those that clusters do not cover do not count.
+
+        Raises:
+            RuntimeError: with ``strict=True``.
+        """
+        whole = [name for name in names if name in self._covered]
+        self.known_by_cluster.update(dict.fromkeys(whole, False))
+        self._tell([name for name in whole if name not in self.told])
+
+    def _tell(self, whole: list[str]) -> None:
+        """Warn, or with ``strict=True`` raise, that parameters are taken as one cluster's."""
+        if whole and self.strict:
+            raise RuntimeError(
+                f"strict=True, and these parameters are not known by cluster: {self._listed(whole)}"
+            )
+        if whole:
+            self.warn_whole(whole)
 
     def _listed(self, names: list[str]) -> str:
         """Return parameters with the reasons why they are taken as one cluster's."""

@@ -27,12 +27,20 @@ _HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 def recorded() -> bool:
     """Return whether this is no training step.
 
-    ``torch.export`` or ``torch.jit.trace`` records the model, or the pass stands aside. The model
-    that ``torch.compile`` traces is trained.
+    ``torch.export`` or ``torch.jit.trace`` records the model, a transform of ``torch.func`` runs
+    it, or the pass stands aside. The model that ``torch.compile`` traces is trained.
     """
     # Not torch.compiler.is_exporting(): Dynamo of torch 2.8 takes it for True in every graph.
     traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return torch.compiler._is_exporting_flag or traced or stands_aside()
+    if torch.compiler._is_exporting_flag or traced or stands_aside():
+        return True
+    return not torch.compiler.is_compiling() and _transformed()
+
+
+def _transformed() -> bool:
+    """Return whether a transform of ``torch.func``, such as ``vmap`` or ``jacrev``, runs."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.peek_interpreter_stack() is not None
 
 
 def without_trace(model: nn.Module) -> Callable[[], None]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gq_triton.cluster_grad.install import Conversion
 from gq_triton.cluster_grad.layers.registry import Layer, is_called
 from gq_triton.cluster_grad.layers.slices import SLICES, parameters_of
+from gq_triton.cluster_grad.outside import CALLED_OUTSIDE
 from gq_triton.options import OUTPUT_GRADIENT
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def hand_over(clusters: "Clusters", conversion: Conversion, whole: list[str]) ->
     if any(followed):
         return []  # what else is whole may come of it
     for name in whole:
+        if reasons.get(name) == CALLED_OUTSIDE:
+            left.append(name)
+            continue
         owner = clusters.owners[name]
         path = owner.name
         known = owner.family is not None

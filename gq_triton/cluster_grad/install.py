@@ -22,6 +22,7 @@ from gq_triton.cluster_grad.layers.order import (
     other_order,
 )
 from gq_triton.cluster_grad.layers.registry import Layer, is_called, runs_whole
+from gq_triton.cluster_grad.outside import CALLED_OUTSIDE, is_outside, joined
 from gq_triton.cluster_grad.passes import OUTSIDE, in_backward
 from gq_triton.cluster_grad.site import SITE, Collector, Family, Site
 from gq_triton.cluster_grad.standins.meet import EXPANDED, LOOKED_UP
@@ -115,6 +116,8 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _unchanged(module, own, args, kwargs)
     if not _trains(module, own):
         return _unchanged(module, own, args, kwargs)
+    if graded and not torch.compiler.is_compiling() and not in_backward() and is_outside(token):
+        return _outside(module, own, args, kwargs)
     if token is None and graded and own.site is not None:
         raise RuntimeError(OUTSIDE.format(own.name))
     if token is None:
@@ -122,6 +125,18 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if own.shown:
         return _hidden(module, own, token, args, kwargs)
     return _given_or_own(module, own, token, args, kwargs)
+
+
+def _outside(module: nn.Module, own: _Converted, args: Any, kwargs: Any) -> Any:
+    """Run a module that is called outside the model's ``forward``."""
+    collector = own.collector
+    with joined(collector, [*args, *kwargs.values()]) as token:
+        if token is not None:
+            return plain(_given_or_own(module, own, token, args, kwargs))
+    whole = own.site is not None and own.site.runs_whole
+    for param in module.parameters(recurse=whole):
+        collector.take_unknown(param, CALLED_OUTSIDE)
+    return _unchanged(module, own, args, kwargs)
 
 
 def _hidden(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:

@@ -25,6 +25,7 @@ __all__ = [
     "enter",
     "in_backward",
     "param_grads",
+    "step_of",
     "unordered",
     "use",
     "watch",
@@ -44,6 +45,11 @@ _steps: dict[int, Step] = {}
 def in_backward() -> bool:
     """Return whether a backward pass runs, so that a forward call is a recomputation."""
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def step_of(token: Tensor) -> Step | None:
+    """Return the step of a forward pass; None if its graph is gone."""
+    return _steps.get(int(token))
 
 
 def begin(clock: Tensor, session: int) -> Tensor:

@@ -185,7 +185,8 @@ def shuffled(model, x):
     there, back = model.order, model.order.argsort()
     rows = model.enter(x)[there]
     rows = rows.transpose(0, 1) if model.second else rows
-    out = model.core(*[rows] * model.given)[0]
+    attends = isinstance(model.core, nn.MultiheadAttention)
+    out = model.core(*[rows] * (3 if attends else 1))[0]
     return (out.transpose(0, 1) if model.second else out)[back]
 
 
@@ -212,7 +213,6 @@ def test_layers_of_torch_are_not_believed_to_see_rows_in_order(within, core, sec
     def build():
         model = Model(within, core=core())
         model.order, model.second = torch.tensor([2, 0, 3, 1]), second
-        model.given = 3 if isinstance(model.core, nn.MultiheadAttention) else 1
         return model
 
     verdict = judge(case(build, sequences, "enter"), backend="torch")
