@@ -6,6 +6,7 @@ Shapes: N samples, B of them in a batch, P trained parameters, all in one row.
 import copy
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -103,7 +104,10 @@ class Frozen:
             inputs, targets = self.read(indices)
             params = {name: param.detach() for name, param in self.params.items()}
             try:
-                found = vmap(grad(self._loss), (None, 0, 0))(params, inputs, targets)
+                with warnings.catch_warnings():
+                    # Of operations that it takes one by one, such as those of recurrent layers.
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    found = vmap(grad(self._loss), (None, 0, 0))(params, inputs, targets)
                 return torch.cat([found[name].flatten(1) for name in self.params], dim=1)
             except RuntimeError:
                 # The model has what vmap does not follow; an error of its own comes again below.

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from gq_triton import GradQueue
 from gq_triton.sampling import GradientClustering, importance_score
 from gq_triton.variance import (
     SVRG,
@@ -184,6 +185,24 @@ def test_a_model_that_vmap_does_not_follow_has_the_same_gradients():
     model, data = small()
     expected = exact(UniformBatches(2), model, data)
     assert exact(UniformBatches(2), Branching(model), data) == expected
+
+
+def test_a_recurrent_model_says_nothing_and_has_autograd_s_gradients():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.layer(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(5, 4, 2), torch.tensor([0, 1, 1, 0, 1]))
+    model = Recurrent()
+    rows = gradients(model, data).double()
+    found = exact(UniformBatches(2), model, data)
+    expected = rows.var(0, correction=0).mean().item() / 2
+    assert found.average == pytest.approx(expected, rel=1e-5)
 
 
 def test_frozen_weights_and_unused_ones_and_dicts():
@@ -376,6 +395,35 @@ def test_tgc15_measuring_does_not_disturb_the_training(exactly):
         assert torch.equal(one, other)
     assert torch.equal(plain[1][0], watched[1][0])
     assert plain[1][1:] == watched[1][1:]
+
+
+def test_tgc15_the_clusters_of_grad_queue_do_not_notice():
+    _, data = small(32)
+    inputs, labels = data.tensors
+
+    def train(measures):
+        model, _ = small()
+        queue = GradQueue(model, n_clusters=2, features="0", queue_length=3, backend="torch")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        queue.attach(optimizer)
+
+        def watch():
+            if measures:
+                some = {"SG-B": UniformBatches(4), "IS": ImportanceBatches(4)}
+                measure_variance(model, "cross_entropy", data, some, draws=3)
+
+        for part in torch.arange(32).split(8):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs[part]), labels[part])
+            watch()  # between forward and backward pass too
+            loss.backward()
+            watch()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()], queue.metrics()
+
+    (plain, figures), (watched, others) = train(False), train(True)
+    assert all(map(torch.equal, plain, watched))
+    assert figures == others
 
 
 def test_the_loop_of_gradients_and_the_model_s_hooks_are_left_alone():

@@ -26,7 +26,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-def trained(plan=TINY, state=None, **options):
+def trained(plan, state, **options):
     trajectory = Trajectory(plan, 3)
     training = Training(trajectory, load_task(trajectory, None))
     training.run(state, lambda step: None, **options)
@@ -120,7 +120,7 @@ def test_svrg_and_sg_2b_are_what_they_must_be(tmp_path):
 # --- flaws of training sets
 
 
-def flawed(classes=10):
+def flawed(classes: int | None = 10):
     pair = torch.arange(20.0)[:, None], torch.arange(20) % 10
     return ScoredTask(pair, pair, torch.nn.ReLU, "", pair, classes)
 
