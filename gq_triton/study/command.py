@@ -18,8 +18,9 @@ from gq_triton.study.design.protocol import cells, progress
 from gq_triton.study.design.study_file import CONFIG, read_toml
 from gq_triton.study.run.device import check_device
 from gq_triton.study.run.records import Store
-from gq_triton.tasks import STUDY_TASKS, MissingData
+from gq_triton.tasks import STUDY_TASKS, MissingData, study_task
 from gq_triton.tasks.fetch import SOURCES, fetch
+from gq_triton.tasks.own import check_own_task
 
 __all__ = ["main"]
 
@@ -127,7 +128,8 @@ def _add_option(group: Any, option: Any) -> None:
     how = kinds[option.type]
     if option.name.startswith("lr"):
         how |= {"nargs": 2, "metavar": ("LOW", "HIGH")}
-    group.add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=text, **how)
+    names = [flag, "--task"] if option.name == "tasks" else [flag]
+    group.add_argument(*names, dest=option.name, default=argparse.SUPPRESS, help=text, **how)
 
 
 def _target(text: str) -> tuple[str, float]:
@@ -268,7 +270,11 @@ def _check_runnable(config: StudyConfig, data: Path | None, scheduler: str | Non
     if scheduler is None:  # the workers elsewhere say what they have
         check_device(config.device, config.nproc_per_trial)
     for name in config.tasks:
-        samples = len(STUDY_TASKS[name].load(0, data).train[1])
+        if config.command:
+            continue
+        if ":" in name:
+            check_own_task(name)
+        samples = len(study_task(name).load(0, data).train[1])
         if max(config.batch_sizes) > samples:
             raise Refusal(
                 f"--batch-sizes: {max(config.batch_sizes)} is more than the {samples} training "

@@ -3,6 +3,7 @@
 from gq_triton.tasks import data_files, lines, random_features, rare_digits, text
 from gq_triton.tasks.digits import load_digits
 from gq_triton.tasks.images import IMAGE_TASKS
+from gq_triton.tasks.own import OwnTask, own_task
 from gq_triton.tasks.scored import MissingData, ScoredTask, StudyTask, measure, sample_losses
 from gq_triton.tasks.task import Task, batch_stream, batches
 
@@ -10,6 +11,7 @@ __all__ = [
     "STUDY_TASKS",
     "TASKS",
     "MissingData",
+    "OwnTask",
     "ScoredTask",
     "StudyTask",
     "Task",
@@ -17,6 +19,7 @@ __all__ = [
     "batches",
     "measure",
     "sample_losses",
+    "study_task",
 ]
 
 TASKS = {"digits": load_digits}
@@ -84,3 +87,12 @@ STUDY_TASKS: dict[str, StudyTask] = {
     ),
 }
 """What a study can run; ``--help`` lists them."""
+
+
+def study_task(name: str) -> StudyTask:
+    """Return the entry of a task.
+
+    Args:
+        name: a key of ``STUDY_TASKS``, or ``"module:function"`` of one's own, see ``OwnTask``.
+    """
+    return own_task(name) if ":" in name else STUDY_TASKS[name]

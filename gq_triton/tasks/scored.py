@@ -19,63 +19,6 @@ class MissingData(Exception):
     """The error of a task without its files; the message is one line that says how to get them."""
 
 
-@dataclass(frozen=True)
-class ScoredTask(Task):
-    """A task of a study, whose settings are chosen on validation data; test data is used once.
-
-    Args:
-        validation: inputs and labels from which settings are chosen and curves drawn.
-        classes: number of classes; None if samples have no class, as in text.
-        groups: the group of every validation sample and of every test sample, for the score of the
-            worst group; training does not use them.
-    """
-
-    validation: tuple[Tensor, Tensor]
-    classes: int | None
-    groups: tuple[Tensor, Tensor] | None = None
-
-    def to(self, device: torch.device) -> "ScoredTask":
-        """Return the task with its data on a device."""
-
-        def moved(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return pair[0].to(device), pair[1].to(device)
-
-        return replace(
-            self,
-            train=moved(self.train),
-            validation=moved(self.validation),
-            test=moved(self.test),
-            groups=None if self.groups is None else moved(self.groups),
-        )
-
-
-@dataclass(frozen=True)
-class StudyTask:
-    """An entry of the list of tasks, known before any data is read.
-
-    Args:
-        load: function that returns the task, from a seed and the folder with the user's files.
-        text: one line about the task.
-        score: name of the measure that is compared, a key of what ``measure`` returns.
-        chance: the score of a model that learnt nothing, which a diverged run gets.
-        target: the validation score of "steps to target".
-        higher: whether a higher score is better.
-        labels: whether samples have classes, which a class-weighted loss needs.
-    """
-
-    load: Callable[[int, Path | None], ScoredTask]
-    text: str
-    score: str
-    chance: float
-    target: float
-    higher: bool = True
-    labels: bool = True
-
-    def gain(self, score: float, other: float) -> float:
-        """Return how much better ``score`` is than ``other``: positive is better."""
-        return score - other if self.higher else other - score
-
-
 def sample_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of every sample, ``(B,)``.
 
@@ -126,3 +69,72 @@ def measure(outputs: Tensor, labels: Tensor, groups: Tensor | None = None) -> Me
 def _shares(right: Tensor, of: Tensor) -> list[float]:
     """Return the share of right answers for each value of ``of``."""
     return [right[of == value].double().mean().item() for value in torch.unique(of).tolist()]
+
+
+@dataclass(frozen=True)
+class ScoredTask(Task):
+    """A task of a study, whose settings are chosen on validation data; test data is used once.
+
+    Args:
+        validation: inputs and labels from which settings are chosen and curves drawn.
+        classes: number of classes; None if samples have no class, as in text.
+        groups: the group of every validation sample and of every test sample, for the score of the
+            worst group; training does not use them.
+        losses: function that returns the loss of every sample, from outputs and labels.
+        measure: function that returns ``loss`` and the scores of a set of samples.
+    """
+
+    validation: tuple[Tensor, Tensor]
+    classes: int | None
+    groups: tuple[Tensor, Tensor] | None = None
+    losses: Callable[[Tensor, Tensor], Tensor] = sample_losses
+    measure: Callable[[Tensor, Tensor, Tensor | None], Measures] = measure
+
+    def to(self, device: torch.device) -> "ScoredTask":
+        """Return the task with its data on a device."""
+
+        def moved(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return pair[0].to(device), pair[1].to(device)
+
+        return replace(
+            self,
+            train=moved(self.train),
+            validation=moved(self.validation),
+            test=moved(self.test),
+            groups=None if self.groups is None else moved(self.groups),
+        )
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """An entry of the list of tasks, known before any data is read.
+
+    Args:
+        load: function that returns the task, from a seed and the folder with the user's files.
+        text: one line about the task.
+        score: name of the measure that is compared, a key of what ``measure`` returns.
+        chance: the score of a model that learnt nothing, which a diverged run gets.
+        target: the validation score of "steps to target".
+        higher: whether a higher score is better.
+        labels: whether samples have classes, which a class-weighted loss needs.
+        unit: of the score, if it has one.
+    """
+
+    load: Callable[[int, Path | None], ScoredTask]
+    text: str
+    score: str
+    chance: float
+    target: float
+    higher: bool = True
+    labels: bool = True
+    unit: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The score's name in tables and pictures, with its unit."""
+        name = self.score.replace("_", " ")
+        return f"{name} in {self.unit}" if self.unit else name
+
+    def gain(self, score: float, other: float) -> float:
+        """Return how much better ``score`` is than ``other``: positive is better."""
+        return score - other if self.higher else other - score

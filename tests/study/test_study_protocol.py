@@ -17,7 +17,8 @@ from gq_triton.study.design.space import Space, at_edge, candidates
 from gq_triton.study.design.study_file import read_toml, write_toml
 from gq_triton.study.design.trial import EVALUATE, SERIES, TUNE, Record
 from gq_triton.study.run.records import Store
-from gq_triton.study.trials.training import learning_rate, run_trial
+from gq_triton.study.trials.training import TrainingRun, learning_rate, run_trial
+from gq_triton.tasks import STUDY_TASKS
 
 
 def test_the_same_question_has_the_same_name_and_any_other_another():
@@ -85,12 +86,12 @@ def test_arms_are_paired_by_seed():
 
 
 def test_test_data_is_looked_at_once_and_only_to_evaluate(monkeypatch):
-    from gq_triton.study.trials import training as module
-
     looks = []
-    real = module.measure
-    monkeypatch.setattr(module, "measure", lambda *a: looks.append(len(a[1])) or real(*a))
-    task = module.STUDY_TASKS["digits"].load(0, None)
+    real = TrainingRun._measure
+    monkeypatch.setattr(
+        TrainingRun, "_measure", lambda run, *a: looks.append(len(a[1])) or real(run, *a)
+    )
+    task = STUDY_TASKS["digits"].load(0, None)
     tuned = run_trial(trial(task="digits", purpose=TUNE))
     assert tuned.result["test"] is None
     assert tuned.result["score"] is None
@@ -110,11 +111,9 @@ def test_a_diverged_run_is_a_result():
 
 
 def test_a_target_that_is_lost_again_was_not_reached(monkeypatch):
-    from gq_triton.study.trials import training as module
-
     scores = iter([0.95, 0.5, 0.95, 0.97, 0.9])
     monkeypatch.setattr(
-        module, "measure", lambda *a: {"loss": 1.0, "balanced_accuracy": next(scores)}
+        TrainingRun, "_measure", lambda *a: {"loss": 1.0, "balanced_accuracy": next(scores)}
     )
     assert run_trial(trial()).result["steps_to_target"] == 15
 

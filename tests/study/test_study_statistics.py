@@ -143,7 +143,7 @@ def test_a_planted_gain_is_found_where_it_is_and_only_there():
     assert (found[16].verdict, found[256].verdict) == (NONE, HELPS)
     assert set(found[256].beaten) == set(found[256].against) - {"sgdm"}
     assert PRIMARY["sgd"] in found[256].beaten
-    (arm, summary, lines) = task_verdict(list(found.values()), TASK)[0]
+    (arm, summary, lines) = task_verdict(list(found.values()))[0]
     assert arm == "gq-sgdm"
     assert summary == "(balanced accuracy): no difference at batch 16; helps at batch 256"
     assert "better on 10 of 10 seeds" in lines[1]
@@ -152,7 +152,7 @@ def test_a_planted_gain_is_found_where_it_is_and_only_there():
 def test_a_gain_that_any_weights_would_give_is_said_to_be_one():
     kinds = "queue", "shuffled", "constant"
     found = verdicts(lambda t: 0.02 * (t.law.kind in kinds))
-    (_, summary, _) = task_verdict(list(found.values()), TASK)[0]
+    (_, summary, _) = task_verdict(list(found.values()))[0]
     assert "helps at batch 16 (no more than shuffled, constant do)" in summary
 
 
@@ -173,7 +173,7 @@ def test_a_planted_loss_is_found():
 def test_too_few_trials_or_seeds_decide_nothing(effect, options, lacking):
     found = verdicts(lambda t: effect * (t.law.kind == "queue"), **options)
     assert {finding.verdict for finding in found.values()} == {UNDECIDED}
-    (_, summary, lines) = task_verdict(list(found.values()), TASK)[0]
+    (_, summary, lines) = task_verdict(list(found.values()))[0]
     assert summary == "(balanced accuracy): undecided at batch 16, 256"
     for line in lines:
         assert lacking in line

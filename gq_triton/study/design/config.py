@@ -8,8 +8,9 @@ from typing import Any
 
 from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.arms import ARMS
-from gq_triton.study.design.controls import CONTROLS
-from gq_triton.tasks import STUDY_TASKS
+from gq_triton.study.design.commanded import COMMAND, check_command, command_entry
+from gq_triton.study.design.controls import CONTROLS, Control
+from gq_triton.tasks import STUDY_TASKS, StudyTask, study_task
 
 __all__ = ["DEVICES", "FIRST_TUNING_SEED", "StudyConfig", "flag"]
 
@@ -34,7 +35,9 @@ def _option(default: Any, help: str, before: Any = None) -> Any:
 class StudyConfig:
     """The options that decide a study's results, under their names on the command line."""
 
-    tasks: tuple[str, ...] = _option((), "tasks, see the list below")
+    tasks: tuple[str, ...] = _option(
+        (), "tasks, see the list below; module:function: one of your own"
+    )
     arms: tuple[str, ...] = _option((), "arms, see the list below")
     batch_sizes: tuple[int, ...] = _option((), "the ladder of batch sizes")
     trials: int = _option(
@@ -90,13 +93,25 @@ class StudyConfig:
         "cpu or cuda, whose results differ; --jobs are spread over the GPUs, and each process of "
         "--nproc-per-trial has a GPU of its own",
     )
+    command: str = _option(
+        "",
+        "your own training in place of a task: a command with names in braces, such as 'python "
+        "train.py --lr {lr} --seed {seed}', which prints its scores as a line of JSON; see "
+        "docs/own_study.md",
+    )
+    score: str = _option("score", "of --command: the name of what is compared, for the report")
+    better: str = _option("higher", "of --command: higher or lower, whichever score is better")
     targets: dict[str, float] = field(
         default_factory=dict,
         metadata={"help": "score of 'steps to target', by task, in place of the one listed below"},
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("tasks", STUDY_TASKS), ("arms", ARMS), ("controls", CONTROLS)):
+        if self.command and not self.tasks:
+            object.__setattr__(self, "tasks", (COMMAND,))
+        # The task of a command is known by the command alone.
+        known_tasks = {**STUDY_TASKS, COMMAND: None} if self.command else STUDY_TASKS
+        for name, known in (("tasks", known_tasks), ("arms", ARMS), ("controls", CONTROLS)):
             _check_names(name, getattr(self, name), known)
         for name in ("tasks", "arms", "batch_sizes", "beta1", "warmup"):
             if not getattr(self, name):
@@ -118,7 +133,8 @@ class StudyConfig:
         for name in ("lr_sgd", "lr_adam"):
             _check_range(name, getattr(self, name))
         self._check_momentum()
-        _check_names("targets", tuple(self.targets), STUDY_TASKS)
+        check_command(self)
+        _check_names("targets", tuple(self.targets), known_tasks)
         for task, value in self.targets.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise Refusal(f"--target {task} must be a number, got {value!r}")
@@ -159,9 +175,17 @@ class StudyConfig:
         """B_opt of the paper's rule K = B / B_opt."""
         return self.optimal_batch or min(self.batch_sizes)
 
+    def entry(self, task: str) -> StudyTask:
+        """Return what is known of a task before its data is read."""
+        return command_entry(self) if task == COMMAND else study_task(task)
+
+    def can_run(self, control: Control, name: str) -> bool:
+        """Return whether the command can run a control: the optimizer without Grad Queue can."""
+        return control.plain and (name != "lower-momentum" or "{beta1}" in self.command)
+
     def target(self, task: str) -> float:
         """Return the validation score of a task's "steps to target"."""
-        return self.targets.get(task, STUDY_TASKS[task].target)
+        return self.targets.get(task, self.entry(task).target)
 
     def lr_range(self, family: str) -> tuple[float, float]:
         """Return the range of learning rates of ``"sgd"`` or ``"adam"``."""
@@ -226,7 +250,9 @@ _KINDS = {int: "a whole number", str: "a text", float: "a number"}
 
 def _check_names(option: str, names: tuple[str, ...], known: Mapping[str, Any]) -> None:
     for name in names:
-        if name not in known:
+        if option in ("tasks", "targets") and ":" in name:
+            study_task(name)  # or a refusal
+        elif name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             listed = f"did you mean {' or '.join(near)}? There" if near else "there"
             raise Refusal(f"--{flag(option)}: no {name!r}; {listed} are {_list(known)}")

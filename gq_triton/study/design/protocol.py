@@ -10,7 +10,7 @@ from gq_triton.study.design.controls import CONTROLS, Tuned, altered, applicable
 from gq_triton.study.design.law import NO_LAW, Recipe, StudyLaw
 from gq_triton.study.design.space import Settings, Space, at_edge, candidates
 from gq_triton.study.design.trial import EVALUATE, TUNE, Record, Records, Trial
-from gq_triton.tasks import STUDY_TASKS
+from gq_triton.tasks import StudyTask
 
 __all__ = ["Cell", "Choice", "cells", "missing", "progress"]
 
@@ -57,6 +57,11 @@ class Cell:
     def __post_init__(self) -> None:
         self._choice: Choice | None = None
         self._known: list[Trial] | None = None
+
+    @property
+    def entry(self) -> StudyTask:
+        """What is known of the task before its data is read."""
+        return self.config.entry(self.task)
 
     @property
     def n_clusters(self) -> int | None:
@@ -117,6 +122,7 @@ class Cell:
             device=config.device,
             beta1=recipe.beta1,
             warmup=recipe.warmup,
+            command=config.command,
         )
 
     def choice(self, records: Records) -> Choice | None:
@@ -164,7 +170,7 @@ class Cell:
         score = _mean([r.result["validation_score"] for r in records])
         losses = [r.result["validation_loss"] for r in records]
         loss = float("inf") if None in losses else _mean(losses)
-        return -STUDY_TASKS[self.task].gain(score, 0.0), loss, settings["lr"]
+        return -self.entry.gain(score, 0.0), loss, settings["lr"]
 
     def evaluation(self, choice: Choice) -> list[Trial]:
         """Return the trials of the tuned arm on the evaluation seeds."""
@@ -181,8 +187,10 @@ class Cell:
         if self.arm.baseline is None or self.arm.law.rho == 1 or not self.arm.law.queued:
             return []
         law = replace(self.arm.law, n_clusters=self.n_clusters)
-        labels = STUDY_TASKS[self.task].labels
+        labels = self.entry.labels
         names = [name for name in self.config.controls if applicable(name, law, labels)]
+        if self.config.command:
+            names = [name for name in names if self.config.can_run(CONTROLS[name], name)]
         if self.config.nproc_per_trial > 1:
             names = [name for name in names if not CONTROLS[name].inside]
             if self.n_clusters is not None and self.n_clusters < 2 * self.config.nproc_per_trial:
@@ -206,7 +214,7 @@ def cells(config: StudyConfig) -> list[Cell]:
         for task in config.tasks
         for size in config.batch_sizes
         for arm in config.arms
-        if STUDY_TASKS[task].labels or not ARMS[arm].class_weighted
+        if config.entry(task).labels or not ARMS[arm].class_weighted
     ]
 
 

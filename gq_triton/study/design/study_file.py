@@ -1,5 +1,6 @@
 """A study's options as text: ``study.toml``, and the command that runs the study."""
 
+import json
 import shlex
 import sys
 from dataclasses import fields
@@ -50,7 +51,11 @@ def write_toml(config: StudyConfig) -> str:
     """Return the text of a file from which ``read_toml`` reads these options."""
     lines = [f"{name} = {_value(value)}" for name, value in config.to_dict().items()
              if not isinstance(value, dict)]  # fmt: skip
-    lines += ["", "[targets]", *(f"{task} = {value!r}" for task, value in config.targets.items())]
+    lines += [
+        "",
+        "[targets]",
+        *(f"{_value(task)} = {value!r}" for task, value in config.targets.items()),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -74,5 +79,4 @@ def command_line(config: StudyConfig, folder: str) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_value, value)) + "]"
-    # Names hold no character that TOML would escape.
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

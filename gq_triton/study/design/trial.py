@@ -24,7 +24,7 @@ class Trial:
     The names of the fields are part of ``key``, and so of the names of all records on disk.
 
     Args:
-        task: a key of ``STUDY_TASKS``.
+        task: a key of ``STUDY_TASKS``, a task of the user's own, or ``COMMAND``.
         batch_size: samples per step.
         steps: optimizer steps.
         schedule: of the learning rate.
@@ -40,6 +40,7 @@ class Trial:
         device: ``"cpu"`` or ``"cuda"``.
         beta1: of Adam; with SGD the momentum.
         warmup: share of the steps over which the learning rate rises linearly.
+        command: the user's command that runs the trial, names of settings in braces; ``""``: none.
     """
 
     task: str
@@ -58,6 +59,7 @@ class Trial:
     device: str = "cpu"
     beta1: float = 0.9
     warmup: float = 0.0
+    command: str = ""
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Trial":
@@ -70,7 +72,7 @@ class Trial:
         """Hash of all fields: arms that ask for the same run share one trial."""
         asked = asdict(self)
         # Fields that were added later are left out at their defaults: old records keep their names.
-        for name in ("processes", "device", "beta1", "warmup"):
+        for name in ("processes", "device", "beta1", "warmup", "command"):
             if asked[name] == getattr(Trial, name):
                 del asked[name]
         content = json.dumps([FORMAT, asked], sort_keys=True)

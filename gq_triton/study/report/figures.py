@@ -11,7 +11,6 @@ from gq_triton.study.report.canvas import figure as new_figure
 from gq_triton.study.report.results import Group
 from gq_triton.study.report.statistics import Comparison, interval, median_interval
 from gq_triton.study.report.verdict import Finding
-from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["forest", "scores", "steps_to_target", "weights"]
 
@@ -101,7 +100,7 @@ def steps_to_target(groups: Sequence[Group], task: str, target: float) -> bytes:
     arms = _arms(groups)
     values = [s for some in arms.values() for g in some for s in g.steps if math.isfinite(s)]
     top = 2 * max(values, default=1)
-    unit = f"steps to validation {STUDY_TASKS[task].score.replace('_', ' ')} {target:g}"
+    unit = f"steps to validation {groups[0].cell.entry.shown} {target:g}"
     heading = f"{task}: steps to target (median, 95 % interval over seeds)"
     if len(arms) > _FEW:  # there is no legend
         heading += "; dashes: perfect scaling"
@@ -180,9 +179,9 @@ def _perfect(panel: Any, groups: Sequence[Group], arms: dict[str, list[Group]]) 
 
 def scores(groups: Sequence[Group], task: str) -> bytes:
     """Draw the final test score against the batch size, with intervals over seeds."""
-    arms, entry = _arms(groups), STUDY_TASKS[task]
+    arms, entry = _arms(groups), groups[0].cell.entry
     better = "higher" if entry.higher else "lower"
-    unit = f"test {entry.score.replace('_', ' ')} ({better} is better)"
+    unit = f"test {entry.shown}, {better} is better"
     heading = f"{task}: final score (mean, 95 % interval over seeds)"
     figure, panels = _canvas(arms, heading, unit)
     for place, panel in panels.items():
@@ -233,7 +232,7 @@ def forest(found: Sequence[Finding], task: str, arm: str) -> bytes:
         panel.locator_params(axis="x", nbins=4)
         panel.tick_params(axis="x", labelsize=8)
     figure.suptitle(f"{task}: {arm} against its tuned baseline and its controls", fontsize=11)
-    unit = STUDY_TASKS[task].score.replace("_", " ")
+    unit = found[0].group.cell.entry.shown
     figure.supxlabel(f"paired difference in {unit}, right of 0 is better for {arm} "
                      "(thick: 95 %, thin: level of the verdict)", fontsize=9)  # fmt: skip
     return png(figure)

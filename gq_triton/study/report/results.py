@@ -9,7 +9,6 @@ from typing import Any
 
 from gq_triton.study.design.protocol import Cell, Choice
 from gq_triton.study.design.trial import SERIES, Record, Records
-from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["Group", "collect", "results_csv", "timing_csv"]
 
@@ -44,7 +43,12 @@ class Group:
     @property
     def scores(self) -> list[float]:
         """Test scores by seed; that of a diverged run is chance."""
-        return [score(record) for record in self.records]
+        return [self.score(record) for record in self.records]
+
+    def score(self, record: Record) -> float:
+        """Return the test score of a run; that of a diverged run is chance."""
+        found = record.result["score"]
+        return self.cell.entry.chance if found is None else found
 
     @property
     def steps(self) -> list[float]:
@@ -64,15 +68,9 @@ class Group:
         return sum(record.result["diverged_at"] is not None for record in self.records)
 
 
-def score(record: Record) -> float:
-    """Return the test score of a run; that of a diverged run is chance."""
-    found = record.result["score"]
-    return STUDY_TASKS[record.trial.task].chance if found is None else found
-
-
 def gains(first: Group, second: Group) -> list[float]:
     """Return by seed how much better the first group scored; positive is better."""
-    task = STUDY_TASKS[first.cell.task]
+    task = first.cell.entry
     pairs = zip(first.scores, second.scores, strict=True)
     return [task.gain(mine, other) for mine, other in pairs]
 
@@ -138,8 +136,8 @@ def _result_row(group: Group, record: Record) -> dict[str, Any]:
         "rho": law.rho if law and law.weighted else None,
         "queue_length": law.queue_length if law else None,
         "n_clusters": law.n_clusters if law else None,
-        "score_name": STUDY_TASKS[trial.task].score,
-        "score": score(record),
+        "score_name": group.cell.entry.score,
+        "score": group.score(record),
         "diverged": int(result["diverged_at"] is not None),
         "validation_score": result["validation_score"],
         "steps_to_target": steps,

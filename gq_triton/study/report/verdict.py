@@ -7,7 +7,6 @@ from gq_triton.study.design.config import StudyConfig
 from gq_triton.study.design.controls import LAG, PRIMARY
 from gq_triton.study.report.results import Group, gains
 from gq_triton.study.report.statistics import Comparison, compare
-from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["Finding", "findings", "lacking", "sentence", "task_verdict"]
 
@@ -146,14 +145,12 @@ def sentence(finding: Finding) -> str:
     return text
 
 
-def task_verdict(found: Sequence[Finding], task: str) -> list[tuple[str, str, list[str]]]:
+def task_verdict(found: Sequence[Finding]) -> list[tuple[str, str, list[str]]]:
     """Return for every arm its name, its verdicts in one line, and a line per batch size.
 
     Args:
-        found: findings of the task.
-        task: name of the task.
+        found: findings of one task.
     """
-    unit = STUDY_TASKS[task].score.replace("_", " ")
     lines = []
     for arm in dict.fromkeys(finding.group.cell.arm.name for finding in found):
         mine = [finding for finding in found if finding.group.cell.arm.name == arm]
@@ -161,6 +158,7 @@ def task_verdict(found: Sequence[Finding], task: str) -> list[tuple[str, str, li
         for finding in mine:
             by_verdict.setdefault(finding.verdict, []).append(_where(finding))
         parts = [f"{verdict} at batch {', '.join(sizes)}" for verdict, sizes in by_verdict.items()]
+        unit = mine[0].group.cell.entry.shown
         lines.append((arm, f"({unit}): {'; '.join(parts)}", [sentence(one) for one in mine]))
     return lines
 

@@ -21,7 +21,7 @@ from gq_triton.study.report.statistics import interval, median_interval
 from gq_triton.study.report.verdict import Finding, findings, lacking, task_verdict
 from gq_triton.study.run.board import clock
 from gq_triton.study.run.records import Store
-from gq_triton.tasks import STUDY_TASKS
+from gq_triton.tasks import StudyTask
 
 __all__ = ["write_report"]
 
@@ -56,7 +56,7 @@ def write_report(config: StudyConfig, folder: Path) -> list[str]:
         pictures = _pictures(mine, found, name, config)
         for title, content in pictures.items():
             _write(folder / f"{title}.png", content)
-        tasks.append(_task(name, mine, found, pictures))
+        tasks.append(_task(name, config.entry(name), mine, found, pictures))
         lines += [f"{name}: {arm} {text}" for arm, text, _ in tasks[-1]["verdict"]]
     environment = _environment(groups)
     page = _render(
@@ -96,16 +96,17 @@ def _pictures(
     """Return the pictures of a task, by file name without its ending."""
     if not groups:
         return {}
+    name = task.replace(":", "-")  # in names of files
     drawn = {
-        f"{task}-scores": figures.scores(groups, task),
-        f"{task}-steps": figures.steps_to_target(groups, task, config.target(task)),
+        f"{name}-scores": figures.scores(groups, task),
+        f"{name}-steps": figures.steps_to_target(groups, task, config.target(task)),
     }
     for arm in dict.fromkeys(finding.group.cell.arm.name for finding in found if finding.against):
-        drawn[f"{task}-{arm}-controls"] = figures.forest(
+        drawn[f"{name}-{arm}-controls"] = figures.forest(
             [finding for finding in found if finding.against], task, arm
         )
     weights = figures.weights(groups, task)
-    return drawn if weights is None else drawn | {f"{task}-weights": weights}
+    return drawn if weights is None else drawn | {f"{name}-weights": weights}
 
 
 _COLUMNS = (
@@ -120,15 +121,18 @@ _PAIR_COLUMNS = (
 
 
 def _task(
-    name: str, groups: Sequence[Group], found: Sequence[Finding], pictures: dict[str, bytes]
+    name: str,
+    entry: StudyTask,
+    groups: Sequence[Group],
+    found: Sequence[Finding],
+    pictures: dict[str, bytes],
 ) -> dict[str, Any]:
-    entry = STUDY_TASKS[name]
     return {
         "name": name,
         "text": entry.text,
-        "score": entry.score.replace("_", " "),
+        "score": entry.shown,
         "better": "higher" if entry.higher else "lower",
-        "verdict": task_verdict(found, name),
+        "verdict": task_verdict(found),
         "pictures": [
             {"title": title, "data": base64.b64encode(content).decode()}
             for title, content in pictures.items()

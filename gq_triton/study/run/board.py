@@ -9,7 +9,6 @@ from rich.table import Table
 
 from gq_triton.study.design.protocol import Cell
 from gq_triton.study.design.trial import TUNE, Record, Records
-from gq_triton.tasks import STUDY_TASKS
 
 __all__ = ["Board"]
 
@@ -101,7 +100,7 @@ class Board:
         arms = self.best.setdefault((cell.task, cell.batch_size), {})
         score = record.result["validation_score"]
         best, count = arms.get(cell.arm.name, (score, 0))
-        better = STUDY_TASKS[cell.task].gain(score, best) > 0
+        better = cell.entry.gain(score, best) > 0
         arms[cell.arm.name] = (score if better else best), count + 1
 
     def _view(self) -> Group:

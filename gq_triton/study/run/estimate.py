@@ -9,6 +9,7 @@ import torch
 from gq_triton.study.design.protocol import Cell
 from gq_triton.study.design.trial import EVALUATE, Trial
 from gq_triton.study.run.ranks import launch
+from gq_triton.study.run.worker import run_command
 from gq_triton.study.trials.training import run_trial
 
 __all__ = ["estimate_seconds"]
@@ -30,6 +31,10 @@ def estimate_seconds(
         jobs: number of worker processes.
         data: folder with the files of tasks that need some.
     """
+    if cells[0].config.command:
+        started = time.perf_counter()
+        run_command(cells[0].tuning[0][0])
+        return (time.perf_counter() - started) * trials / jobs, 1
     if cells[0].config.nproc_per_trial > 1:
         return _ranked_seconds(cells[0].tuning[0][0], data) * trials / jobs, 1
     threads = torch.get_num_threads()

@@ -28,7 +28,7 @@ from gq_triton.study.run.records import Store
 from gq_triton.study.trials.backward import Measured
 from gq_triton.study.trials.clusterer import StudyClusterer
 from gq_triton.study.trials.training import TrainingRun
-from gq_triton.tasks import STUDY_TASKS, ScoredTask, sample_losses
+from gq_triton.tasks import ScoredTask, study_task
 
 __all__ = ["launch", "run_rank"]
 
@@ -111,7 +111,7 @@ class _RankRun(TrainingRun):
     def _gradients(self, indices: Tensor) -> float:
         inputs, labels = self._samples(indices[self.rank :: self.world])
         outputs = self.ddp(inputs)
-        losses = sample_losses(outputs, labels)
+        losses = self.task.losses(outputs, labels)
         total = losses.detach().double().sum()
         dist.all_reduce(total)
         loss = total.item() / len(indices)
@@ -156,7 +156,7 @@ def run_rank(trial: Trial, data: Path | None) -> Record:
         trial: the trial.
         data: folder with the files of tasks that need some.
     """
-    task: ScoredTask = STUDY_TASKS[trial.task].load(trial.seed, data)
+    task: ScoredTask = study_task(trial.task).load(trial.seed, data)
     return _RankRun(trial, task).record()
 
 

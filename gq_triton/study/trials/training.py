@@ -13,7 +13,7 @@ from gq_triton.study.design.trial import EVALUATE, SERIES, Record, Trial
 from gq_triton.study.trials.backward import Backward, build_backward
 from gq_triton.study.trials.environment import environment
 from gq_triton.study.trials.optimizers import OPTIMIZERS
-from gq_triton.tasks import STUDY_TASKS, ScoredTask, batch_stream, measure, sample_losses
+from gq_triton.tasks import ScoredTask, batch_stream, study_task
 
 __all__ = ["TrainingRun", "learning_rate", "run_trial"]
 
@@ -29,7 +29,7 @@ def run_trial(trial: Trial, data: Path | None = None) -> Record:
         trial: the trial.
         data: folder with the files of tasks that need some.
     """
-    return TrainingRun(trial, STUDY_TASKS[trial.task].load(trial.seed, data)).record()
+    return TrainingRun(trial, study_task(trial.task).load(trial.seed, data)).record()
 
 
 class TrainingRun:
@@ -43,7 +43,7 @@ class TrainingRun:
     def __init__(self, trial: Trial, task: ScoredTask) -> None:
         self.device = torch.device(trial.device)
         self.trial, self.task = trial, task.to(self.device)
-        self.entry = STUDY_TASKS[trial.task]
+        self.entry = study_task(trial.task)
         torch.manual_seed(trial.seed)
         self.model = task.model().to(self.device)  # drawn on the CPU: the same weights everywhere
         params = [p for p in self.model.parameters() if p.requires_grad]
@@ -112,7 +112,7 @@ class TrainingRun:
         """
         inputs, labels = self._samples(indices)
         outputs = self.model(inputs)
-        losses = sample_losses(outputs, labels)
+        losses = self.task.losses(outputs, labels)
         loss = losses.mean().item()
         if math.isfinite(loss):
             self.backward.backward(outputs, self._weighted(losses, labels), labels)
@@ -144,7 +144,7 @@ class TrainingRun:
         self.model.eval()
         outputs = torch.cat([self.model(part) for part in inputs.split(_CHUNK)])
         self.model.train()
-        return measure(outputs, labels, groups)
+        return self.task.measure(outputs, labels, groups)
 
     def _result(self) -> dict[str, Any]:
         """Return the result that goes into the record."""
