@@ -149,7 +149,7 @@ def keywords(function):
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Files that stand on no page as a whole, and what runs them.
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE = {"own_script.py": "tests/study/test_study_told.py"}
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)

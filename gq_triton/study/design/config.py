@@ -113,11 +113,7 @@ class StudyConfig:
         known_tasks = {**STUDY_TASKS, COMMAND: None} if self.command else STUDY_TASKS
         for name, known in (("tasks", known_tasks), ("arms", ARMS), ("controls", CONTROLS)):
             _check_names(name, getattr(self, name), known)
-        for name in ("tasks", "arms", "batch_sizes", "beta1", "warmup"):
-            if not getattr(self, name):
-                raise Refusal(f"--{flag(name)} needs at least one value")
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise Refusal(f"--{flag(name)} names one value twice: {_list(getattr(self, name))}")
+        self._check_lists()
         lowest = {"trials": 1, "tuning_seeds": 1, "seeds": 2, "first_seed": 0, "steps": 1,
                   "eval_every": 0, "optimal_batch": 0, "nproc_per_trial": 1}  # fmt: skip
         for name, least in lowest.items():
@@ -138,6 +134,13 @@ class StudyConfig:
         for task, value in self.targets.items():
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise Refusal(f"--target {task} must be a number, got {value!r}")
+
+    def _check_lists(self) -> None:
+        for name in ("tasks", "arms", "batch_sizes", "beta1", "warmup"):
+            if not getattr(self, name):
+                raise Refusal(f"--{flag(name)} needs at least one value")
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise Refusal(f"--{flag(name)} names one value twice: {_list(getattr(self, name))}")
 
     def _check_seeds(self) -> None:
         if self.first_seed + self.seeds > FIRST_TUNING_SEED:

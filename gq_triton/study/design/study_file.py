@@ -65,7 +65,7 @@ def command_line(config: StudyConfig, folder: str) -> str:
     for option in fields(StudyConfig):
         value = getattr(config, option.name)
         default = {} if option.name == "targets" else option.default
-        if value == default:
+        if value == default or (option.name == "tasks" and config.command):
             continue
         if isinstance(value, dict):
             words += ["--target", *(f"{task}={number!r}" for task, number in value.items())]

@@ -1,4 +1,4 @@
-"""The record of a trial that ran elsewhere: a user's command, or a loop that asked for the trial."""
+"""The record of a trial that ran elsewhere: in a user's command, or in a user's loop."""
 
 import json
 import math
@@ -27,14 +27,16 @@ def record_of(trial: Trial, scores: Mapping[str, Any], seconds: float = 0.0) -> 
         scores: ``validation_score``; of a trial to evaluate also ``test_score``, from test data
             that is looked at once, at the end. May hold ``diverged`` (the scores are then those of
             a model that has learnt nothing), ``validation_loss``, ``train_loss``,
-            ``steps_to_target``, and what the law did, by the names of ``GradQueue.metrics()``:
-            ``norm_ratio``, ``mean_weight`` and so on.
+            ``steps_to_target``. With a law also ``norm_ratio`` and ``mean_weight``, the means over
+            the steps of what ``GradQueue.metrics()`` says.
         seconds: that training took.
 
     Raises:
         Refusal: a score is missing or is no finite number.
     """
     needed = ["validation_score"] + ["test_score"] * (trial.purpose == EVALUATE)
+    if trial.law.kind != "none":
+        needed += ["norm_ratio", "mean_weight"]  # which the controls take their learning rates from
     for name in needed:
         if name not in scores:
             raise Refusal(f"the scores must hold {name}, got {', '.join(scores) or 'none'}")
