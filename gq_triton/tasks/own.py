@@ -103,16 +103,18 @@ def own_task(name: str) -> StudyTask:
 
 def _made(name: str) -> Any:
     module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does
+    here = os.getcwd()
+    sys.path.insert(0, here)  # as `python -m` does, but for this import only
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise Refusal(
-            f"--task {name}: no module {module} in {os.getcwd()} or on the PYTHONPATH"
+            f"--task {name}: no module {module} in {here} or on the PYTHONPATH"
         ) from error
+    finally:
+        sys.path.remove(here)
     make = getattr(found, function, None)
     if not callable(make):
         raise Refusal(f"--task {name}: the module {module} has no function {function!r}")
