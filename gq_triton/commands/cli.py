@@ -14,6 +14,7 @@ COMMANDS = {
         "gq_triton.variance.trajectory.command",
         "log the variance of gradient estimators along a training",
     ),
+    "plan": ("gq_triton.plan.command", "predict memory and time on 1 to 16 384 GPUs"),
 }
 
 

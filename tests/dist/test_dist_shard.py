@@ -7,6 +7,7 @@ import pytest
 from dist_shard_saved_checks import FOUR_RANKS, THREE_RANKS, TWO_RANKS
 from hypothesis import given
 from hypothesis import strategies as st
+from plan_counts import check_as_planned
 from rank_checks import checks, folder_for
 
 from gq_triton.dist.routes.cuts import cut
@@ -29,6 +30,11 @@ def test_cuts_divide_a_bucket_into_equal_runs(numels: list[int], world: int):
 @checks(TWO_RANKS)
 def test_two_ranks(ranks, check, tmp_path):
     ranks(2).run(check, *folder_for(check, tmp_path))
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_and_send_what_is_planned(ranks):
+    ranks(2).run(check_as_planned, "DDP hook, slices")
 
 
 @pytest.mark.slow
