@@ -168,8 +168,8 @@ def strip_of(channels: int, products: int, rows: int, clusters: int, device: Dev
 def splits_of(programs: int, rows: int, device: Device) -> int:
     """Return by how many programs the rows of a cluster are shared.
 
-    To share them costs one more launch, which adds up the parts. Half the multiprocessors are
-    enough to do without.
+    To share them costs memory, and time to add up the parts. Half the multiprocessors are enough to
+    do without.
 
     Args:
         programs: how many programs there are without sharing.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gq_triton.kernels.launch import TRITON_DTYPE, device_guard
+from gq_triton.kernels.sums import take_tickets
 from gq_triton.kernels.tiles import cdiv, device_of, power_of_2, precision_of, strip_of, tile_of
 from gq_triton.kernels.weight_kernels import depthwise_kernel, weight_kernel
 
@@ -25,6 +26,8 @@ MIXED_BELOW = 64
 # Most elements of both factors that are read where their channels come before their positions
 # (estimated: about as long as two launches and the copies take).
 MOST_NARROW = 1 << 24
+# Warps that read them: each access needs an address, and fewer warps have no registers left.
+NARROW_WARPS = 8
 # Most clusters that are ranked by size in every program; more have less of a tail.
 MOST_RANKED = 32
 
@@ -149,14 +152,15 @@ def _launch(
     else:
         products = clusters * groups * (1 if mixed or plain else taps)
         tile = tile_of(dy.dtype, precision, outputs, width, products, **common)
+        if first:
+            tile = tile._replace(warps=NARROW_WARPS)
         tiles = products * cdiv(outputs, tile.outputs) * cdiv(width, tile.inputs)
-    sums = out[None]
+    sums, total, tickets = out[None], None, None
     if tile.splits > 1:
-        size = tile.splits, clusters, channels, taps, inputs
-        sums = torch.empty(size, dtype=out.dtype, device=out.device).transpose(3, 4)
+        sums, total, tickets = _splits_of(out, tile.splits), out, take_tickets(out.device, tiles)
     arguments = (
-        dy, x, order, offsets, sums, dy.stride(0), x.stride(0), outputs, inputs, *sums.stride(),
-        positions, groups, clusters, tile.splits, *window.arguments(),
+        dy, x, order, offsets, sums, total, tickets, dy.stride(0), x.stride(0), outputs, inputs,
+        *sums.stride(), positions, groups, clusters, tile.splits, *window.arguments(),
     )  # fmt: skip
     constants = {
         "BO": tile.outputs, "BR": tile.rows, "C_DTYPE": TRITON_DTYPE[out.dtype],
@@ -174,8 +178,13 @@ def _launch(
     kernel = depthwise_kernel if apart else weight_kernel
     with device_guard(dy.device):
         kernel[(tiles * tile.splits,)](*arguments, **constants)
-    if tile.splits > 1:
-        torch.sum(sums, dim=0, out=out)
+
+
+def _splits_of(out: Tensor, splits: int) -> Tensor:
+    """Return memory for as many sums as there are splits, each with the strides of ``out``."""
+    last = sum((n - 1) * stride for n, stride in zip(out.shape, out.stride(), strict=True))
+    memory = torch.empty(splits * (last + 1), dtype=out.dtype, device=out.device)
+    return memory.as_strided((splits, *out.shape), (last + 1, *out.stride()))
 
 
 def product_sums(

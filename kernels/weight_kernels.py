@@ -97,10 +97,29 @@ def _met(
     return (i0 * in1 + i1) * in2 + i2, exists
 
 
+@triton.jit
+def _add_splits(sums, out, ticket, to, mask, zeros, stride_split, splits):
+    """Add up a tile's splits, in their order, in the program that gets here last.
+
+    Every program of the tile calls this once, after it has written its split, and takes a number.
+    Whoever takes the last one knows that all are written. It puts the ticket back to 0 for the next
+    launch. No program waits for another.
+    """
+    tl.debug_barrier()  # what all threads wrote comes before the number
+    if tl.atomic_add(ticket, 1) == splits - 1:
+        tl.store(ticket, 0)
+        total = zeros
+        for split in range(0, splits):
+            # Other programs wrote it: this multiprocessor's own cache may hold what was before.
+            at = sums + tl.full((), split, tl.int64) * stride_split + to
+            total += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(out + to, total, mask=mask)
+
+
 @triton.jit(do_not_specialize=FREE)
 def weight_kernel(
-    dy, x, order, offsets, sums, dy_sample, x_sample, outputs, inputs, stride_split, stride_k,
-    stride_o, stride_i, stride_tap, positions, groups, n_clusters, splits,
+    dy, x, order, offsets, sums, out, tickets, dy_sample, x_sample, outputs, inputs, stride_split,
+    stride_k, stride_o, stride_i, stride_tap, positions, groups, n_clusters, splits,
     out1, out2, in0, in1, in2, taps, taps1, taps2, step0, step1, step2, pad0, pad1, pad2, gap0,
     gap1, gap2,
     BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, KP: tl.constexpr, WHOLE: tl.constexpr,
@@ -111,8 +130,10 @@ def weight_kernel(
 
     ``outputs`` and ``inputs`` are those of one group of channels. TAPS says that there is a window,
     FIRST that channels come before positions: then a channel's positions lie next to each other.
-    MIXED counts the columns through all taps, ``tap * inputs + input``, so that a tile holds
-    several taps of few inputs. F_DTYPE is the type of the factors, C_DTYPE that of the sums.
+    With ``tickets``, one per tile and 0 when the launch begins, ``sums`` has a share of each split,
+    and their total goes to ``out``. MIXED counts the columns through all taps, ``tap * inputs +
+    input``, so that a tile holds several taps of few inputs. F_DTYPE is the type of the factors,
+    C_DTYPE that of the sums.
     """
     width = inputs
     if MIXED:
@@ -125,6 +146,10 @@ def weight_kernel(
     rest, tile = tile // (across * high), tile % (across * high)
     group, rest = rest % groups, rest // groups
     split, place = rest % splits, rest // splits
+    ticket = across * high * groups
+    if TAPS and not MIXED:
+        ticket *= taps
+    ticket = place * ticket + tl.program_id(0) % ticket
     cluster = _cluster_at(offsets, place, n_clusters, KP)
     turn, within = tile // (TURN * across), tile % (TURN * across)
     height = tl.minimum(high - turn * TURN, TURN)
@@ -167,15 +192,19 @@ def weight_kernel(
         else:
             total = tl.dot(a, b, acc=total, input_precision=PRECISION, out_dtype=C_DTYPE)
         sample = ahead
-    sums += split.to(tl.int64) * stride_split + cluster.to(tl.int64) * stride_k
     to = (group * outputs + o)[:, None].to(tl.int64) * stride_o + i[None, :] * stride_i
-    tl.store(sums + to + tap * stride_tap, total, mask=(o < outputs)[:, None] & known_j)
+    to += cluster.to(tl.int64) * stride_k + tap * stride_tap
+    known = (o < outputs)[:, None] & known_j
+    tl.store(sums + split.to(tl.int64) * stride_split + to, total, mask=known)
+    if tickets is not None:
+        zeros = tl.zeros((BO, BI), C_DTYPE)
+        _add_splits(sums, out, tickets + ticket, to, known, zeros, stride_split, splits)
 
 
 @triton.jit(do_not_specialize=FREE)
 def depthwise_kernel(
-    dy, x, order, offsets, sums, dy_sample, x_sample, outputs, inputs, stride_split, stride_k,
-    stride_o, stride_i, stride_tap, positions, groups, n_clusters, splits,
+    dy, x, order, offsets, sums, out, tickets, dy_sample, x_sample, outputs, inputs, stride_split,
+    stride_k, stride_o, stride_i, stride_tap, positions, groups, n_clusters, splits,
     out1, out2, in0, in1, in2, taps, taps1, taps2, step0, step1, step2, pad0, pad1, pad2, gap0,
     gap1, gap2,
     BO: tl.constexpr, BR: tl.constexpr, KP: tl.constexpr, C_DTYPE: tl.constexpr,
@@ -188,6 +217,7 @@ def depthwise_kernel(
     across = tl.cdiv(groups * outputs, BO)
     o, rest = rest % across * BO + tl.arange(0, BO), rest // across
     split, place = rest % splits, rest // splits
+    ticket = place * (across * taps) + tl.program_id(0) % (across * taps)
     cluster = _cluster_at(offsets, place, n_clusters, KP)
     known = o < groups * outputs
     total = tl.zeros((BR, BO), C_DTYPE)
@@ -205,6 +235,9 @@ def depthwise_kernel(
         b_at = x + sample * x_sample + at * groups + (o // outputs)[None, :]
         b = tl.load(b_at, mask=live & exists, other=0.0).to(C_DTYPE)
         total += a * b
-    sums += split.to(tl.int64) * stride_split + cluster.to(tl.int64) * stride_k
-    to = o.to(tl.int64) * stride_o + tap * stride_tap
-    tl.store(sums + to, tl.sum(total, axis=0), mask=known)
+    to = o.to(tl.int64) * stride_o + tap * stride_tap + cluster.to(tl.int64) * stride_k
+    at = sums + split.to(tl.int64) * stride_split + to
+    tl.store(at, tl.sum(total, axis=0), mask=known)
+    if tickets is not None:
+        zeros = tl.zeros((BO,), C_DTYPE)
+        _add_splits(sums, out, tickets + ticket, to, known, zeros, stride_split, splits)

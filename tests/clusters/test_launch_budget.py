@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled he
 
 # Launches of a clustered step beyond those of the plain step, K = 8. They may only become fewer;
 # the aim is 12. A change that saves launches lowers its numbers here.
-BEYOND = {"tiny GPT": 7, "GPT-2 small": 3, "ResNet-18": 32}
+BEYOND = {"tiny GPT": 7, "GPT-2 small": 3, "ResNet-18": 30}
 # What a clustered step still reads of the device, and what it still sends there: functions and
 # operations. The aim is nothing. Whoever removes one takes it from the list.
 READS: set[str] = set()
@@ -134,6 +134,7 @@ WAITS = {"cpu", "Event", "item", "nonzero", "pin_memory", "tolist", "unique"}
 ALLOWED = {
     # Labels of a user's clusterer on the CPU; sizes where somebody asks for them; saved states.
     ("cluster_grad/clusters.py", "tolist"),
+    ("cluster_grad/kmeans_state.py", "tolist"),
     ("grouping/groups.py", "tolist"),
     ("grouping/kmeans.py", "cpu"),
     ("queues/measures.py", "tolist"),

@@ -34,6 +34,7 @@ from gq_triton.kernels.group import _group_kernel
 from gq_triton.kernels.launch import CHUNK, THREADS, TRITON_DTYPE, block_size
 from gq_triton.kernels.sums_all import _sums_all_kernel
 from gq_triton.kernels.tiles import Device, precision_of, strip_of, tile_of
+from gq_triton.kernels.weight_grad import NARROW_WARPS
 from gq_triton.kernels.weight_kernels import FREE, depthwise_kernel, weight_kernel
 
 TARGETS = {
@@ -209,11 +210,15 @@ DEVICES = {
 WEIGHT = dict.fromkeys(FREE, "i32") | dict.fromkeys(
     ("dy_sample", "x_sample", "outputs", "inputs", "stride_k", "stride_o"), "i32:16"
 )
-WHOLE, TAPS, MIXED, FIRST = ({name: True} for name in ("WHOLE", "TAPS", "MIXED", "FIRST"))
+WHOLE, TAPS, MIXED, FIRST, SPLITS = (
+    {name: True} for name in ("WHOLE", "TAPS", "MIXED", "FIRST", "SPLITS")
+)
 # Type and precision of the factors, height and width of the product, constants.
 WEIGHT_CASES = {
     "bfloat16, rows of one sample": (torch.bfloat16, False, 4096, WHOLE),
     "bfloat16": (torch.bfloat16, False, 4096, {}),
+    "bfloat16, splits": (torch.bfloat16, False, 64, TAPS | MIXED | SPLITS),
+    "float32, splits": (torch.float32, False, 64, SPLITS | FIRST),
     "bfloat16, taps": (torch.bfloat16, False, 4096, TAPS | WHOLE),
     "bfloat16, mixed taps": (torch.bfloat16, False, 4096, TAPS | MIXED),
     "bfloat16, smallest": (torch.bfloat16, False, 3, TAPS | MIXED),
@@ -338,12 +343,15 @@ def weight_cases():
                 continue
             precision = precision_of(dtype, tf32, device)
             tile = tile_of(dtype, precision, size, size, 8, **shared)
+            if "FIRST" in constants:
+                tile = tile._replace(warps=NARROW_WARPS)
             more = {"BI": tile.inputs, "F_DTYPE": TRITON_DTYPE[dtype], "PRECISION": precision}
             more |= {"WHOLE": False, "TAPS": False, "MIXED": False, "FIRST": False} | constants
             yield "weight_grad", case, weight_kernel, *_weight_case(arch, dtype, tile, more)
         for dtype in (torch.float32, torch.float64):
             case, tile = str(dtype).removeprefix("torch."), strip_of(512, 72, **shared)
-            yield "depthwise", case, depthwise_kernel, *_weight_case(arch, dtype, tile, {})
+            more = {"SPLITS": dtype == torch.float32}
+            yield "depthwise", case, depthwise_kernel, *_weight_case(arch, dtype, tile, more)
 
 
 def _weight_case(arch, dtype, tile, constants):
@@ -351,6 +359,8 @@ def _weight_case(arch, dtype, tile, constants):
     wide = torch.promote_types(dtype, torch.float32)
     names = {torch.bfloat16: "*bf16:16", torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
     types = {"dy": names[dtype], "x": names[dtype], "order": "*i64", "offsets": "*i64"}
+    if constants.pop("SPLITS", False):
+        types |= {"out": names[wide], "tickets": "*i32:16"}
     return types | {"sums": names[wide]} | WEIGHT, constants | {
         "stride_i": 1, "BO": tile.outputs, "BR": tile.rows, "KP": 8, "C_DTYPE": TRITON_DTYPE[wide],
         "num_warps": tile.warps, "num_stages": tile.stages, "arch": arch,

@@ -14,6 +14,7 @@ from gq_triton import kernels
 from gq_triton.cluster_grad.layers.rows import rounds_to_tf32
 from gq_triton.engines import eager
 from gq_triton.kernels import weight_grad
+from gq_triton.kernels.sums import take_tickets
 from gq_triton.kernels.tiles import LARGEST, Device, Tile, stages_of, tile_of
 
 ENGINES = {"kernels": kernels, "eager": eager}
@@ -139,6 +140,7 @@ def test_rows_of_a_cluster_are_split(device, rows, dtype, monkeypatch):
     assert shares[0].splits == 3
     assert torch.equal(*results)
     check_products(out, left, right, labels)
+    assert not take_tickets(out.device, 1).any()  # as the next launch has to find them
 
 
 # Sizes of clusters, channels of output and input, groups, sizes of input and taps, and stride,
