@@ -355,6 +355,7 @@ def check_refusals(folder: Path) -> None:
             _ = kind().queue
     with pytest.raises(ValueError, match="features must name a submodule"):
         Lightning(n_clusters=2, features="output_gradient")
+    Lightning(n_clusters=2, labels=True)  # the loader brings them
     # A resumed Trainer finds its own queue, whole and unaltered, or stops.
     path = folder / f"transformers{len(OPTIONS)}"
     file = path / f"checkpoint-{4 * EPOCH}" / "grad_queue.pt"
