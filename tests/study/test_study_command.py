@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 import pytest
 from study_trials import run_here
 
+import gq_triton
 from gq_triton.commands import cli
 from gq_triton.study import command
 from gq_triton.study.design.config import StudyConfig
@@ -136,6 +137,7 @@ def check_report(out):
     # The page says when the study ran, and which command runs it again.
     assert f"written {datetime.now(timezone.utc):%Y-%m-%d}" in page
     assert re.search(rf"trials finished {datetime.now(timezone.utc):%Y-%m-%d} \d\d:\d\d to ", page)
+    assert f"They ran gq_triton {gq_triton.__version__}." in page
     (shown,) = re.findall(r"<pre class=\"command\">(.*)</pre>", page)
     assert repeated(html.unescape(shown)) == StudyConfig.of(read_toml(out / "study.toml"))
 

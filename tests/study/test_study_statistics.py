@@ -19,7 +19,7 @@ from gq_triton.study.report.verdict import (
     LONGER,
     NONE,
     PLAIN,
-    UNDECIDED,
+    TOO_FEW,
     Finding,
     findings,
     task_verdict,
@@ -125,6 +125,7 @@ def record(trial, effects, shared, rng, noise):
             "saturated_high": None,
             "saturated_low": None,
             "effective_length": None,
+            "losses": [],
             "series": {},
         },
         {"seconds": 1.0, "seconds_to_target": 0.5},
@@ -172,9 +173,9 @@ def test_a_planted_loss_is_found():
 @pytest.mark.parametrize("effect", [0.5, -0.5])
 def test_too_few_trials_or_seeds_decide_nothing(effect, options, lacking):
     found = verdicts(lambda t: effect * (t.law.kind == "queue"), **options)
-    assert {finding.verdict for finding in found.values()} == {UNDECIDED}
+    assert {finding.verdict for finding in found.values()} == {TOO_FEW}
     (_, summary, lines) = task_verdict(list(found.values()))[0]
-    assert summary == "(balanced accuracy): undecided at batch 16, 256"
+    assert summary == "(balanced accuracy): not enough trials at batch 16, 256"
     for line in lines:
         assert lacking in line
 

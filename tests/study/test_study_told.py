@@ -69,6 +69,9 @@ def test_a_study_of_a_command_has_the_controls_that_it_can_run(tmp_path, monkeyp
                      "--tuning-seeds", "1", "--seeds", "2", "--out", str(out)]) == 0  # fmt: skip
     assert cli.main(["study", "report", str(out)]) == 0
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert {path.name for path in out.glob("*.png")} == {
+        "command-scores.png", "command-gq-sgdm-controls.png",
+    }  # fmt: skip
     plain = {"", "norm-ratio", "mean-weight", "same-lr", "lower-momentum"}
     assert {row["control"] for row in rows} == plain
     assert {row["score_name"] for row in rows} == {"accuracy"}

@@ -253,18 +253,24 @@ _SIGNS = {1: (COLOURS[0], ">"), 0: ("#555555", "o"), -1: (COLOURS[1], "<")}
 
 
 def weights(groups: Sequence[Group], task: str) -> bytes | None:
-    """Draw the measures of the laws over the steps; None if no arm has a law."""
+    """Draw the measures of the laws over the steps; None if no arm has a law.
+
+    Above them are the losses, also those of the baselines: what the laws change in the training.
+    """
     from matplotlib.ticker import MaxNLocator
 
     arms = {name: some for name, some in _arms(groups).items() if _weighs(some)}
-    if not arms:
-        return None
+    if not any(record.result["losses"] for some in arms.values() for record in some[0].records):
+        return None  # no arm, or a command, which says no more than its scores
+    baselines = {some[0].cell.arm.baseline for some in arms.values()}
+    plain = {name: some for name, some in _arms(groups).items() if name in baselines}
     sizes = sorted({group.cell.batch_size for some in arms.values() for group in some})
-    figure = new_figure(2.4 + 2.9 * len(sizes), 8.8)
+    figure = new_figure(2.4 + 2.9 * len(sizes), 10.8)
     panels = figure.subplots(len(_PANELS), len(sizes), sharex=True, sharey="row", squeeze=False)
     for row, (title, names) in zip(panels, _PANELS, strict=True):
         for panel, size in zip(row, sizes, strict=True):
-            for some in arms.values():
+            drawn = {**plain, **arms} if names == _LOSSES else arms
+            for some in drawn.values():
                 for group in some:
                     if group.cell.batch_size == size:
                         _draw_series(panel, group, names)
@@ -288,7 +294,9 @@ def weights(groups: Sequence[Group], task: str) -> bytes | None:
     return png(figure)
 
 
+_LOSSES = ("losses",)
 _PANELS = (
+    ("training loss", _LOSSES),
     ("mean weight", ("mean_weight",)),
     ("norm ratio |g*| / |g|", ("norm_ratio",)),
     ("share at rho (full)\nand at 1/rho (pale)", ("saturated_high", "saturated_low")),
@@ -320,7 +328,8 @@ def _draw_series(panel: Any, group: Group, names: Sequence[str]) -> None:
 
 def _series(group: Group, name: str) -> np.ndarray | None:
     """Return a measure's mean over seeds by step, up to the first end of a run; None if absent."""
-    found = [record.result["series"].get(name, []) for record in group.records]
+    results = [record.result for record in group.records]
+    found = [one["losses"] if name in _LOSSES else one["series"].get(name, []) for one in results]
     length = min(map(len, found))
     return np.mean([values[:length] for values in found], axis=0) if length else None
 

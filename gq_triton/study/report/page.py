@@ -31,7 +31,7 @@ details { margin: 0.8em 0; } summary { cursor: pointer; }
 <p>{{ arms | join(", ") }}; batch sizes {{ config.batch_sizes | join(", ") }};
 {{ config.steps }} steps, {{ config.schedule }} learning rate; {{ config.trials }} tuning trials per
 arm and batch size; {{ config.seeds }} evaluation seeds.
-{{ finished }} of {{ total }} trials are finished. {{ dates }}</p>
+{{ finished }} of {{ total }} trials are finished. {{ dates }} {{ version }}</p>
 <p>The command that repeats it:</p>
 <pre class="command">{{ command }}</pre>
 {% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}
@@ -77,8 +77,8 @@ lower-momentum and lead. The primary control is a step of the same length: on SG
 measured norm ratio; on Adam, which divides by the gradient's size, the same learning rate.
 <i>Better, but no more than</i> names the control that does as well.
 <i>Hurts</i> means worse than the tuned baseline.
-<i>Undecided</i> means that the study is too small for verdicts, which is said with it, or that the
-difference's own 95&nbsp;% interval excludes 0, but not the wider one of the verdict.
+<i>Undecided</i> means that the difference's own 95&nbsp;% interval excludes 0, but not the wider
+one of the verdict. <i>Not enough trials</i> means that the study is too small for verdicts.
 <i>No difference</i> means that these seeds show none; the interval says how large a difference may
 still be.</p>
 <p>Controls are not tuned: they run at the arm's own tuned settings with one thing changed. What an

@@ -11,8 +11,8 @@ from gq_triton.study.report.statistics import Comparison, compare
 __all__ = ["Finding", "findings", "lacking", "sentence", "task_verdict"]
 
 HELPS, HURTS, NONE = "helps", "hurts", "no difference"
-# The 95 % interval excludes 0, as some do by chance among many, or the study is too small.
-UNDECIDED = "undecided"
+UNDECIDED = "undecided"  # the 95 % interval excludes 0, as some do by chance among many
+TOO_FEW = "not enough trials"
 LONGER = "better, but no more than a longer step is"
 PLAIN = "better, but no more than the same learning rate is without it"
 LESS_LAG = "better, but no more than less momentum lag is"
@@ -56,7 +56,7 @@ class Finding:
         if self.baseline is None:
             return UNKNOWN
         if lacking(self.group.cell.config):
-            return UNDECIDED
+            return TOO_FEW
         sign = self.against[self.baseline].sign
         if sign < 0:
             return HURTS

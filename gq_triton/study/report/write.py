@@ -70,6 +70,7 @@ def write_report(config: StudyConfig, folder: Path) -> list[str]:
         toml=write_toml(config),
         command=command_line(config, str(folder)),
         dates=_dates(groups),
+        version=_version(environment),
         environment=[(name, ", ".join(values)) for name, values in environment.items()],
     )
     _write(folder / "results.csv", results_csv(groups).encode())
@@ -101,6 +102,8 @@ def _pictures(
         f"{name}-scores": figures.scores(groups, task),
         f"{name}-steps": figures.steps_to_target(groups, task, config.target(task)),
     }
+    if config.command and not any(math.isfinite(s) for group in groups for s in group.steps):
+        del drawn[f"{name}-steps"]  # the command says no steps to a target
     for arm in dict.fromkeys(finding.group.cell.arm.name for finding in found if finding.against):
         drawn[f"{name}-{arm}-controls"] = figures.forest(
             [finding for finding in found if finding.against], task, arm
@@ -210,6 +213,12 @@ def _dates(groups: Sequence[Group]) -> str:
     shown = [f"{datetime.fromisoformat(time):%Y-%m-%d %H:%M}" for time in sorted(times)]
     ran = f"trials finished {shown[0]} to {shown[-1]}" if shown else "its trials carry no date"
     return f"Page written {datetime.now(timezone.utc):%Y-%m-%d %H:%M}, {ran} (UTC)."
+
+
+def _version(environment: dict[str, list[str]]) -> str:
+    """Return a sentence that says which version of this package the trials ran."""
+    found = environment.get("gq_triton", [])
+    return f"They ran gq_triton {', '.join(found)}." if found else ""
 
 
 def _flat(groups: Sequence[Group]) -> list[str]:
