@@ -29,6 +29,10 @@ FREE = {
     "new_empty_strided", "permute", "promote_types", "resize_", "select", "set_", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
 }  # fmt: skip
+# Operations of torch that launch a kernel for each gradient that is asked for, with the place of
+# the list that says which: those of a convolution's input, weight and bias; those of a LayerNorm's
+# input, and of scale and shift together.
+EACH_GRADIENT = {"convolution_backward": 10, "native_layer_norm_backward": 7}
 # Operations whose result has a shape that depends on values: the host waits for it.
 SHAPED_BY_VALUES = {"masked_select", "nonzero", "repeat_interleave", "unique_consecutive"}
 
@@ -64,15 +68,18 @@ class Watch(TorchDispatchMode):
         launches: by function of the package, the operations and kernels that it launched.
         reads: by function and operation, how often the host read the device.
         copies: by function, how often the host sent numbers to the device.
+        kernels: the number of launches, with several for an operation of torch that has several
+            (``EACH_GRADIENT``).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches, self.reads, self.copies = Counter(), Counter(), Counter()
+        self.kernels = 0
 
     @property
     def total(self) -> int:
-        """The number of launches."""
+        """The number of launches, one for each operation."""
         return self.launches.total()
 
     def sizes(self, groups: Groups) -> list[int]:
@@ -83,6 +90,7 @@ class Watch(TorchDispatchMode):
     def kernel(self, *args, **kwargs) -> None:
         """Count a Triton kernel without running it."""
         self.launches[product_frame()] += 1
+        self.kernels += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -98,6 +106,7 @@ class Watch(TorchDispatchMode):
                 self.copies[product_frame()] += 1
             if name not in FREE:
                 self.launches[product_frame()] += 1
+                self.kernels += _kernels(name, args)
         return result
 
     def _answer(self, name, args, kwargs):
@@ -117,6 +126,15 @@ class Watch(TorchDispatchMode):
         if name in SHAPED_BY_VALUES or name == "equal":
             raise AssertionError(f"{product_frame()} has the host wait for the result of {name}")
         return None
+
+
+def _kernels(name: str, args) -> int:
+    """Return how many kernels an operation of torch launches, as far as this is known."""
+    if name not in EACH_GRADIENT:
+        return 1
+    first, *others = args[EACH_GRADIENT[name]]
+    rest = sum(others) if name == "convolution_backward" else any(others)
+    return first + rest
 
 
 def _on_cpu(value) -> bool:
@@ -225,7 +243,10 @@ def budget(case: str, clusters: int = 8) -> tuple[Watch, Watch]:
 def report(case: str) -> str:
     """Return the launches of both steps of a case, and where those with clusters come from."""
     plain, ours = budget(case)
-    lines = [f"{case}: {plain.total} launches, with clusters {ours.total}"]
+    lines = [
+        f"{case}: {plain.total} operations and {plain.kernels} kernels, with clusters {ours.total} "
+        f"and {ours.kernels}"
+    ]
     lines += [f"  {count:5d} {place}" for place, count in ours.launches.most_common()]
     lines.append(f"  reads {dict(ours.reads)}, copies to the device {dict(ours.copies)}")
     return "\n".join(lines) + "\n"
