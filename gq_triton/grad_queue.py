@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from gq_triton.attachment import Handle, check_optimizer, own_parameters
 from gq_triton.claims import ATTACH, claim, release
 from gq_triton.cluster_grad import Check, Clusters, DeclaredPasses, Weigh, check_batch
+from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.describe import changed, described
 from gq_triton.grouping import Groups
 from gq_triton.loss_scale import GradScale, scaler_of
@@ -199,6 +200,8 @@ class GradQueue:
     @torch.no_grad()
     def _weigh(self, optimizer: Optimizer) -> None:
         """Weight the gradients that the optimizer is about to use, and queue the raw ones."""
+        if self._clusters is not None and in_backward():
+            raise RuntimeError(_WITHIN)
         # GradScaler sets both for fused optimizers, which unscale gradients and skip steps alone.
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
@@ -415,6 +418,10 @@ class GradQueue:
             self._clusters.load_state_dict(clusters)
 
 
+_WITHIN = (
+    "optimizer.step() was called within the backward pass, when the weighted gradients are not "
+    "complete: call it after loss.backward()"
+)
 _SCALED = (
     "a GradScaler scales the loss, and with clusters GradQueue weights gradients while they carry "
     "its scale: call remove() on the handle, and attach(optimizer, grad_scaler=scaler)"

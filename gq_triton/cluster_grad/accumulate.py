@@ -511,7 +511,7 @@ class Accumulator:
         warnings.warn(
             f"weighted without clusters, as one batch: {self._listed(names)}; {share:.0%} of the "
             "trainable elements",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def add(self, step: Step, param: Tensor, sums: Tensor) -> None:

@@ -268,8 +268,11 @@ def _unchanged(module: nn.Module, own: _Converted, args: Any, kwargs: Any) -> An
 def _ordered(x: Tensor, collector: Collector) -> bool:
     """Return whether the rows of a layer's input are those of the samples, in their order."""
     batch = collector.batch
-    if x.dim() == 0 or torch.compiler.is_compiling():
+    if x.dim() == 0:
         return True
+    if torch.compiler.is_compiling():
+        # Rows in two dimensions may be tokens in any order, as those of an expert are.
+        return x.dim() != 2 or x.shape[0] == batch
     if not x.requires_grad and x.data_ptr() in collector.inputs:
         return is_view_of_input(x, collector.inputs, batch)
     return in_order(x, batch, collector.trusted)

@@ -212,3 +212,24 @@ def test_a_parameter_that_the_forward_pass_does_not_use():
     compiled = torch.compile(judge.model, backend="aot_eager")
     losses(compiled, vectors()).mean().backward()
     assert judge.model.unused.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:weighted without clusters")
+def test_rows_in_two_dimensions_are_not_believed_to_be_in_order():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.experts = nn.Linear(6, 6), nn.ModuleList([nn.Linear(6, 6)] * 2)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            rows = self.features(x).flatten(0, 1).roll(1, 0)
+            rows = torch.cat([e(r) for e, r in zip(self.experts, rows.chunk(2), strict=True)])
+            return self.head(rows.view_as(x))
+
+    judge = judged(Experts)
+    compiled = torch.compile(judge.model, backend="aot_eager")
+    compiled(torch.randn(len(LABELS), 4, 6, dtype=F64)).square().mean().backward()
+    report = judge.queue.report()
+    assert report["experts.0.weight"].startswith("whole batch")
+    assert report["head.weight"] == "clusters (Linear)"

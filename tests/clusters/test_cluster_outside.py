@@ -129,3 +129,13 @@ def test_a_layer_inside_vmap_is_one_cluster():
     losses(model(torch.randn(SAMPLES, WIDTH))).mean().backward()
     assert queue.report()["head.0.weight"].startswith("whole batch")
     assert queue.report()["features.0.weight"] == "clusters (Linear)"
+
+
+def test_a_step_within_the_backward_pass_is_refused():
+    model = Encoder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GradQueue(model, n_clusters=2, features="features").attach(optimizer)
+    weight = next(model.parameters())
+    weight.register_post_accumulate_grad_hook(lambda param: optimizer.step())
+    with pytest.raises(RuntimeError, match=r"within the backward pass"):
+        model(torch.randn(SAMPLES, WIDTH)).square().mean().backward()
