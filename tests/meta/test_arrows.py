@@ -88,7 +88,14 @@ MAY = {
     "study.trials": {"study.design", "tasks", "commands"} | DOORS | BELOW,
     "study.run": {"study.design", "study.trials", "tasks", "commands"} | DOORS | BELOW,
     "study.report": {"study.design", "study.run", "tasks", "commands"},
-    "study": {"study.design", "study.run", "study.report", "tasks", "commands"},
+    "study": {
+        "study.design",
+        "study.trials",
+        "study.run",
+        "study.report",
+        "tasks",
+        "commands",
+    },
     # The plan is arithmetic on shapes; ranks of the tests' tools measure the machine.
     "plan": {"commands", "testing"},
     # The program gq-triton imports a command only when it is called, by a name in a string.

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import re
 import shlex
 import subprocess
@@ -171,7 +172,8 @@ def commands(block):
     joined = block.text.replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
     # Without settings of the environment, as in `A=1 command`.
-    return [re.sub(r"^(\w+=\S* )+", "", " ".join(words)).split() for words in lines if words]
+    setting = re.compile(r"\w+=").match
+    return [list(itertools.dropwhile(setting, words)) for words in lines if words]
 
 
 @cache
@@ -193,6 +195,8 @@ def check_options(words, shown):
         if word.startswith("--"):
             option = word
             assert re.search(rf"(?<![\w-]){word}(?![\w-])", shown), f"no option {word}"
+        elif option == "--task" and ":" in word:
+            pass  # a module of the user's
         elif option in ("--tasks", "--task", "--arms", "--controls", "--optimizer"):
             assert re.search(rf"(?<![\w-]){word}(?![\w-])", shown), f"nothing called {word}"
 
