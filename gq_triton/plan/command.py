@@ -30,6 +30,7 @@ configuration. Speeds are those of 8 H100s per node from data sheets, not measur
 yours or --calibrate measures them here. Written to --out: plan.txt, plan.csv (every number of GPUs)
 and plan.png.
 """
+_TOKENS = 8192
 # Data sheets of an H100 SXM: memory 3350 GB/s, NVLink 450 GB/s and 8 x 50 GB/s of network per node
 # in each direction, less about a tenth.
 _SPEEDS = {
@@ -89,14 +90,17 @@ def _parser() -> Parser:
         "--gpus-per-node": (8, 1, 1024, "GPUs of a node"),
         "--queue-length": (5, 1, 4096, "L, gradients kept per element"),
         "--clusters": (0, 0, 10**6, "clusters of a rank's samples, 0 for none"),
-        "--tokens": (8192, 1, 10**9, "tokens per GPU and step, for 6 FLOP per parameter and token"),
     }
     for name, (default, low, high, text) in counts.items():
         parser.add_argument(name, type=_count(low, high), default=default, metavar="N",
                             help=f"{text} (default: {default})")  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=_count(1, 10**9), metavar="N",
+        help="tokens per GPU and step, for 6 FLOP per parameter and token "
+        f"(default: {_TOKENS})",
+    )  # fmt: skip
     for name, (default, text) in _SPEEDS.items():
-        parser.add_argument(name, type=_positive, metavar="X", default=default,
-                            help=f"{text} (default: {default})")  # fmt: skip
+        parser.add_argument(name, type=_positive, metavar="X", help=f"{text} (default: {default})")
     parser.add_argument(
         "--compute-ms", type=_positive, metavar="X",
         help="milliseconds of forward and backward pass on one GPU, as you measured them, in place "
@@ -142,6 +146,12 @@ def _positive(text: str) -> float:
 def _read(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options, of which each was checked before any work."""
     given = _parser().parse_args(argv)
+    _exclude(given, "--calibrate", "--memory", "--link", "--latency")
+    _exclude(given, "--compute-ms", "--tokens", "--tflops")
+    given.tokens = given.tokens or _TOKENS
+    for name, (default, _) in _SPEEDS.items():
+        key = name.removeprefix("--")
+        setattr(given, key, getattr(given, key) or default)
     if find_spec("matplotlib") is None:
         raise Refusal(f"the picture needs matplotlib: {how_to_install('train')}")
     if given.out.exists() and not given.out.is_dir():
@@ -152,6 +162,15 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
             f"{given.world_size}"
         )
     return given
+
+
+def _exclude(given: argparse.Namespace, option: str, *others: str) -> None:
+    """Refuse options that another one makes meaningless."""
+    if not getattr(given, option.removeprefix("--").replace("-", "_")):
+        return
+    both = [name for name in others if getattr(given, name.removeprefix("--")) is not None]
+    if both:
+        raise Refusal(f"{option} takes the place of {' and '.join(both)}: leave one of them out")
 
 
 def _machine(given: argparse.Namespace, shapes: Shapes) -> tuple[Machine, str]:

@@ -50,6 +50,8 @@ def models(tmp_path, monkeypatch):
         (["my_models:net", "--world-size", "0"], "--world-size: must be an integer from 1"),
         (["my_models:net", "--world-size", "12"], "--world-size must be whole nodes"),
         (["my_models:net", "--memory", "-3"], "--memory: must be a number > 0"),
+        (["my_models:net", "--calibrate", "--link", "4"], "--calibrate takes the place of --link"),
+        (["my_models:net", "--compute-ms", "4", "--tflops", "1"], "the place of --tflops: leave"),
         (["my_models:net", "--optimizer", "lion"], "--optimizer: invalid choice"),
         (["my_models:net", "--out", "my_models.py"], "--out must be a folder"),
         (["my_models:absent"], "must have a function absent"),
@@ -82,6 +84,18 @@ def test_a_plan_is_printed_and_written(models, capsys):
     whole = next(r for r in rows if r["way"] == "DDP hook" and r["queue_dtype"] == "model's")
     assert float(whole["queue"]) == pytest.approx(5 * 4 * 2_022_010, rel=1e-5)
     assert (models / "plan" / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.rare  # copies 512 MiB on each of two ranks
+def test_a_calibration_measures_this_machine(models, capsys):
+    assert plan(["my_models:net", "--world-size", "2", "--calibrate"]) == 0
+    said = capsys.readouterr().out
+    assert "memory, link and latency measured (CPU, 2 ranks)" in said
+    memory, link, latency = re.findall(r"(?:memory|link|latency) ([\d.e+]+)", said)[:3]
+    assert 0.1 < float(memory) < 1e4
+    assert 0.001 < float(link) < 1e3
+    assert 0.1 < float(latency) < 1e6
 
 
 @pytest.mark.slow

@@ -36,9 +36,10 @@ def test_a_narrow_queue_is_sent_as_it_is_stored(name):
 
 
 # In the gate test_dist_shard.py runs one of these, on ranks that it has started anyway.
-@pytest.mark.parametrize("name", [rare(way.name) for way in WAYS if way.wrap != "hsdp"])
-def test_two_gloo_ranks_hold_and_send_what_is_planned(ranks, name):
-    ranks(2).run(check_as_planned, name)
+@pytest.mark.parametrize("world", [rare(2), rare(4)])
+@pytest.mark.parametrize("name", [way.name for way in WAYS if way.wrap != "hsdp"])
+def test_gloo_ranks_hold_and_send_what_is_planned(ranks, name, world):
+    ranks(world).run(check_as_planned, name)
 
 
 @pytest.mark.parametrize("name", [rare("DDP hook"), rare("DDP hook, clusters")])
