@@ -98,6 +98,10 @@ def _add_run(commands: Any) -> None:
         help="folder with the files of the tasks of cifar10, mnist, fashion-mnist and reuters",
     )  # fmt: skip
     run.add_argument(
+        "--track", choices=["tensorboard", "wandb"],
+        help="give every result to TensorBoard (DIR/tensorboard) or W&B (project: DIR's name) too",
+    )  # fmt: skip
+    run.add_argument(
         "--dry-run", action="store_true",
         help="print the number of trials and a time estimate from short runs; write nothing",
     )  # fmt: skip
@@ -200,13 +204,15 @@ def _run(given: argparse.Namespace) -> int:
     finished, total = progress(every, store)
     if given.dry_run:
         return _dry_run(every, total, finished, given)
+    from gq_triton.study.run.tracker import tracker
     from gq_triton.study.run.watch import watch
 
+    track = {} if given.track is None else {"track": tracker(given.track, out)}
     _make_folder(out)
     _announce_changes(config, out / CONFIG)
     return watch(
         every, store, out, jobs=given.jobs, data=given.data, damaged=damaged,
-        scheduler=given.scheduler,
+        scheduler=given.scheduler, **track,
     )  # fmt: skip
 
 

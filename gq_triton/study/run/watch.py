@@ -1,5 +1,6 @@
 """One call of ``gq-triton study run``: alone in its folder, shown on a board, ended cleanly."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from gq_triton.commands.files import alone, whole_file
@@ -25,6 +26,7 @@ def watch(
     data: Path | None,
     damaged: int,
     scheduler: str | None = None,
+    track: Callable[[Record], None] = lambda record: None,
 ) -> int:
     """Run the missing trials of a study and show them; return the exit status.
 
@@ -36,6 +38,7 @@ def watch(
         data: folder with the files of tasks that need some.
         damaged: number of files among the records that could not be read.
         scheduler: address of a dask scheduler elsewhere, or None for workers on this machine.
+        track: called with every new record, beside the view.
 
     Raises:
         Refusal: another process runs the study.
@@ -52,6 +55,7 @@ def watch(
 
         def done(record: Record) -> None:
             board.done(record, *progress(cells, store))
+            track(record)
 
         try:
             with board:
