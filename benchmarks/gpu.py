@@ -266,7 +266,7 @@ def hook(run: Run) -> None:
 
 def hook_times(rank: int, backend: str, device: str, file: str, turns: int) -> None:
     """Write the milliseconds of steps with and without the hook, from one rank of some."""
-    from distributed import in_turns, make_step
+    from ranks import in_turns, make_step
 
     group = dist.new_group(backend=backend)
     assert isinstance(group, dist.ProcessGroup)

@@ -1,5 +1,7 @@
 """Models for the benchmarks of whole steps, built of plain layers with torch alone."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -161,10 +163,10 @@ class Recurrent(nn.Module):
         kind: ``nn.GRU`` or ``nn.LSTM``, or one of their cells, which is called step by step.
     """
 
-    def __init__(self, kind: type[nn.Module], width: int = 256) -> None:
+    def __init__(self, kind: Callable[..., nn.Module], width: int = 256) -> None:
         super().__init__()
         self.features = nn.Linear(32, width)
-        cell = issubclass(kind, nn.RNNCellBase)
+        cell = kind in (nn.GRUCell, nn.LSTMCell)
         self.reader = kind(width, width) if cell else kind(width, width, batch_first=True)
         self.head = nn.Linear(width, 10)
 

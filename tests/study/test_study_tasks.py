@@ -206,6 +206,7 @@ def test_images_have_variants_with_something_rare(name, tmp_path):
     changed = (plain.train[0] != hidden.train[0]).flatten(1).any(dim=1)
     assert torch.equal(torch.bincount(plain.train[1][changed]), (before * 0.05).round().long())
     assert torch.equal(hidden.train[0][changed], -plain.train[0][changed].flip(-1))
+    assert hidden.groups is not None
     (held_out, half), groups = hidden.validation, hidden.groups[0]
     assert torch.equal(held_out[groups == 1], -plain.validation[0].flip(-1))
     assert torch.equal(half[groups == 1], plain.validation[1])

@@ -1,10 +1,10 @@
 """Time a whole training step under DDP or FSDP2 with Grad Queue against the plain one, in one run.
 
-    python benchmarks/distributed.py
-    python benchmarks/distributed.py --wrap fsdp --models resnet50 gpt
-    python benchmarks/distributed.py --models small --steps 1
-    python benchmarks/distributed.py --cases hook shard_queue
-    python benchmarks/distributed.py --device cuda --world-size 1 --side 224
+    python benchmarks/ranks.py
+    python benchmarks/ranks.py --wrap fsdp --models resnet50 gpt
+    python benchmarks/ranks.py --models small --steps 1
+    python benchmarks/ranks.py --cases hook shard_queue
+    python benchmarks/ranks.py --device cuda --world-size 1 --side 224
 
 The ranks are gloo ranks on this machine's CPU, with one thread each, or NCCL ranks with a GPU each.
 The plain step and the cases take their steps in turns on the same batch: forward, backward and SGD

@@ -1,4 +1,4 @@
-"""benchmarks/distributed.py on a small model: its rows, the queue's memory, the bytes sent."""
+"""benchmarks/ranks.py on a small model: its rows, the queue's memory, the bytes sent."""
 
 import importlib.util
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "distributed.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "ranks.py"
 
 
 @pytest.fixture
 def module(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))  # it imports models.py beside it
     monkeypatch.delitem(sys.modules, "models", raising=False)
-    spec = importlib.util.spec_from_file_location("benchmark_distributed", SCRIPT)
+    spec = importlib.util.spec_from_file_location("benchmark_ranks", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
