@@ -151,6 +151,7 @@ def test_rows_of_windows_lie_together_per_sample():
     judged(Windows(), [torch.randn(9, 4, 4, 3, dtype=F64) for _ in range(4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [
     lambda: Opaque(nn.LSTM), lambda: Opaque(nn.GRU, batch_first=False), lambda: Opaque(nn.RNN, 0.3),
 ])  # fmt: skip

@@ -101,6 +101,7 @@ def looked_up_and_changed(model, x):
     return x + rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [
     lambda: Model(scaled_in_place, {"a": (WIDTH,), "b": (5, WIDTH)}),
     lambda: Model(samples_written_into, {"token": (1, 1, WIDTH)}),

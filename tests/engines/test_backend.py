@@ -38,6 +38,7 @@ def test_an_engine_takes_the_arguments_of_the_protocol(engine, name):
     assert arguments(getattr(engine, name)) == arguments(vars(Engine)[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [GQAdamW, lambda p, **o: GQSGD(p, lr=0.1, momentum=0.9, **o)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_parameter_with_holes_is_updated_in_place(backend, make):

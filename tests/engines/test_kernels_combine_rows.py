@@ -81,6 +81,7 @@ def test_warm_up_weights_nothing(device, count):
     assert lookups.run(rho=1.0)[2][2:].tolist() == pytest.approx([5.0 * ROWS, 0, 0], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queue_dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_types_are_independent(device, dtype, queue_dtype):

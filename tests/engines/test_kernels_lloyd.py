@@ -96,6 +96,7 @@ def check(x, start, *, zero=False, max_iter=5, tol=1e-4):
     torch.testing.assert_close(inertia, oracle.inertia_, rtol=1e-4, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_one_program_equals_plain_torch(name):
     check(*CASES[name])

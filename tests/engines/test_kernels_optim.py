@@ -356,6 +356,7 @@ def test_wrong_inputs_are_named(device):
         problem.adamw_()
 
 
+@pytest.mark.slow
 def test_many_tensors_find_their_chunks(device):
     """Sizes of every class lie between others: the search must not take a neighbour's row."""
     sizes = list(itertools.islice(itertools.cycle((0, 1, 17, CHUNK + 1, 2)), 21))

@@ -253,6 +253,7 @@ def test_gradients_of_scale_and_shift(device, ops, norm):
             torch.testing.assert_close(mine[k].cpu(), theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_repeats_agree_and_layout_in_memory_does_not_matter(device, layout):
     layer = Layer.of(Guarded(device), layout, [30, 0, 12], (9, 40))

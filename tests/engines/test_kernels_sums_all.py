@@ -57,6 +57,7 @@ def run(layers, ops=sums_all):
     return [(one.shifts, one.scales) for one in made]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [[3, 0, 50], [5], [1], [1, 0, 1] * 6, [1, 1, 1]],
@@ -92,6 +93,7 @@ def test_addresses_that_are_no_multiples_of_16(device):
     guarded.check()
 
 
+@pytest.mark.slow
 def test_repeats_agree_and_other_layers_do_not_matter(device):
     """A layer's sums are also those of a launch of its own."""
     layers = layers_of(Guarded(device), [4, 0, 2])

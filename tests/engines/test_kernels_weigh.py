@@ -40,6 +40,7 @@ def weights_of(grads, queues, queued, *, rho=3.0, **options):
     return [a / b for a, b in zip(after, before, strict=True)], sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0, 1])
 def test_weights_of_all_sizes_in_one_launch(device, shift):
     guarded = Guarded(device, shift)

@@ -189,6 +189,7 @@ def check_convolutions(actual, dy, x, labels, options):
     check(actual, exact, sizes, counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", CONVOLVED)
 @pytest.mark.parametrize("engine", ENGINES)

@@ -60,6 +60,7 @@ def test_examples_print_what_they_say(module):
     run_examples(module)
 
 
+@pytest.mark.slow
 def test_examples_of_dist_print_what_they_say_on_two_ranks():
     spawn(2, run_examples_on_a_rank, *[m for m in MODULES if m.startswith("gq_triton.dist.")])
 

@@ -77,6 +77,7 @@ def test_the_session_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     assert said[-1] == "True"
 
 
+@pytest.mark.slow
 def test_figures_go_to_a_writer(monkeypatch):
     (block,) = [b for b in PYTHON if b.name == "loop.md:What the law does, in TensorBoard:1"]
     written = {}

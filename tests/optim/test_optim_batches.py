@@ -163,6 +163,7 @@ ENGINES += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "backend"), ENGINES)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_between_two_steps_is_seen(variant, backend, change):

@@ -20,6 +20,7 @@ def rows(folder):
     return results_csv(collect(cells(StudyConfig.of(SMALL)), store))
 
 
+@pytest.mark.slow
 def test_a_study_that_is_asked_and_told_is_the_one_that_the_command_runs(tmp_path):
     study = Study(tmp_path / "told", **SMALL)
     first = study.ask(most=1)

@@ -88,6 +88,7 @@ def serve(task, server, monkeypatch):
     monkeypatch.setitem(fetch.SOURCES, task, replace(source, files=known))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", fetch.SOURCES)
 def test_what_was_fetched_can_be_run(task, server, tmp_path, monkeypatch, capsys):
     serve(task, server, monkeypatch)

@@ -241,6 +241,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_are_tuned_as_grad_queue_and_have_the_controls_that_mean_something(name):
     config = StudyConfig.of(OPTIONS | {"arms": [name]})
