@@ -16,6 +16,7 @@ from gq_triton.engines import eager
 from gq_triton.kernels import weight_grad
 from gq_triton.kernels.sums import take_tickets
 from gq_triton.kernels.tiles import LARGEST, Device, Tile, stages_of, tile_of
+from gq_triton.kernels.weight_kernels import MULTIPLIES_FLOAT64
 
 ENGINES = {"kernels": kernels, "eager": eager}
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -231,7 +232,10 @@ def test_images_are_read_in_either_order(device, name, dtype, monkeypatch):
     assert found[0][0].isnan().any()
     for k in range(1, len(sizes)):
         assert found[0][k].isfinite().all()
-        assert torch.equal(found[0][k], found[1][k])
+        if dtype == torch.float64 and not MULTIPLIES_FLOAT64:  # sums whose order follows the memory
+            torch.testing.assert_close(found[0][k], found[1][k], rtol=1e-12, atol=1e-12)
+        else:
+            assert torch.equal(found[0][k], found[1][k])
     guarded.check()
 
 
