@@ -122,7 +122,7 @@ def timed(case: Case, threads: int) -> dict[str, float]:
         ratios.append(taken[1] / taken[0])
     peaks = [peak(step) for step in steps]
     return {"plain_ms": 1000 * taken[0], "time": statistics.median(ratios),
-            "memory": peaks[1] / peaks[0], "plain_mib": peaks[0] / 2**20}  # fmt: skip
+            "memory": peaks[1] / max(peaks[0], 4096), "plain_mib": peaks[0] / 2**20}  # fmt: skip
 
 
 def measure(name: str, threads: int) -> dict[str, Any]:
