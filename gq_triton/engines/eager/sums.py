@@ -28,6 +28,12 @@ def by_cluster(per_sample: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     return members.index_copy_(1, order, sorted_.to(members)) @ per_sample
 
 
+def _sum_type(dy: Tensor, x: Tensor | None) -> torch.dtype:
+    """Return the type of a layer's sums: the wider one of its tensors, float32 at least."""
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    return dtype if x is None else torch.promote_types(dtype, x.dtype)
+
+
 def position_sums(
     dy: Tensor,
     order: Tensor,
@@ -38,7 +44,7 @@ def position_sums(
     rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sum by cluster and column, over all positions; see ``protocol``."""
-    dtype = torch.promote_types(dy.dtype, torch.float32)
+    dtype = _sum_type(dy, x)
     shifts = by_cluster(dy.sum(dim=1, dtype=dtype), order, offsets)
     if x is None:
         return shifts, None
@@ -97,7 +103,7 @@ def sample_sums(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Te
     Returns:
         ``(B, C)`` for the scale and for the shift, in float32 at least.
     """
-    dtype = torch.promote_types(grad.dtype, torch.float32)
+    dtype = _sum_type(grad, x)
     wide = grad.to(dtype)
     centered = x.to(dtype) - mean[..., None]
     scale = centered.mul_(wide).sum(dim=2) * rstd
