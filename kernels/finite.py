@@ -4,7 +4,6 @@
 Shape legend: N = tensors, P = elements of one tensor.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -78,7 +77,7 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
     else:
         if "finite" not in memo:
             check_flat("grads", grads, grads)
-            memo["finite"] = _settled(grads, OrderedDict())
+            memo["finite"] = _settled(grads, {})
         device, dtype, numels, cache = memo["finite"]
     starts = addresses(grads)
 

@@ -9,7 +9,6 @@ with the number of tensors, not with their size.
 Shape legend: N = tensors, L = queue slots, P = elements of one tensor, W = columns of a table.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -66,8 +65,8 @@ class Table:
 
 # Gradients often recur at a few sets of addresses, so a few tables are kept.
 _CACHE_SIZE = 64
-Cache = OrderedDict[Hashable, list[Table]]
-shared: Cache = OrderedDict()
+Cache = dict[Hashable, list[Table]]  # the last used one is the last
+shared: Cache = {}
 # Tables of captured CUDA graphs, kept because every replay copies from them again.
 _captured: list[list[Table]] = []
 
@@ -128,9 +127,14 @@ def tables(
     # The copy to the device is ordered with one stream only: each stream gets its own copy.
     stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
     key = (stream, key)
-    found = None if capturing else cache.get(key)
+    if cache and not capturing:
+        # To hash the addresses of many tensors takes longer than to compare them.
+        last, found = next(reversed(cache.items()))
+        if last == key:
+            return found
+    found = None if capturing else cache.pop(key, None)
     if found is not None:
-        cache.move_to_end(key)
+        cache[key] = found
         return found
     classes: dict[bool, list[Row]] = {True: [], False: []}
     for row in rows():
@@ -144,7 +148,7 @@ def tables(
         return built
     cache[key] = built
     if len(cache) > _CACHE_SIZE:
-        cache.popitem(last=False)
+        del cache[next(iter(cache))]
     return built
 
 
@@ -271,7 +275,7 @@ def ring_launch(
     name = ("ring", *vectors)
     if name not in memo:
         check()
-        memo[name] = RingLaunch(grads, queues, queued, vectors, scalars, OrderedDict())
+        memo[name] = RingLaunch(grads, queues, queued, vectors, scalars, {})
     launch = memo[name]
     return launch, launch.tables(grads, None)
 

@@ -5,10 +5,10 @@ all tensors, and tables of addresses for the kernels. From step to step only the
 step therefore keeps the batches of its plan if every tensor is as it was then; see `Plan.found`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, islice, repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from operator import attrgetter, is_, is_not, itemgetter, not_
 from typing import Any, overload
 
 from torch import Tensor
@@ -71,6 +71,28 @@ class Flats(Sequence[Tensor]):
         """Copy flat tensors that are not views back into the tensors they were made from."""
         for index, made in self._made.items():
             write_back_(self._tensors[index], made)
+
+
+class _Column(Sequence[Tensor]):
+    """One entry of every state; nothing is looked up before somebody asks."""
+
+    def __init__(self, rows: Sequence[tuple[Tensor, ...]], place: int) -> None:
+        self._rows, self._place = rows, place
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(itemgetter(self._place), self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [row[self._place] for row in self._rows[index]]
+        return self._rows[index][self._place]
 
 
 @dataclass
@@ -155,7 +177,7 @@ class Plan:
             key_of: returns the properties that all members of one batch share.
         """
         self._params = list(group["params"])
-        self._present, members, grads = _with_gradient(self._params)
+        self._absent, members, grads = _with_gradient(self._params)
         own = [states[member] for member in members]
         self.keys = tuple(key for key in keys if all(key in state for state in own))
         kinds = {
@@ -164,14 +186,16 @@ class Plan:
             for t in (member, member.grad, *state.values())
         }
         self._sharded = any(issubclass(kind, DTensor) for kind in kinds)
-        found = _find(members, grads, states, self.keys, self._sharded)
+        self._entries = itemgetter(QUEUE, QUEUED, *self.keys)
+        found = _find(members, grads, states, self._entries, self._sharded)
         self._placements, self._addresses = found.placements, found.addresses
         self._layout = Layout(found.tensors)
         self.devices = list({shard.device: None for shard in found.shards})
         indices: dict[Any, list[int]] = {}
         for index, member in enumerate(members):
             indices.setdefault(key_of(member), []).append(index)
-        self._parts = [_part(found, chosen) for chosen in indices.values()]
+        columns = _columns(found.rows, (QUEUE, QUEUED, *self.keys))
+        self._parts = [_part(found, columns, chosen) for chosen in indices.values()]
 
     def found(
         self, group: dict[str, Any], states: Mapping[Tensor, State], keys: Sequence[str]
@@ -184,11 +208,11 @@ class Plan:
         params = group["params"]
         if tuple(keys) != self.keys or not _are(params, self._params):
             return None
-        present, members, grads = _with_gradient(params)
-        if present != self._present:
+        absent, members, grads = _with_gradient(params)
+        if absent != self._absent:
             return None
         try:
-            found = _find(members, grads, states, self.keys, self._sharded)
+            found = _find(members, grads, states, self._entries, self._sharded)
             same = found.addresses == self._addresses and self._layout.fits(found.tensors)
         except (KeyError, RuntimeError):  # a state is gone; a sparse gradient has no strides
             return None
@@ -196,7 +220,7 @@ class Plan:
 
     def batches(self, found: "Found") -> list[Batch]:
         """Return the batches of a step; gradients in another memory order are copied."""
-        return [_batch(found, part) for part in self._parts]
+        return [_batch(found, part, (QUEUE, QUEUED, *self.keys)) for part in self._parts]
 
 
 @dataclass
@@ -209,7 +233,7 @@ class Found:
         shards: the parts of the parameters that this rank holds: the parameters themselves, or the
             local parts of DTensors.
         grads: the shards of the gradients.
-        columns: the shards of the states' tensors, by key.
+        rows: of each state, the shards of the tensors that the step uses.
         placements: types, meshes and placements where parameters are DTensors.
         tensors: the shards of gradients, parameters and states.
         addresses: the addresses of parameters and states.
@@ -219,35 +243,37 @@ class Found:
     states: list[State]
     shards: Sequence[Tensor]
     grads: list[Tensor]
-    columns: dict[str, Sequence[Tensor]]
+    rows: list[tuple[Tensor, ...]]
     placements: list[Any]
     tensors: list[Tensor]
     addresses: list[int]
 
 
-def _with_gradient(params: Sequence[Tensor]) -> tuple[list[bool], Sequence[Tensor], list[Tensor]]:
-    """Return which parameters have a gradient, these parameters, and their gradients."""
+def _with_gradient(
+    params: Sequence[Tensor],
+) -> tuple[list[bool] | None, Sequence[Tensor], list[Tensor]]:
+    """Return which parameters have no gradient or None, the others, and their gradients."""
     grads: list[Any] = list(map(_grad, params))
+    if all(map(is_not, grads, repeat(None))):
+        return None, params, grads
     present = list(map(is_not, grads, repeat(None)))
-    if all(present):
-        return present, params, grads
-    return present, list(compress(params, present)), list(compress(grads, present))
+    absent = list(map(not_, present))
+    return absent, list(compress(params, present)), list(compress(grads, present))
 
 
 def _find(
     members: Sequence[Tensor],
     grads: list[Tensor],
     states: Mapping[Tensor, State],
-    keys: tuple[str, ...],
+    entries: Callable[[State], tuple[Tensor, ...]],
     sharded: bool,
 ) -> Found:
     # map() over functions written in C: this runs in every step.
-    keys = QUEUE, QUEUED, *keys
     if _are(list(states), members):
         own = list(states.values())  # to look up a tensor is slow
     else:
         own = list(map(states.get, members, repeat(_NOTHING)))  # [] would add an entry
-    columns: list[Sequence[Tensor]] = list(zip(*map(itemgetter(*keys), own), strict=True))
+    rows = list(map(entries, own))
     shards, placements = members, []
     if sharded:
         placements = [
@@ -255,15 +281,18 @@ def _find(
             for m, g in zip(members, grads, strict=True)
         ]
         shards, grads = list(map(local, members)), list(map(local, grads))
-        columns = [list(map(local, column)) for column in columns]
-    tensors = list(chain(grads, shards, *columns))
+        rows = [tuple(map(local, row)) for row in rows]
+    tensors = [*grads, *shards, *chain.from_iterable(rows)]
     addresses = list(map(Tensor.data_ptr, islice(tensors, len(grads), None)))
-    named = dict(zip(keys, columns, strict=bool(members)))
-    return Found(members, own, shards, grads, named, placements, tensors, addresses)
+    return Found(members, own, shards, grads, rows, placements, tensors, addresses)
 
 
-def _part(found: Found, indices: list[int]) -> _Part:
-    for key, column in found.columns.items():
+def _columns(rows: list[tuple[Tensor, ...]], keys: tuple[str, ...]) -> dict[str, Sequence[Tensor]]:
+    return {key: _Column(rows, place) for place, key in enumerate(keys)}
+
+
+def _part(found: Found, columns: dict[str, Sequence[Tensor]], indices: list[int]) -> _Part:
+    for key, column in columns.items():
         for index in indices:
             shape, own = column[index].shape, found.shards[index].shape
             size = (shape[1:] if key == QUEUE else shape).numel()
@@ -277,23 +306,25 @@ def _part(found: Found, indices: list[int]) -> _Part:
         return flat(tensor, found.shards[index]).data_ptr() == tensor.data_ptr()
 
     copied = [at for at, index in enumerate(indices) if not is_view(found.grads[index], index)]
-    columns = [found.shards, *(column for key, column in found.columns.items() if key != QUEUE)]
+    vectors = [found.shards, *(column for key, column in columns.items() if key != QUEUE)]
     kept = all(
-        is_view(c[index], index) for c in columns for index in indices if c[index].numel() > 1
+        is_view(c[index], index) for c in vectors for index in indices if c[index].numel() > 1
     )
     # Only the address of a plain tensor says where its elements are.
     plain = {type(found.grads[index]) for index in indices} <= {Tensor, Parameter}
     return _Part(indices, copied, {} if kept and plain else None)
 
 
-def _batch(found: Found, part: _Part) -> Batch:
+def _batch(found: Found, part: _Part, keys: tuple[str, ...]) -> Batch:
     def pick(column: Sequence[Any]) -> Sequence[Any]:
         return column if len(part.indices) == len(column) else [column[i] for i in part.indices]
 
-    shards, grads, memo = pick(found.shards), list(pick(found.grads)), part.memo
-    for at in part.copied:
-        grads[at] = flat(grads[at], shards[at])
-    columns = {key: pick(column) for key, column in found.columns.items()}
+    shards, grads, memo = pick(found.shards), pick(found.grads), part.memo
+    if part.copied:
+        grads = list(grads)
+        for at in part.copied:
+            grads[at] = flat(grads[at], shards[at])
+    columns = _columns(list(pick(found.rows)), keys)
     addresses = None if memo is None else tuple(map(Tensor.data_ptr, grads))
     return Batch(
         pick(found.members), pick(found.states), columns, shards,

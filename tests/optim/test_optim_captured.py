@@ -1,6 +1,5 @@
 """A captured step depends on nothing that Python does between two replays."""
 
-from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -184,7 +183,7 @@ def test_tables_of_a_capture_are_copied_from_pinned_memory_that_is_kept(monkeypa
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=1))
     monkeypatch.setattr(launch, "_build", lambda *args: pins.append(args[3]) or "a table")
-    kept, cache = len(launch._captured), OrderedDict()
+    kept, cache = len(launch._captured), {}
     launch.tables(torch.device("cuda"), "key", cache, lambda: [(1, 0, 16)], lambda _: True)
     assert pins == [True]
     assert launch._captured[kept:] == [["a table"]]
