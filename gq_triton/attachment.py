@@ -1,14 +1,25 @@
 """The connection of a ``GradQueue`` to an optimizer: which one it may be, and its end."""
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gq_triton.names import parameter_names
 from gq_triton.optim.base import GradQueueOptimizer
 
-__all__ = ["Handle", "check_optimizer", "own_parameters"]
+__all__ = [
+    "SCALED",
+    "WITHIN",
+    "Added",
+    "Handle",
+    "check_dense",
+    "check_optimizer",
+    "own_parameters",
+]
 
 
 class Handle:
@@ -59,3 +70,71 @@ def check_optimizer(optimizer: Any, known: Collection[Tensor]) -> None:
             "none of the optimizer's parameters belongs to the model: build the GradQueue from "
             "the model that the optimizer updates, after fully_shard"
         )
+
+
+def check_dense(name: str, grad: Tensor) -> None:
+    """Raise an error for a gradient that a queue cannot hold.
+
+    Raises:
+        ValueError: it is sparse or complex.
+    """
+    if grad.layout != torch.strided or grad.is_complex():
+        raise ValueError(
+            f"{name} has a gradient of layout {grad.layout} and type {grad.dtype}, which a queue "
+            "cannot hold: build the layer with sparse=False, or give the parameter to another "
+            "optimizer"
+        )
+
+
+class Added:
+    """The parameters that came into a model, and its optimizer, after the queue was built.
+
+    Args:
+        model: the model.
+        strict: whether they are an error.
+    """
+
+    def __init__(self, model: nn.Module, strict: bool) -> None:
+        self._model, self._strict = model, strict
+        self._known: set[Tensor] = set()
+        self._new: set[Tensor] = set()
+
+    def meet(self, param: Tensor) -> None:
+        """Note a parameter that the queue does not know, with a gradient that a step uses."""
+        if param not in self._known:
+            self._new.add(param)
+
+    def tell(self) -> None:
+        """Warn of what was noted since the last call, by name.
+
+        Parameters that are none of the model's are left alone, as ``attach`` promises.
+
+        Raises:
+            RuntimeError: with ``strict``.
+        """
+        if not self._new:
+            return
+        new, self._new = self._new, set()
+        added = [name for name, param in parameter_names(self._model).items() if param in new]
+        if not (added and self._strict):
+            self._known |= new
+        if not added:
+            return
+        sentence = (
+            f"this GradQueue was built before {', '.join(added)} came into the model, and does not "
+            "weight their gradients: call remove() on its handle, and attach a GradQueue that is "
+            "built after the last change of the model"
+        )
+        if self._strict:
+            raise RuntimeError(sentence)
+        warnings.warn(sentence, stacklevel=2)
+
+
+WITHIN = (
+    "optimizer.step() was called within the backward pass, when the weighted gradients are not "
+    "complete: call it after loss.backward()"
+)
+SCALED = (
+    "a GradScaler scales the loss, and with clusters GradQueue weights gradients while they carry "
+    "its scale: call remove() on the handle, and attach(optimizer, grad_scaler=scaler)"
+)

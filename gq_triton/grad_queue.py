@@ -9,7 +9,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from gq_triton.attachment import Handle, check_optimizer, own_parameters
+from gq_triton.attachment import (
+    SCALED,
+    WITHIN,
+    Added,
+    Handle,
+    check_dense,
+    check_optimizer,
+    own_parameters,
+)
 from gq_triton.claims import ATTACH, claim, release
 from gq_triton.cluster_grad import Check, Clusters, DeclaredPasses, Weigh, check_batch
 from gq_triton.cluster_grad.passes import in_backward
@@ -86,6 +94,7 @@ class GradQueue:
         # By parameter name, the statistics of its last weighting with clusters.
         self._statistics: Mapping[str, Tensor] = {}
         self._looked = False  # for a GradScaler that attach was not given
+        self._added = Added(model, clusters.strict)
         self._declared = DeclaredPasses(
             clusters.accumulation_steps,
             "divide each of a step's A losses by A and give accumulation_steps=A",
@@ -130,8 +139,9 @@ class GradQueue:
 
         Args:
             optimizer: any torch optimizer over parameters of the model. Gradients of other
-                parameters that it holds are left as they are. Without clusters several optimizers
-                may divide the model's parameters among them. A wrapper that keeps the optimizer
+                parameters that it holds are left as they are; those that came into the model
+                after the queue was built are named in a warning. Without clusters several
+                optimizers may divide the model's parameters among them. A wrapper that keeps the optimizer
                 under ``.optimizer``, as those of Accelerate, Lightning and Fabric do, may be given
                 in its place.
             grad_scaler: the loop's ``torch.amp.GradScaler``; needed only with clusters, whose
@@ -201,25 +211,30 @@ class GradQueue:
     def _weigh(self, optimizer: Optimizer) -> None:
         """Weight the gradients that the optimizer is about to use, and queue the raw ones."""
         if self._clusters is not None and in_backward():
-            raise RuntimeError(_WITHIN)
+            raise RuntimeError(WITHIN)
         # GradScaler sets both for fused optimizers, which unscale gradients and skip steps alone.
         grad_scale = getattr(optimizer, "grad_scale", None)
         found_inf = getattr(optimizer, "found_inf", None)
         if self._clusters is not None and self._grad_scale.scaler is None and not self._looked:
             self._looked = True
             if grad_scale is not None or scaler_of(optimizer) is not None:
-                raise RuntimeError(_SCALED)
+                raise RuntimeError(SCALED)
         done = self._push_clustered(found_inf)
         batches: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
         for group in optimizer.param_groups:
             place_gradients(group["params"])
             for param in group["params"]:
-                if param.grad is None or self._names.get(param, "") in done | {""}:
+                name = self._names.get(param)
+                if param.grad is None or name in done:
                     continue
-                self._check_dense(param)
+                if name is None:
+                    self._added.meet(param)
+                    continue
+                check_dense(name, param.grad)
                 grad, like = local(param.grad), local(param)
                 key = grad.device, grad.dtype, param.dtype, getattr(param, "placements", None)
-                batches.setdefault(key, []).append((self._names[param], grad, like))
+                batches.setdefault(key, []).append((name, grad, like))
+        self._added.tell()
         if self._clusters is not None and self._clusters.mode == "one_backward":
             named = [name for batch in batches.values() for name, _, _ in batch]
             self._clusters.accumulator.note_later(named)
@@ -252,16 +267,6 @@ class GradQueue:
             )
         self._queues.push(raw, self._statistics, grad_scale=self._grad_scale(), found_inf=found_inf)
         return set(raw)
-
-    def _check_dense(self, param: Tensor) -> None:
-        grad = param.grad
-        assert grad is not None
-        if grad.layout != torch.strided or grad.is_complex():
-            raise ValueError(
-                f"{self._names[param]} has a gradient of layout {grad.layout} and type "
-                f"{grad.dtype}, which a queue cannot hold: build the layer with sparse=False, or "
-                "give the parameter to another optimizer"
-            )
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Record the loss of the coming step, from which the effective length follows.
@@ -416,13 +421,3 @@ class GradQueue:
         self._queues.load_state_dict(state)
         if self._clusters is not None:
             self._clusters.load_state_dict(clusters)
-
-
-_WITHIN = (
-    "optimizer.step() was called within the backward pass, when the weighted gradients are not "
-    "complete: call it after loss.backward()"
-)
-_SCALED = (
-    "a GradScaler scales the loss, and with clusters GradQueue weights gradients while they carry "
-    "its scale: call remove() on the handle, and attach(optimizer, grad_scaler=scaler)"
-)

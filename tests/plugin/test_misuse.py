@@ -110,6 +110,54 @@ def test_a_scaler_that_attach_was_not_given(fused):
     assert queued(queue) == {1}
 
 
+@pytest.mark.parametrize("options", [{}, CLUSTERS], ids=["whole", "clusters"])
+def test_parameters_that_came_into_the_model_later_are_named_once(options):
+    net = model()
+    net[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
+    queue = GradQueue(net, **options)
+    queue.attach(optimizer)
+    # Parameters that the model had, and one that is none of the model's.
+    net[2].requires_grad_(True)
+    temperature = nn.Parameter(torch.ones(()))
+    optimizer.add_param_group({"params": [*net[2].parameters(), temperature]})
+    (net(torch.randn(6, 3)).square().mean() * temperature).backward()
+    optimizer.step()
+    assert queued(queue) == {1}
+
+    net.append(nn.Linear(2, 2, bias=False))
+    optimizer.add_param_group({"params": net[3].parameters()})
+    backward(net)
+    said = r"built before 3\.weight came into the model, and does not weight"
+    with pytest.warns(UserWarning, match=said):
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(net)
+    optimizer.step()  # a second warning would be an error here
+
+
+def test_a_parameter_that_was_replaced_is_named():
+    net = model()
+    optimizer = sgd(net)
+    GradQueue(net).attach(optimizer)
+    net[2].bias = optimizer.param_groups[0]["params"][3] = nn.Parameter(torch.zeros(2))
+    backward(net)
+    with pytest.warns(UserWarning, match=r"built before 2\.bias came into the model"):
+        optimizer.step()
+
+
+def test_strict_refuses_parameters_that_came_later():
+    net = model()
+    optimizer = sgd(net)
+    GradQueue(net, **CLUSTERS, strict=True).attach(optimizer)
+    net.scale = nn.Parameter(torch.ones(()))
+    optimizer.add_param_group({"params": net.scale})
+    for _ in range(2):
+        (net(torch.randn(6, 3)) * net.scale).square().mean().backward()
+        with pytest.raises(RuntimeError, match="built before scale came into the model"):
+            optimizer.step()
+
+
 def test_a_scaler_of_another_optimizer_or_one_that_is_off_is_none_of_ours():
     other, net = model(), model()
     its, ours = sgd(other), sgd(net)
