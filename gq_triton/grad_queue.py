@@ -141,9 +141,9 @@ class GradQueue:
             optimizer: any torch optimizer over parameters of the model. Gradients of other
                 parameters that it holds are left as they are; those that came into the model
                 after the queue was built are named in a warning. Without clusters several
-                optimizers may divide the model's parameters among them. A wrapper that keeps the optimizer
-                under ``.optimizer``, as those of Accelerate, Lightning and Fabric do, may be given
-                in its place.
+                optimizers may divide the model's parameters among them. A wrapper that keeps the
+                optimizer under ``.optimizer``, as those of Accelerate, Lightning and Fabric do, may
+                be given in its place.
             grad_scaler: the loop's ``torch.amp.GradScaler``; needed only with clusters, whose
                 gradients are weighted while they carry its scale.
 

@@ -22,6 +22,7 @@ from gq_triton.cluster_grad.batch import Arguments
 from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.hooks import LOST, hooks_around
 from gq_triton.cluster_grad.later import Later
+from gq_triton.cluster_grad.lookout import Lookout
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.cluster_grad.raw import RawGradients
 from gq_triton.cluster_grad.sink import Sink, Taken
@@ -93,6 +94,7 @@ class Accumulator:
         self.batch, self.paused = 1, False
         # Whether the model's forward passes run unchanged for now, though clusters are installed.
         self.asleep = False
+        self.lookout = Lookout()
         # Those of the forward pass that begins; None where a compiled graph runs it.
         self.arguments: Arguments | None = None
         self.inputs: Mapping[int, int] = {}

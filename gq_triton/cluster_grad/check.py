@@ -1,15 +1,16 @@
 """The test of one batch, which shows before training how each gradient will be found."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gq_triton.cluster_grad.given import MISSING
+from gq_triton.cluster_grad.moved import called, moved, same_draws
 from gq_triton.grouping.features import tensors_in
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class Check:
         return [row.name for row in self.rows if row.how.startswith("whole batch")]
 
     @property
+    def reordered(self) -> list[str]:
+        """The names of the parameters that would be grouped by the clusters of other samples."""
+        return [row.name for row in self.rows if row.how.startswith("reordered")]
+
+    @property
     def share(self) -> float:
         """The share of the trainable elements whose gradients are known by cluster."""
         trainable = [row for row in self.rows if row.how != "frozen"]
@@ -82,12 +88,6 @@ def _loss_of(output: Any) -> Tensor:
     return torch.stack([part.square().mean().float() for part in parts]).sum()
 
 
-def _called(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
 @contextmanager
 def _unchanged(clusters: "Clusters") -> "Iterator[None]":
     """Give back gradients, buffers, random numbers and the state of the clusters afterwards."""
@@ -95,9 +95,8 @@ def _unchanged(clusters: "Clusters") -> "Iterator[None]":
     grads = [(param, param.grad) for param in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     saved, last, told = clusters.state_dict(), clusters.last, set(accumulator.told)
-    devices = {param.device for param, _ in grads if param.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(list(devices)), warnings.catch_warnings():
+        with same_draws(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -111,6 +110,18 @@ def _unchanged(clusters: "Clusters") -> "Iterator[None]":
         accumulator.told = told
         clusters.load_state_dict(saved)
         clusters.last = last
+
+
+def _shown(clusters: "Clusters", batch: Any) -> dict[str, str]:
+    """Return, by parameter name, how the last pass through a batch found its gradient."""
+    accumulator, how = clusters.accumulator, clusters.report()
+    for name, param in accumulator.params.items():
+        if param.requires_grad and name not in accumulator.known_by_cluster:
+            how[name] = "no gradient (the loss of this batch does not depend on it)"
+    for name, where in moved(clusters, batch).items():
+        if how[name].startswith("clusters"):
+            how[name] = f"reordered ({where})"
+    return how
 
 
 def check_batch(
@@ -147,13 +158,10 @@ def check_batch(
                 known = dict(clusters.owners), clusters.batch_size.place
                 if labels is not None:
                     clusters.set_labels(labels)
-                (loss or _loss_of)(_called(clusters.model, batch)).backward()
+                (loss or _loss_of)(called(clusters.model, batch)).backward()
                 if known == (clusters.owners, clusters.batch_size.place):
                     break
-            how = clusters.report()
-            for name, param in accumulator.params.items():
-                if param.requires_grad and name not in accumulator.known_by_cluster:
-                    how[name] = "no gradient (the loss of this batch does not depend on it)"
+            how = _shown(clusters, batch)
     finally:
         accumulator.strict = strict
         if labels is not None:
@@ -162,9 +170,10 @@ def check_batch(
             undo()
     rows = [Checked(name, accumulator.params[name].numel(), how[name]) for name in how]
     result = Check(rows)
-    if strict and result.whole:
+    unknown = {*result.whole, *result.reordered}
+    if strict and unknown:
         raise RuntimeError(
             "strict=True, and these parameters are not known by cluster:\n"
-            + "\n".join(f"{row.name}: {row.how}" for row in rows if row.name in result.whole)
+            + "\n".join(f"{row.name}: {row.how}" for row in rows if row.name in unknown)
         )
     return result

@@ -122,6 +122,8 @@ class Clusters:
                 return whole
             if alive.batch_size.learns():
                 return []  # the next step shows what is known
+            if alive._disorder():
+                return whole
             return hand_over(alive, alive._conversion, whole)
 
         self.accumulator.mend = mend
@@ -171,6 +173,7 @@ class Clusters:
         step.check_batch(self.features or "")
         if step.arguments is not None:
             step.mismatch = self.batch_size.differs(step.arguments, len(step.features))
+        step.mismatch = step.mismatch or self._disorder()
         self._check_number(len(step.features))
         with torch.no_grad():
             assert self._clusterer is not None
@@ -335,6 +338,10 @@ class Clusters:
             return None
         end(accumulator.clock, accumulator.token)
         if not torch.compiler.is_compiling():
+            if accumulator.lookout.on:
+                by_output = self.features == OUTPUT_GRADIENT and not self.options.batch_dim
+                batch, trusted = accumulator.batch, accumulator.trusted
+                accumulator.lookout.end(output, batch, trusted, by_output)
             accumulator.trusted.clear()
             output = without_stand_ins(output)
             if accumulator.step is not None:
@@ -342,6 +349,15 @@ class Clusters:
         if self.features != OUTPUT_GRADIENT:
             return None if torch.compiler.is_compiling() else output
         return with_first_tensor(output, partial(watch, token=accumulator.token))
+
+    def _disorder(self) -> str:
+        """Return how the samples' rows are in another order than their clusters; empty if not.
+
+        Features of a layer behind a change of the order are in the layers' order.
+        """
+        lookout = self.accumulator.lookout
+        by_input = self.given is not None or self.sample_weights is not None
+        return lookout.output or (lookout.layer if by_input else "")
 
     def _see_second(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the shape of the input of a layer whose batch is the second dimension."""

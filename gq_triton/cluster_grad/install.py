@@ -7,106 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad.compiled_ops import Untraced, unordered, use
-from gq_triton.cluster_grad.copies import recorded
-from gq_triton.cluster_grad.layers.attention import attend, shows_parameters
-from gq_triton.cluster_grad.layers.conv import CONV
-from gq_triton.cluster_grad.layers.embedding import EMBEDDING
-from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR
-from gq_triton.cluster_grad.layers.norm import LAYER_NORM, RMS_NORM
-from gq_triton.cluster_grad.layers.order import (
-    JOINED,
-    SECOND,
-    in_order,
-    is_view_of_input,
-    other_order,
+from gq_triton.cluster_grad.arrival import (
+    as_before,
+    by_sample,
+    is_ordered,
+    order_of,
+    samples_first,
 )
-from gq_triton.cluster_grad.layers.registry import Layer, is_called, runs_whole
+from gq_triton.cluster_grad.compiled_ops import Untraced, unordered, use
+from gq_triton.cluster_grad.converted import Converted
+from gq_triton.cluster_grad.copies import recorded
+from gq_triton.cluster_grad.layers.attention import attend
+from gq_triton.cluster_grad.layers.embedding import EMBEDDING
+from gq_triton.cluster_grad.layers.registry import Layer, is_called
 from gq_triton.cluster_grad.outside import CALLED_OUTSIDE, is_outside, joined
 from gq_triton.cluster_grad.passes import OUTSIDE, in_backward
-from gq_triton.cluster_grad.site import SITE, Collector, Family, Site
-from gq_triton.cluster_grad.standins.meet import EXPANDED, LOOKED_UP
+from gq_triton.cluster_grad.site import SITE, Collector
 from gq_triton.cluster_grad.standins.origin import SAME, Origin, Root
 from gq_triton.cluster_grad.standins.standin import StandIn, plain, saving_hooks, stand_in
 
 __all__ = ["Conversion"]
 
-# Families that work on the last dimensions alone.
-_ROW_BY_ROW = (LINEAR, CONV1D, LAYER_NORM, RMS_NORM)
 # The compiler of torch 2.8 fails at stand-ins, that of 2.13 takes them; none between was tried.
 COMPILES_STAND_INS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-
-
-class _Converted:
-    """The data of a converted module, which its ``forward`` reads.
-
-    Args:
-        collector: the receiver of the sums.
-        layer: the module, its name and how its gradients are summed.
-        inner: the ``forward`` that the instance had of its own, or None.
-    """
-
-    def __init__(
-        self, collector: Collector, layer: Layer, inner: Callable[..., Any] | None
-    ) -> None:
-        self.collector, self.module, self.name = collector, layer.module, layer.name
-        self.family, self.inner = layer.family, inner
-        # Attention whose parameters are met by stand-ins, in a forward pass of our own.
-        alone = layer.family is None and inner is None
-        self.attends = alone and shows_parameters(layer.module)
-        # A compiled graph ends before a module that runs again, and cannot take stand-ins along.
-        self.broken = any(runs_whole(part) for part in layer.module.modules())
-        # The attributes that show a stand-in to the whole model while its forward pass runs.
-        self.shown: list[str] = []
-        self.attributes = [name for name, _ in layer.module.named_parameters(recurse=False)]
-        self.site: Site | None = None
-        if layer.family is not None:
-            names = layer.attributes or ("weight", "bias")
-            self.site = Site(collector, layer.name, layer.module, layer.family, names)
-        # By parameter, its sites: one for each kind of operation in which it may meet samples.
-        self.alone: dict[str, list[Site]] = {}
-        self.keys: dict[str, dict[str, Tensor]] = {}
-        # By weight of a linear layer, the bias that goes with it.
-        self.biases: dict[str, str] = {}
-        for attribute in self.attributes:
-            param = layer.module._parameters[attribute]
-            kinds: dict[str, Family] = {"expanded": EXPANDED}
-            if param is not None and param.dim() == 2:
-                kinds |= {
-                    "linear": LINEAR,
-                    "product": CONV1D,
-                    "embedding": EMBEDDING,
-                    "looked up": LOOKED_UP,
-                }
-            if param is not None and param.dim() > 2:
-                kinds |= {"convolution": CONV}
-            sites = {
-                kind: Site(collector, layer.name, layer.module, family, [attribute])
-                for kind, family in kinds.items()
-            }
-            bias = _bias_of(attribute, layer.module)
-            if "linear" in kinds and bias:
-                self.biases[attribute] = bias
-                both = [attribute, bias]
-                sites["linear, bias"] = Site(collector, layer.name, layer.module, LINEAR, both)
-            self.alone[attribute] = list(sites.values())
-            self.keys[attribute] = {kind: site.key for kind, site in sites.items()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Converted":
-        """Return the object itself: a copy of the model has no clusters."""
-        return self
-
-
-def _bias_of(attribute: str, module: nn.Module) -> str:
-    """Return the name of the bias that goes with a weight; empty if there is none."""
-    bias = attribute.removesuffix("weight") + "bias"
-    return bias if module._parameters.get(bias) is not None else ""
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a module, with clustered gradients if this forward pass will have a backward pass."""
     # The compiler of torch 2.8 does not know vars(module), here and below.
-    own: _Converted | None = getattr(module, SITE, None)
+    own: Converted | None = getattr(module, SITE, None)
     if own is None:  # undone while the layer was being called
         return type(module).forward(module, *args, **kwargs)
     collector, graded, token = own.collector, torch.is_grad_enabled(), own.collector.token
@@ -127,7 +56,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _given_or_own(module, own, token, args, kwargs)
 
 
-def _outside(module: nn.Module, own: _Converted, args: Any, kwargs: Any) -> Any:
+def _outside(module: nn.Module, own: Converted, args: Any, kwargs: Any) -> Any:
     """Run a module that is called outside the model's ``forward``."""
     collector = own.collector
     with joined(collector, [*args, *kwargs.values()]) as token:
@@ -139,7 +68,7 @@ def _outside(module: nn.Module, own: _Converted, args: Any, kwargs: Any) -> Any:
     return _unchanged(module, own, args, kwargs)
 
 
-def _hidden(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+def _hidden(module: nn.Module, own: Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a module of which other modules see stand-ins, without them."""
     attributes = module.__dict__
     shown = {name: attributes.pop(name) for name in own.shown}
@@ -151,7 +80,7 @@ def _hidden(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs
         own.shown = list(shown)
 
 
-def _given_or_own(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+def _given_or_own(module: nn.Module, own: Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a module, without clusters where it was given tensors in place of its parameters.
 
     ``functional_call`` does so. What they are computed from has its gradient from autograd.
@@ -162,9 +91,11 @@ def _given_or_own(module: nn.Module, own: _Converted, token: Tensor, args: Any, 
     return _unchanged(module, own, args, kwargs)
 
 
-def _converted(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+def _converted(module: nn.Module, own: Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a module with clustered gradients."""
     collector, graded = own.collector, torch.is_grad_enabled()
+    if not torch.compiler.is_compiling() and collector.lookout.on:
+        collector.lookout.see(own.name, [*args, *kwargs.values()], collector.step)
     given = any(isinstance(value, StandIn) for value in (*args, *kwargs.values()))
     if own.site is not None and own.site.runs_whole:
         use(collector.clock, token, own.site.key, graded)
@@ -176,17 +107,17 @@ def _converted(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwa
     return _in_family(module, own, token, args, kwargs)
 
 
-def _in_family(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+def _in_family(module: nn.Module, own: Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a layer that has a family."""
     site, collector = own.site, own.collector
     assert site is not None
     if site.input_name in kwargs:
         args = (*args, kwargs.pop(site.input_name))
     x = args[0] if args else None
-    order = _order(x, own) if isinstance(x, Tensor) else ""
+    order = order_of(x, own) if isinstance(x, Tensor) else ""
     if isinstance(x, Tensor):
-        x = _samples_first(x, order, collector.batch)
-        if own.family is EMBEDDING and not order and not _by_sample(x, collector):
+        x = samples_first(x, order, collector.batch)
+        if own.family is EMBEDDING and not order and not by_sample(x, collector):
             return _looked_up(module, own, token, x)
         args = (x, *args[1:])
     graded = torch.is_grad_enabled()
@@ -194,55 +125,17 @@ def _in_family(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwa
     if not graded:
         out = _unchanged(module, own, args, kwargs)
     else:
-        ordered = not isinstance(x, Tensor) or _ordered(x, collector)
+        ordered = not isinstance(x, Tensor) or is_ordered(x, collector)
         if not ordered:
             unordered(collector.clock, token, site.key)
         out = site.family.forward(module, (token, site.key), *args, **kwargs)
         if ordered and not torch.compiler.is_compiling() and out.grad_fn is not None:
             collector.trusted.add((out.grad_fn, out.output_nr))
-    return _as_before(out, order, collector.batch)
-
-
-def _order(x: Tensor, own: _Converted) -> str:
-    """Return the other order in which a layer's input has its rows; empty if it has none."""
-    collector, family = own.collector, own.family
-    module: Any = own.module
-    # Layers that work on the last dimensions take samples in any other one.
-    kept = x.dim() - (len(module.normalized_shape) if family in (LAYER_NORM, RMS_NORM) else 1)
-    if collector.batch_dim:
-        kept = 2 if family is EMBEDDING else kept
-        second = family in (EMBEDDING, *_ROW_BY_ROW) and kept > 1
-        return SECOND if second and x.shape[1] == collector.batch else ""
-    if torch.compiler.is_compiling() or family is EMBEDDING:
-        return ""
-    by_row = family in _ROW_BY_ROW and kept > 1
-    if not x.requires_grad:
-        turned = by_row and x.shape[1] == collector.batch and not _ordered(x, collector)
-        # The memory of an input of the model shows which dimension is which.
-        return SECOND if turned and collector.inputs.get(x.data_ptr()) == x.stride(1) else ""
-    # A checkpointed segment, which runs again in the backward pass, shows no order there.
-    if saving_hooks() is not None or in_backward() or _ordered(x, collector):
-        return ""
-    order = other_order(x, collector.batch, collector.trusted)
-    return "" if order == SECOND and not by_row else order
-
-
-def _samples_first(x: Tensor, order: str, batch: int) -> Tensor:
-    """Return a tensor with its samples' rows in order."""
-    if order == JOINED:
-        return x.unflatten(0, (-1, batch)).transpose(0, 1).flatten(0, 1)
-    return x.transpose(0, 1) if order else x
-
-
-def _as_before(out: Tensor, order: str, batch: int) -> Tensor:
-    """Return a layer's output in the order of its input."""
-    if order == JOINED:
-        return out.unflatten(0, (batch, -1)).transpose(0, 1).flatten(0, 1)
-    return out.transpose(0, 1) if order else out
+    return as_before(out, order, collector.batch)
 
 
 @Untraced  # it compares random states, and may run the module again
-def _as_whole(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+def _as_whole(module: nn.Module, own: Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a module whose gradients by cluster come from runs of the whole module."""
     assert own.site is not None
     # Nothing shows whether a stand-in with B rows, such as a table of positions, has those of
@@ -252,49 +145,20 @@ def _as_whole(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwar
     return own.site.family.forward(module, (token, own.site.key), *args, **kwargs)
 
 
-def _trains(module: nn.Module, own: _Converted) -> bool:
+def _trains(module: nn.Module, own: Converted) -> bool:
     """Return whether a parameter of the module itself needs a gradient."""
     whole = own.attends or (own.site is not None and own.site.runs_whole)
     return any(param.requires_grad for param in module.parameters(recurse=whole))
 
 
-def _unchanged(module: nn.Module, own: _Converted, args: Any, kwargs: Any) -> Any:
+def _unchanged(module: nn.Module, own: Converted, args: Any, kwargs: Any) -> Any:
     """Run the module's own ``forward``."""
     if own.inner is not None:
         return own.inner(*args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
 
 
-def _ordered(x: Tensor, collector: Collector) -> bool:
-    """Return whether the rows of a layer's input are those of the samples, in their order."""
-    batch = collector.batch
-    if x.dim() == 0:
-        return True
-    if torch.compiler.is_compiling():
-        # Rows in two dimensions may be tokens in any order, as those of an expert are.
-        return x.dim() != 2 or x.shape[0] == batch
-    if not x.requires_grad and x.data_ptr() in collector.inputs:
-        return is_view_of_input(x, collector.inputs, batch)
-    return in_order(x, batch, collector.trusted)
-
-
-def _by_sample(indices: Tensor, collector: Collector) -> bool:
-    """Return whether each sample looks up rows of its own.
-
-    Positions and tables of distances, which all samples share, may have the shape of such indices.
-    Only the model's own inputs are known to be of samples. What other indices look up becomes a
-    stand-in, which the first operation with samples tells by. A compiled graph does not show the
-    memory: there two dimensions, of which the first alone is as long as the batch, are believed.
-    """
-    batch, dims = collector.batch, indices.dim()
-    if dims == 0 or indices.shape[0] == 0 or indices.shape[0] % batch:
-        return False
-    if not torch.compiler.is_compiling():
-        return is_view_of_input(indices, collector.inputs, batch)
-    return dims > 1 and indices.shape[0] == batch and indices.shape[1] != batch
-
-
-def _origin(own: _Converted, token: Tensor, root: Root, start: Tensor, link: str) -> Origin:
+def _origin(own: Converted, token: Tensor, root: Root, start: Tensor, link: str) -> Origin:
     collector = own.collector
     # Operations that meet samples in the second dimension are not followed. Attention puts them in
     # the first one.
@@ -305,7 +169,7 @@ def _origin(own: _Converted, token: Tensor, root: Root, start: Tensor, link: str
     )  # fmt: skip
 
 
-def _looked_up(module: nn.Module, own: _Converted, token: Tensor, indices: Tensor) -> Any:
+def _looked_up(module: nn.Module, own: Converted, token: Tensor, indices: Tensor) -> Any:
     """Look up rows once for all samples; return them as a stand-in."""
     rows = type(module).forward(module, indices)
     attribute = own.attributes[0]
@@ -316,7 +180,7 @@ def _looked_up(module: nn.Module, own: _Converted, token: Tensor, indices: Tenso
     return stand_in(rows.clone(), _origin(own, token, root, rows, SAME))
 
 
-def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
+def _stood_in(module: nn.Module, own: Converted, token: Tensor, args: Any, kwargs: Any) -> Any:
     """Run a module's own ``forward`` on stand-ins of its parameters."""
     attributes = module.__dict__
     placed = _place(module, own, token)
@@ -329,7 +193,7 @@ def _stood_in(module: nn.Module, own: _Converted, token: Tensor, args: Any, kwar
             del attributes[attribute]
 
 
-def _place(module: nn.Module, own: _Converted, token: Tensor) -> list[str]:
+def _place(module: nn.Module, own: Converted, token: Tensor) -> list[str]:
     """Put stand-ins in the places of a module's parameters; return their attributes."""
     attributes = module.__dict__
     placed: list[str] = []
@@ -374,7 +238,7 @@ class Conversion:
         # The forward that an instance had of its own, by module.
         self._changed: dict[nn.Module, Callable[..., Any] | None] = {}
         # Kept because graphs of earlier forward passes still find their sites.
-        self._replaced: list[_Converted] = []
+        self._replaced: list[Converted] = []
         # Layers whose parameters other modules use without calling the layer.
         self._followed: list[nn.Module] = []
         for layer in layers:
@@ -392,7 +256,7 @@ class Conversion:
         else:
             # A copy of a model has the forward of its original.
             self._changed[layer.module] = None if own is not None else attributes.get("forward")
-        attributes[SITE] = _Converted(self._collector, layer, self._changed[layer.module])
+        attributes[SITE] = Converted(self._collector, layer, self._changed[layer.module])
         if layer.family is not None and layer.family.runs_whole:
             inside = set(layer.module.modules())
             self._followed = [module for module in self._followed if module not in inside]

@@ -4,13 +4,16 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.step import Step
+
+if TYPE_CHECKING:
+    from gq_triton.cluster_grad.lookout import Lookout
 
 __all__ = [
     "SITE",
@@ -51,6 +54,7 @@ class Collector(Protocol):
         inputs: by the address of an input of the model, the distance from sample to sample.
         trusted: nodes and outputs of the forward pass's graph that are known to have the samples'
             rows along their first dimension.
+        lookout: what the first forward pass shows of the order of the samples.
         paused: whether modules run unchanged, as parts of a module that runs as a whole.
         asleep: whether forward passes that begin now run unchanged.
         clock: the tensor to which operations without a result write in a compiled graph.
@@ -62,8 +66,10 @@ class Collector(Protocol):
     batch_dim: int
     inputs: Mapping[int, int]
     trusted: set[tuple[Any, int]]
+    lookout: "Lookout"
     paused: bool
     asleep: bool
+    step: Step | None
     clock: Tensor
     token: Tensor | None
 
