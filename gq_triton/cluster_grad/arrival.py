@@ -18,7 +18,7 @@ from gq_triton.cluster_grad.layers.order import (
 )
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.cluster_grad.site import Collector
-from gq_triton.cluster_grad.standins.standin import saving_hooks
+from gq_triton.cluster_grad.standins.origin import saving_hooks
 
 __all__ = ["as_before", "by_sample", "is_ordered", "order_of", "samples_first"]
 

@@ -23,8 +23,8 @@ from gq_triton.cluster_grad.layers.registry import Layer, is_called
 from gq_triton.cluster_grad.outside import CALLED_OUTSIDE, is_outside, joined
 from gq_triton.cluster_grad.passes import OUTSIDE, in_backward
 from gq_triton.cluster_grad.site import SITE, Collector
-from gq_triton.cluster_grad.standins.origin import SAME, Origin, Root
-from gq_triton.cluster_grad.standins.standin import StandIn, plain, saving_hooks, stand_in
+from gq_triton.cluster_grad.standins.origin import SAME, Origin, Root, saving_hooks
+from gq_triton.cluster_grad.standins.standin import StandIn, plain, stand_in
 
 __all__ = ["Conversion"]
 

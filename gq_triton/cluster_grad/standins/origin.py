@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["OTHER", "REPEATED", "SAME", "Origin", "Root"]
+__all__ = ["OTHER", "REPEATED", "SAME", "Origin", "Root", "linked", "merged", "saving_hooks"]
 
 # How the elements of a stand-in follow from those of its parameter: the same in the same order, the
 # same repeated along dimension 0, or in any other way.
@@ -57,3 +58,55 @@ class Origin:
     starts: tuple[Tensor, ...]
     link: str
     hooks: Any = None
+
+
+def merged(stand_ins: list[Any], link: str) -> Origin:
+    """Return the origin of what is computed from some stand-ins."""
+    origin: Origin = stand_ins[0]._gq_origin
+    if len(stand_ins) == 1:
+        return origin if origin.link == link else linked(origin, link)
+    roots, starts = list(origin.roots), list(origin.starts)
+    for other in stand_ins[1:]:
+        for root, start in zip(other._gq_origin.roots, other._gq_origin.starts, strict=True):
+            if all(start is not known for known in starts):
+                roots.append(root)
+                starts.append(start)
+    link = link if len(roots) == 1 else OTHER
+    return Origin(
+        origin.token,
+        origin.clock,
+        origin.batch,
+        origin.trusted,
+        origin.inputs,
+        tuple(roots),
+        tuple(starts),
+        link,
+        origin.hooks,
+    )
+
+
+def linked(origin: Origin, link: str) -> Origin:
+    """Return an origin with another link to its parameters."""
+    return Origin(
+        origin.token,
+        origin.clock,
+        origin.batch,
+        origin.trusted,
+        origin.inputs,
+        origin.roots,
+        origin.starts,
+        link,
+        origin.hooks,
+    )
+
+
+def saving_hooks() -> Any:
+    """Return the hooks of saved tensors that are in force, as in a checkpointed segment; or None.
+
+    A segment runs again in the backward pass, outside the module's ``forward``, without stand-ins.
+    It must save then what it saved before.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return autograd._top_saved_tensors_default_hooks(False)

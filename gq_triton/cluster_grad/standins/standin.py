@@ -15,9 +15,27 @@ from gq_triton.cluster_grad.layers.linear import CONV1D, LINEAR, linear
 from gq_triton.cluster_grad.layers.order import in_order, is_view_of_input
 from gq_triton.cluster_grad.site import site_of
 from gq_triton.cluster_grad.standins.meet import expanded, routed, tapped
-from gq_triton.cluster_grad.standins.origin import OTHER, REPEATED, SAME, Origin
+from gq_triton.cluster_grad.standins.operations import (
+    CHANGING,
+    CONVOLVED,
+    ELEMENTWISE,
+    JOINED,
+    MULTIPLIED,
+    NORMALISED,
+    TAPPED,
+    link_of,
+    tensors_of,
+)
+from gq_triton.cluster_grad.standins.origin import (
+    OTHER,
+    SAME,
+    Origin,
+    linked,
+    merged,
+    saving_hooks,
+)
 
-__all__ = ["StandIn", "plain", "saving_hooks", "stand_in", "without_stand_ins"]
+__all__ = ["StandIn", "plain", "stand_in", "without_stand_ins"]
 
 
 class StandIn(Tensor):
@@ -34,23 +52,11 @@ class StandIn(Tensor):
         """Run an operation on stand-ins; its result is one too unless an operand has samples."""
         with torch._C.DisableTorchFunctionSubclass():
             given, named = tuple(args), kwargs or {}
-            if any(_is_spoilt(tensor) for tensor in _tensors([*given, *named.values()])):
+            if any(_is_spoilt(tensor) for tensor in tensors_of([*given, *named.values()])):
                 given, named = tree_map_only(StandIn, _unless_valid, (given, named))
-                if not any(isinstance(t, StandIn) for t in _tensors([*given, *named.values()])):
+                if not any(isinstance(t, StandIn) for t in tensors_of([*given, *named.values()])):
                     return func(*given, **named)
             return _run(func, given, named)
-
-
-def saving_hooks() -> Any:
-    """Return the hooks of saved tensors that are in force, as in a checkpointed segment; or None.
-
-    A segment runs again in the backward pass, outside the module's ``forward``, without stand-ins.
-    It must save then what it saved before.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-    return autograd._top_saved_tensors_default_hooks(False)
 
 
 def _is_spoilt(tensor: Tensor) -> bool:
@@ -103,57 +109,6 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.view(tensor.shape)
 
 
-# Operations whose operands are broadcast against each other, element by element.
-_ELEMENTWISE = {
-    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__,
-    torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__,
-    torch.subtract, Tensor.subtract, torch.rsub,
-    torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__,
-    torch.multiply, Tensor.multiply,
-    torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__rtruediv__,
-    Tensor.__itruediv__, torch.divide, Tensor.divide, torch.true_divide, Tensor.true_divide,
-    torch.where, Tensor.where, torch.maximum, Tensor.maximum, torch.minimum, Tensor.minimum,
-    torch.addcmul, Tensor.addcmul, torch.lerp, Tensor.lerp, torch.pow, Tensor.pow, Tensor.__pow__,
-    Tensor.masked_fill,
-}  # fmt: skip
-# Operations of which the gradients by cluster are found by K products, where the result has the
-# samples in dimension 0.
-_TAPPED = {
-    torch.einsum, torch.bmm, Tensor.bmm, torch.baddbmm, torch.tensordot, F.bilinear,
-    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.grid_sample, torch.matmul,
-    Tensor.matmul, Tensor.__matmul__, F.conv1d, F.conv2d, F.conv3d, F.linear,
-}  # fmt: skip
-# Operations that keep the elements and their order.
-_SAME = {
-    Tensor.view, Tensor.reshape, torch.reshape, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze,
-    torch.squeeze, Tensor.flatten, torch.flatten, Tensor.unflatten, Tensor.contiguous,
-    Tensor.clone, torch.clone, Tensor.to, Tensor.float, Tensor.double, Tensor.half,
-    Tensor.bfloat16, Tensor.type_as, Tensor.view_as, Tensor.type,
-}  # fmt: skip
-_CHANGING: set[Any] = {
-    getattr(Tensor, name)
-    for name in dir(Tensor)
-    if (name.endswith("_") and not name.startswith("_"))
-    or (name.startswith("__i") and name not in ("__init__", "__init_subclass__", "__int__"))
-    or name == "__setitem__"
-}
-_JOINED = {torch.cat, torch.concat, torch.concatenate}
-_REPEATED = {Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to}
-_MULTIPLIED = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
-_CONVOLVED = {F.conv1d, F.conv2d, F.conv3d}
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """Return the tensors among the arguments of an operation, and in lists of them."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found.extend(_tensors(value))
-    return found
-
-
 def _of_samples(tensor: Tensor, origin: Origin) -> bool:
     """Return whether the rows of a tensor are known to belong to samples, in their order."""
     if tensor.dim() == 0 or isinstance(tensor, (StandIn, nn.Parameter)):
@@ -174,61 +129,22 @@ def _of_known(out: Tensor, origin: Origin) -> Tensor:
     return out
 
 
-def _merged(stand_ins: list[Any], link: str) -> Origin:
-    """Return the origin of what is computed from some stand-ins."""
-    origin: Origin = stand_ins[0]._gq_origin
-    if len(stand_ins) == 1:
-        return origin if origin.link == link else _linked(origin, link)
-    roots, starts = list(origin.roots), list(origin.starts)
-    for other in stand_ins[1:]:
-        for root, start in zip(other._gq_origin.roots, other._gq_origin.starts, strict=True):
-            if all(start is not known for known in starts):
-                roots.append(root)
-                starts.append(start)
-    link = link if len(roots) == 1 else OTHER
-    return Origin(
-        origin.token,
-        origin.clock,
-        origin.batch,
-        origin.trusted,
-        origin.inputs,
-        tuple(roots),
-        tuple(starts),
-        link,
-        origin.hooks,
-    )
-
-
-def _linked(origin: Origin, link: str) -> Origin:
-    return Origin(
-        origin.token,
-        origin.clock,
-        origin.batch,
-        origin.trusted,
-        origin.inputs,
-        origin.roots,
-        origin.starts,
-        link,
-        origin.hooks,
-    )
-
-
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if args and isinstance(args[0], StandIn) and func in _CHANGING:
+    if args and isinstance(args[0], StandIn) and func in CHANGING:
         return _other(func, args, kwargs)
-    if func in _ELEMENTWISE and "out" not in kwargs:
+    if func in ELEMENTWISE and "out" not in kwargs:
         return _elementwise(func, args, kwargs)
-    if func in _JOINED and args and "out" not in kwargs:
+    if func in JOINED and args and "out" not in kwargs:
         return _joined(func, args, kwargs)
     if func is F.linear:
         return _linear(*args, **kwargs)
     if func is F.embedding:
         return _embedding(func, args, kwargs)
-    if func in _CONVOLVED:
+    if func in CONVOLVED:
         return _convolution(func, args, kwargs)
-    if func in _NORMALISED:
+    if func in NORMALISED:
         return _normalised(func, args, kwargs)
-    if func in _MULTIPLIED:
+    if func in MULTIPLIED:
         return _product(func, args, kwargs)
     if func is F.scaled_dot_product_attention:
         return _attention(func, args, kwargs)
@@ -239,7 +155,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation that does not meet the samples in a known way."""
-    if func in _TAPPED and not torch.compiler.is_compiling():
+    if func in TAPPED and not torch.compiler.is_compiling():
         return _tapped(func, args, kwargs)
     out = func(*args, **kwargs)
     if isinstance(out, Tensor):
@@ -252,7 +168,7 @@ def _other(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation whose result shows whether it has the samples in dimension 0."""
-    given = _tensors([*args, *kwargs.values()])
+    given = tensors_of([*args, *kwargs.values()])
     stand_ins: list[Any] = [tensor for tensor in given if isinstance(tensor, StandIn)]
     origin: Origin = stand_ins[0]._gq_origin
     others = [tensor for tensor in given if not isinstance(tensor, StandIn)]
@@ -276,7 +192,7 @@ def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
     """Return a result as a stand-in, if it comes from parameters and constants alone."""
     if not out.is_floating_point() or (torch.is_grad_enabled() and not out.requires_grad):
         return out
-    given = _tensors([*args, *kwargs.values()])
+    given = tensors_of([*args, *kwargs.values()])
     stand_ins = [tensor for tensor in given if isinstance(tensor, StandIn)]
     origin: Origin = stand_ins[0]._gq_origin
     # Other tensors with a gradient: samples, or parameters that no stand-in stands for, whose
@@ -284,41 +200,10 @@ def _follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tenso
     others = [tensor for tensor in given if not isinstance(tensor, StandIn)]
     if any(tensor.requires_grad or _of_samples(tensor, origin) for tensor in others):
         return out
-    link = _link(func, args, stand_ins[0], out) if len(stand_ins) == 1 else OTHER
+    link = link_of(func, args, stand_ins[0], out) if len(stand_ins) == 1 else OTHER
     if link == OTHER and torch.compiler.is_compiling():
         return out  # a compiled graph cannot go back through the computation cluster by cluster
-    return stand_in(out, _merged(stand_ins, link))
-
-
-def _link(func: Any, args: tuple[Any, ...], source: Any, out: Tensor) -> str:
-    """Return how the elements of a result follow from those of the stand-in's parameter."""
-    origin: Origin = source._gq_origin
-    if origin.link == SAME and out.numel() == source.numel():
-        numbers = func in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-        if func in _SAME or (numbers and len(_tensors(args)) == 1):
-            return SAME
-        if func is Tensor.__getitem__ and _only_adds_dimensions(args[1]):
-            return SAME
-    repeats = origin.link == SAME and func in _REPEATED and source.dim() == out.dim()
-    if repeats and source.shape[1:] == out.shape[1:] and source.shape[0] == 1:
-        return REPEATED
-    return OTHER
-
-
-def _only_adds_dimensions(index: Any) -> bool:
-    entries = index if isinstance(index, tuple) else (index,)
-    # slice(None) as a value cannot be compared in a compiled graph.
-    return all(
-        entry is None
-        or entry is Ellipsis
-        or (
-            isinstance(entry, slice)
-            and entry.start is None
-            and entry.stop is None
-            and entry.step is None
-        )
-        for entry in entries
-    )
+    return stand_in(out, merged(stand_ins, link))
 
 
 def _meets(tensor: Any, dims: int, rows: int) -> Tensor | None:
@@ -327,13 +212,13 @@ def _meets(tensor: Any, dims: int, rows: int) -> Tensor | None:
     values = _plain(tensor)
     if dims > tensor.dim():
         values = values.reshape(*[1] * (dims - tensor.dim()), *tensor.shape)
-        origin = origin if origin.link == SAME else _linked(origin, OTHER)
+        origin = origin if origin.link == SAME else linked(origin, OTHER)
     if values.shape[0] == rows and rows > 1:
         # Rows that were looked up for each sample, as positions that are counted or expanded.
         indices = origin.roots[0].indices
         own = indices is not None and indices.dim() > 0 and len(indices) == rows
         if origin.link == SAME and not own:
-            origin = _linked(origin, OTHER)
+            origin = linked(origin, OTHER)
     elif values.shape[0] != 1:
         return None
     if origin.link == OTHER and torch.compiler.is_compiling():
@@ -355,7 +240,7 @@ def _all_meet(operands: list[Any], rows: int, dims: int) -> list[Any]:
 
 def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation that broadcasts its operands."""
-    operands = _tensors(args)
+    operands = tensors_of(args)
     origin: Origin = next(t for t in operands if isinstance(t, StandIn))._gq_origin
     shape = torch.broadcast_shapes(*[tensor.shape for tensor in operands])
     samples = [
@@ -384,7 +269,7 @@ def _joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run attention: a stand-in among queries, keys, values and mask has the samples first."""
-    given = _tensors([*args, *kwargs.values()])
+    given = tensors_of([*args, *kwargs.values()])
     origin: Origin = next(t for t in given if isinstance(t, StandIn))._gq_origin
     samples = [tensor for tensor in given if _of_samples(tensor, origin)]
     if not samples:
@@ -526,20 +411,9 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return _with_bias(out, bias, (-1, *[1] * spatial))
 
 
-# The arguments of functions that normalise, then scale and shift, in their order.
-_RUNNING = "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
-_NORMALISED: dict[Any, tuple[str, ...]] = {
-    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
-    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
-    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
-    F.batch_norm: _RUNNING,
-    F.instance_norm: (*_RUNNING[:5], "use_input_stats", *_RUNNING[6:]),
-}
-
-
 def _normalised(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a normalisation, then scale and shift its result."""
-    given = dict(zip(_NORMALISED[func], args, strict=False)) | kwargs
+    given = dict(zip(NORMALISED[func], args, strict=False)) | kwargs
     weight, bias = given.pop("weight", None), given.pop("bias", None)
     x = given["input"]
     stand: Any = next(t for t in (weight, bias, x) if isinstance(t, StandIn))
