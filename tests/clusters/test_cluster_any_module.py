@@ -11,7 +11,6 @@ from torch import nn
 import gq_triton
 from gq_triton import GradQueue
 from gq_triton.cluster_grad.layers.again import Backward
-from gq_triton.cluster_grad.layers.order import in_order
 
 F64 = torch.float64
 LABELS = torch.tensor([0, 2, 2, 0, 4, 0, 0, 2, 2])
@@ -338,52 +337,6 @@ def test_time_steps_are_not_taken_for_samples(length):
     ]  # fmt: skip
 
 
-def test_check_leaves_everything_as_it_was():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Dropout(), nn.Flatten())
-    queue = GradQueue(model, n_clusters=2, features="0")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    queue.attach(optimizer)
-    model[0].weight.grad = torch.ones_like(model[0].weight)
-    batch = torch.randn(6, 3, 5)
-    before, random, digest = model.state_dict(), torch.get_rng_state(), queue.digest()
-    before = {name: value.clone() for name, value in before.items()}
-    frozen = model[1].bias.requires_grad_(False)
-    shown = queue.check(batch)
-    assert [row.how for row in shown.rows] == [
-        "clusters (Conv1d)", "clusters (Conv1d)", "clusters (BatchNorm1d)", "frozen"
-    ]  # fmt: skip
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model[0].weight.grad.eq(1).all()
-    assert frozen.grad is None
-    assert queue.digest() == digest
-    assert queue.labels_ is None
-    assert torch.equal(random, torch.get_rng_state())
-    # BatchNorm1d runs no training step in it: what is queued is the next batch alone.
-    optimizer.zero_grad()
-    model(torch.randn(6, 3, 5)).square().mean().backward()
-    optimizer.step()
-    assert {int(count) for count in queue.state_dict()["queued"].values()} == {1}
-
-
-def test_check_refuses_in_one_message_before_training():
-    class Bypassed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.features, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x):
-            penalty = sum(param.square().mean() for param in self.parameters())
-            return self.head(self.features(x)) + penalty
-
-    queue = GradQueue(Bypassed(), n_clusters=2, features="features", strict=True)
-    with pytest.raises(RuntimeError, match=r"(?s)features\.weight: whole.*head\.bias: whole"):
-        queue.check({"x": torch.randn(6, 3)})
-    assert "forward" not in vars(queue._clusters.model)
-    with pytest.raises(ValueError, match="n_clusters"):
-        GradQueue(nn.Linear(2, 2)).check(torch.ones(3, 2))
-
-
 def test_a_registered_class_runs_again_or_is_like_a_layer():
     class Scaled(nn.Linear):
         def forward(self, input):
@@ -411,27 +364,6 @@ def test_a_registered_class_runs_again_or_is_like_a_layer():
         gq_triton.register_layer(Own, like=nn.Dropout)
     with pytest.raises(TypeError, match=r"a subclass of torch\.nn\.Module"):
         gq_triton.register_layer(model)
-
-
-def test_the_graph_tells_whether_rows_are_those_of_the_samples():
-    samples, linear = 3, nn.Linear(6, 6)
-    images = linear(torch.randn(samples, 8, 8, 6))
-    windows = images.view(samples, 2, 4, 2, 4, 6).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 6)
-    rows = images.reshape(-1, 6)
-    # As many positions as samples: only the layer before tells which is which.
-    square = linear(torch.randn(samples, samples, 6))
-    layer = {(square.grad_fn, 0)}
-    assert in_order(square.relu().reshape(-1, 6), samples, layer)
-    assert in_order(square.transpose(0, 1).transpose(0, 1), samples, layer)
-    assert not in_order(square.transpose(0, 1), samples, layer)
-    for ordered in (windows, linear(windows).unbind(1)[0], rows.relu() * 2 + rows,
-                    torch.roll(images, 1, 2).reshape(-1, 6)):  # fmt: skip
-        assert in_order(ordered, samples, set())
-    for mixed in (rows[torch.randperm(len(rows))], images.flatten(1, 2).transpose(0, 1)[:6],
-                  torch.randn(192, 192) @ rows, torch.roll(rows, 1, 0), rows.flip(0),
-                  images.mean((1, 2)).expand(6, samples, 6), square.transpose(0, 1).reshape(-1, 6),
-                  rows.cumsum(0), rows.detach()):  # fmt: skip
-        assert not in_order(mixed, samples, set())
 
 
 def test_a_forward_pass_may_call_the_model():

@@ -162,3 +162,24 @@ def test_other_orders_are_not_believed():
     ]  # fmt: skip
     for number, tensor in enumerate(mixed):
         assert order(tensor) == "", number
+
+
+def test_the_graph_tells_whether_rows_are_those_of_the_samples():
+    samples, linear = 3, nn.Linear(6, 6)
+    images = linear(torch.randn(samples, 8, 8, 6))
+    windows = images.view(samples, 2, 4, 2, 4, 6).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, 6)
+    rows = images.reshape(-1, 6)
+    # As many positions as samples: only the layer before tells which is which.
+    square = linear(torch.randn(samples, samples, 6))
+    layer = {(square.grad_fn, 0)}
+    assert in_order(square.relu().reshape(-1, 6), samples, layer)
+    assert in_order(square.transpose(0, 1).transpose(0, 1), samples, layer)
+    assert not in_order(square.transpose(0, 1), samples, layer)
+    for ordered in (windows, linear(windows).unbind(1)[0], rows.relu() * 2 + rows,
+                    torch.roll(images, 1, 2).reshape(-1, 6)):  # fmt: skip
+        assert in_order(ordered, samples, set())
+    for mixed in (rows[torch.randperm(len(rows))], images.flatten(1, 2).transpose(0, 1)[:6],
+                  torch.randn(192, 192) @ rows, torch.roll(rows, 1, 0), rows.flip(0),
+                  images.mean((1, 2)).expand(6, samples, 6), square.transpose(0, 1).reshape(-1, 6),
+                  rows.cumsum(0), rows.detach()):  # fmt: skip
+        assert not in_order(mixed, samples, set())
