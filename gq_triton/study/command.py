@@ -122,7 +122,7 @@ def _add_option(group: Any, option: Any) -> None:
     }
     default = option.default
     shown = ""
-    if option.type == tuple[float, ...]:
+    if option.type in (tuple[float, ...], tuple[int, ...]) and default:
         shown = f" (default: {' '.join(f'{value:g}' for value in default)})"
     elif option.name == "controls":
         shown = " (default: all)"
@@ -130,7 +130,7 @@ def _add_option(group: Any, option: Any) -> None:
         shown = f" (default: {default})"
     text = option.metadata["help"] + shown
     how = kinds[option.type]
-    if option.name.startswith("lr"):
+    if option.name.startswith("lr") or option.name == "rho":
         how |= {"nargs": 2, "metavar": ("LOW", "HIGH")}
     names = [flag, "--task"] if option.name == "tasks" else [flag]
     group.add_argument(*names, dest=option.name, default=argparse.SUPPRESS, help=text, **how)

@@ -54,6 +54,13 @@ STUDY_TASKS: dict[str, StudyTask] = {
         chance=0.1,
         target=0.8,
     ),
+    "digits-bursts": StudyTask(
+        rare_digits.load_bursts,
+        "the digits with 3 classes that come in every 20th batch only, 64-64-10 net",
+        score="balanced_accuracy",
+        chance=0.1,
+        target=0.8,
+    ),
     "digits-hidden": StudyTask(
         rare_digits.load_hidden,
         "the digits with 5 % of every class mirrored and inverted, 64-64-10 net",

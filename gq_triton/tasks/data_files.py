@@ -4,6 +4,8 @@ import gzip
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -58,8 +60,7 @@ def load_mnist(seed: int, data: Path | None = None) -> ScoredTask:
         MissingData: a file is not there or not of that format.
     """
     folder = _folder(data, "mnist", "mnist", "https://ossci-datasets.s3.amazonaws.com/mnist")
-    train, test = _idx_pairs(folder)
-    return _vision(train, test, _conv_net(1, 7))
+    return replace(_idx_task(folder), model=_conv_net(1, 7))
 
 
 def load_fashion_mnist(seed: int, data: Path | None = None) -> ScoredTask:
@@ -75,15 +76,25 @@ def load_fashion_mnist(seed: int, data: Path | None = None) -> ScoredTask:
     places = [] if data is None else [data / "fashion-mnist", data.resolve()]
     for folder in [*(place for place in places if place.name == "fashion-mnist"), _DEBIAN]:
         if _holds_files(folder):
-            train, test = _idx_pairs(folder)
-            return _vision(train, test, _mlp)
+            return replace(_idx_task(folder), model=_mlp)
     raise _missing(data, "fashion-mnist", "fashion-mnist", source)
 
 
-def _idx_pairs(folder: Path) -> tuple[Pair, Pair]:
-    """Return images ``(N, 1, 28, 28)`` in [-1, 1] and labels, for training and for test."""
+def _idx_task(folder: Path) -> ScoredTask:
+    """Return the task of images ``(N, 1, 28, 28)`` in [-1, 1]; its model is of no importance.
+
+    It is kept until the files change: reading them takes longer than many a trial.
+    """
+    known = [path for path in sorted(folder.iterdir()) if path.name.removesuffix(".gz") in _MNIST]
+    stamps = [(path.name, status.st_size, status.st_mtime_ns)
+              for path in known for status in [path.stat()]]  # fmt: skip
+    return _read_idx(folder, tuple(stamps))
+
+
+@lru_cache(maxsize=1)
+def _read_idx(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> ScoredTask:
     images, labels, test_images, test_labels = (_idx_file(folder / name) for name in _MNIST)
-    return _pixels(images, labels), _pixels(test_images, test_labels)
+    return _vision(_pixels(images, labels), _pixels(test_images, test_labels), _mlp)
 
 
 def _pixels(images: Tensor, labels: Tensor) -> Pair:

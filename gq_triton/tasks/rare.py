@@ -1,16 +1,20 @@
-"""Something rare in the training data of a task: rare classes, or a rare way of drawing."""
+"""Something rare in the training data of a task: rare classes, a rare way of drawing, bursts."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from gq_triton.tasks.scored import ScoredTask
+from gq_triton.tasks.task import batch_stream
 
-__all__ = ["hidden", "longtail"]
+__all__ = ["BURST_EVERY", "bursts", "hidden", "longtail"]
 
 Pair = tuple[Tensor, Tensor]
 
+BURST_EVERY = 20  # batches from one burst to the next: more than any queue of the paper holds
 _RARE_CLASSES = 3
 _HIDDEN = 0.05  # share of every class that is drawn differently
 
@@ -28,13 +32,36 @@ def longtail(task: ScoredTask, seed: int, kept: int) -> ScoredTask:
     """
     images, labels = task.train
     generator = torch.Generator().manual_seed(seed)
-    rare = torch.randperm(_classes(labels), generator=generator)[:_RARE_CLASSES]
+    rare = _rare_classes(labels, generator)
     keep = ~torch.isin(labels, rare)
     for value in rare.tolist():
         members = (labels == value).nonzero()[:, 0]
         chosen = torch.randperm(len(members), generator=generator)[:kept]
         keep[members[chosen]] = True
     return replace(task, train=(images[keep], labels[keep]))
+
+
+def bursts(task: ScoredTask, seed: int) -> ScoredTask:
+    """Return the task with 3 classes that come in every 20th batch only, as often as others there.
+
+    Nothing is left out of the data; what the classes have to teach is sparse in time. The seed
+    chooses the classes. In validation and test data no class is rare.
+
+    Args:
+        task: a task with classes as labels, from 0.
+        seed: seed of the choice.
+    """
+    labels = task.train[1]
+    rare = _rare_classes(labels, torch.Generator().manual_seed(seed))
+    usual = (~torch.isin(labels, rare)).nonzero()[:, 0]
+
+    def order(samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+        without = batch_stream(len(usual), batch_size, seed)
+        every = batch_stream(samples, batch_size, seed)
+        for step in count(1):
+            yield next(every) if step % BURST_EVERY == 0 else usual[next(without)]
+
+    return replace(task, order=order)
 
 
 def hidden(task: ScoredTask, seed: int) -> ScoredTask:
@@ -68,6 +95,10 @@ def hidden(task: ScoredTask, seed: int) -> ScoredTask:
 
 def _classes(labels: Tensor) -> int:
     return int(labels.max()) + 1
+
+
+def _rare_classes(labels: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randperm(_classes(labels), generator=generator)[:_RARE_CLASSES]
 
 
 def _redraw(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The handwritten digits of a study: as they are, with rare classes, or with a hidden minority."""
+"""The handwritten digits of a study: as they are, or with something rare."""
 
 from collections import OrderedDict
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gq_triton.tasks import digits, rare
 from gq_triton.tasks.scored import ScoredTask
 
-__all__ = ["load_hidden", "load_longtail", "load_plain"]
+__all__ = ["load_bursts", "load_hidden", "load_longtail", "load_plain"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -34,6 +34,11 @@ def load_plain(seed: int, data: Path | None = None) -> ScoredTask:
 def load_longtail(seed: int, data: Path | None = None) -> ScoredTask:
     """Return the digits with 6 samples left of each of 3 classes, as ``rare.longtail`` says."""
     return rare.longtail(_with_mlp(seed), seed, _KEPT)
+
+
+def load_bursts(seed: int, data: Path | None = None) -> ScoredTask:
+    """Return the digits with 3 classes that come in bursts, as ``rare.bursts`` says."""
+    return rare.bursts(_with_mlp(seed), seed)
 
 
 def load_hidden(seed: int, data: Path | None = None) -> ScoredTask:

@@ -1,6 +1,6 @@
 """The tasks of studies: three sets of data, losses per sample, and scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gq_triton.tasks.task import Task
+from gq_triton.tasks.task import Task, batch_stream
 
 __all__ = ["Measures", "MissingData", "ScoredTask", "StudyTask", "measure", "sample_losses"]
 
@@ -82,6 +82,8 @@ class ScoredTask(Task):
             worst group; training does not use them.
         losses: function that returns the loss of every sample, from outputs and labels.
         measure: function that returns ``loss`` and the scores of a set of samples.
+        order: function that yields the indices of every batch, from the number of samples, the
+            batch size and the seed.
     """
 
     validation: tuple[Tensor, Tensor]
@@ -89,6 +91,7 @@ class ScoredTask(Task):
     groups: tuple[Tensor, Tensor] | None = None
     losses: Callable[[Tensor, Tensor], Tensor] = sample_losses
     measure: Callable[[Tensor, Tensor, Tensor | None], Measures] = measure
+    order: Callable[[int, int, int], Iterator[Tensor]] = batch_stream
 
     def to(self, device: torch.device) -> "ScoredTask":
         """Return the task with its data on a device."""

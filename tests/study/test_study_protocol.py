@@ -119,7 +119,7 @@ def test_a_target_that_is_lost_again_was_not_reached(monkeypatch):
 
 
 def test_every_arm_has_the_same_budget_and_the_same_learning_rates():
-    space = Space((1e-3, 3.0), (0.5, 0.7, 0.8, 0.9, 0.95), (0.0, 0.15))
+    space = Space((1e-3, 3.0), (0.5, 0.7, 0.8, 0.9, 0.95), (0.0, 0.15), (1.5, 6.0), (3, 4, 5))
     tried = {arm: candidates(ARMS[arm].tuned, space, 8) for arm in ("sgdm", "gq-sgdm")}
     rates = {arm: [settings["lr"] for settings in some] for arm, some in tried.items()}
     for name in ("lr", "beta1", "warmup"):
@@ -133,6 +133,9 @@ def test_every_arm_has_the_same_budget_and_the_same_learning_rates():
         assert eighth == pytest.approx(number + 0.5, abs=1e-3)  # rates have 4 digits
     assert {settings["queue_length"] for settings in tried["gq-sgdm"]} == {3, 4, 5}
     assert all(1.5 <= settings["rho"] <= 6 for settings in tried["gq-sgdm"])
+    fixed = StudyConfig.of(OPTIONS | {"rho": [10, 10], "queue_length": [2]})
+    laws = [one.law for cell in cells(fixed) for (one, *_) in cell.tuning if cell.arm.law.queued]
+    assert {(law.rho, law.queue_length) for law in laws} == {(10.0, 2)}
 
 
 def test_the_edge_of_the_space_is_noticed():
@@ -327,6 +330,10 @@ def test_the_learning_rate_rises_and_falls():
         ({"beta1": [0.9, 1.0]}, "--beta1 must be numbers, 0 < VALUE < 1, got 0.9, 1.0"),
         ({"beta1": [0.9, 0.9]}, "--beta1 names one value twice"),
         ({"beta1": []}, "--beta1 needs at least one value"),
+        ({"rho": [3.0, 2.0]}, "--rho must be two numbers, 1 < LOW <= HIGH, got 3.0, 2.0"),
+        ({"rho": [1.0, 2.0]}, "--rho must be two numbers"),
+        ({"queue_length": [1]}, "--queue-length must be a whole number >= 2, got 1"),
+        ({"queue_length": []}, "--queue-length needs at least one value"),
         ({"warmup": [-0.1]}, "--warmup must be numbers, 0 <= VALUE < 1, got -0.1"),
         ({"controls": ["placebo"]}, "no 'placebo'"),
         ({"targets": {"nothing": 1.0}}, "no 'nothing'"),

@@ -77,6 +77,18 @@ def test_the_long_tail_keeps_six_of_three_classes_and_the_seed_chooses_them():
     assert len(tails) > 1
 
 
+def test_bursts_bring_three_classes_in_every_twentieth_batch():
+    task = STUDY_TASKS["digits-bursts"].load(1, None)
+    labels = task.train[1]
+    order = task.order(len(labels), 64, 1)
+    drawn = [torch.bincount(labels[next(order)], minlength=10) for _ in range(40)]
+    rare = torch.stack(drawn[:19]).sum(dim=0) == 0
+    assert rare.sum() == 3
+    assert [bool(counts[rare].sum()) for counts in drawn] == [n % 20 == 19 for n in range(40)]
+    assert drawn[19][rare].min() > 0
+    assert torch.bincount(task.test[1]).min() > 30
+
+
 def test_hidden_digits_are_a_twentieth_of_every_class():
     plain = STUDY_TASKS["digits"].load(0, None)
     hidden = STUDY_TASKS["digits-hidden"].load(0, None)
@@ -152,6 +164,7 @@ def test_mnist_is_read_from_idx_files_packed_or_not(tmp_path):
     assert task.validation[1].tolist() == [9, 9]
     torch.testing.assert_close(task.test[0][:, 0], images / 127.5 - 1)
     assert task.model()(task.test[0]).shape == (20, 10)
+    assert STUDY_TASKS["mnist"].load(1, tmp_path).train[0] is task.train[0]  # not read again
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(labels)[:-1])
     with pytest.raises(MissingData, match="holds 19 values, its header says"):
         STUDY_TASKS["mnist"].load(0, tmp_path)

@@ -82,6 +82,12 @@ class StudyConfig:
         "lengths of the warm-up that every arm is tuned over, as shares of the steps",
         before=[0.0],
     )
+    rho: tuple[float, ...] = _option(
+        (1.5, 6.0), "lowest and highest rho tried by Grad Queue arms; twice the same: fixed"
+    )
+    queue_length: tuple[int, ...] = _option(
+        (3, 4, 5), "queue lengths that Grad Queue arms are tuned over; the paper has 3 to 5"
+    )
     nproc_per_trial: int = _option(
         1,
         "processes that share each batch of a trial, under torchrun, with Grad Queue in the DDP "
@@ -120,6 +126,8 @@ class StudyConfig:
             _check_whole(name, getattr(self, name), least)
         for size in self.batch_sizes:
             _check_whole("batch_sizes", size, 1)
+        for length in self.queue_length:
+            _check_whole("queue_length", length, 2)
         self._check_seeds()
         self._check_ranks()
         if self.schedule not in SCHEDULES:
@@ -128,7 +136,7 @@ class StudyConfig:
             raise Refusal(f"--device must be one of {_list(DEVICES)}, got {self.device!r}")
         for name in ("lr_sgd", "lr_adam"):
             _check_range(name, getattr(self, name))
-        self._check_momentum()
+        self._check_settings()
         check_command(self)
         _check_names("targets", tuple(self.targets), known_tasks)
         for task, value in self.targets.items():
@@ -136,7 +144,7 @@ class StudyConfig:
                 raise Refusal(f"--target {task} must be a number, got {value!r}")
 
     def _check_lists(self) -> None:
-        for name in ("tasks", "arms", "batch_sizes", "beta1", "warmup"):
+        for name in ("tasks", "arms", "batch_sizes", "beta1", "warmup", "queue_length"):
             if not getattr(self, name):
                 raise Refusal(f"--{flag(name)} needs at least one value")
             if len(set(getattr(self, name))) < len(getattr(self, name)):
@@ -149,7 +157,9 @@ class StudyConfig:
                 f"seeds begin, got {self.first_seed} and {self.seeds}"
             )
 
-    def _check_momentum(self) -> None:
+    def _check_settings(self) -> None:
+        if len(self.rho) != 2 or not 1 < self.rho[0] <= self.rho[1] < math.inf:
+            raise Refusal(f"--rho must be two numbers, 1 < LOW <= HIGH, got {_list(self.rho)}")
         # Nesterov's momentum must not be 0.
         if not all(0 < value < 1 for value in self.beta1):
             raise Refusal(f"--beta1 must be numbers, 0 < VALUE < 1, got {_list(self.beta1)}")
@@ -193,6 +203,12 @@ class StudyConfig:
     def lr_range(self, family: str) -> tuple[float, float]:
         """Return the range of learning rates of ``"sgd"`` or ``"adam"``."""
         low, high = self.lr_sgd if family == "sgd" else self.lr_adam
+        return low, high
+
+    @property
+    def rho_range(self) -> tuple[float, float]:
+        """The range of rho."""
+        low, high = self.rho
         return low, high
 
     @classmethod

@@ -72,7 +72,13 @@ class Cell:
     def candidates(self) -> list[Settings]:
         """The settings that tuning tries."""
         config = self.config
-        space = Space(config.lr_range(self.arm.family), config.beta1, config.warmup)
+        space = Space(
+            lr=config.lr_range(self.arm.family),
+            beta1=config.beta1,
+            warmup=config.warmup,
+            rho=config.rho_range,
+            queue_length=config.queue_length,
+        )
         return candidates(self.arm.tuned, space, config.trials)
 
     @cached_property

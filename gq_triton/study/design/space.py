@@ -10,8 +10,6 @@ __all__ = ["Settings", "Space", "at_edge", "candidates"]
 
 Settings = dict[str, float]
 
-_RHO = 1.5, 6.0
-_LENGTHS = 3, 4, 5  # the paper: "3 to 5 queue length good enough"
 # The columns of the sequence. One that is added at the end leaves the others as they are.
 _COLUMNS = "lr", "rho", "queue_length", "beta1", "warmup"
 _CONTINUOUS = "lr", "rho"
@@ -27,11 +25,15 @@ class Space:
         lr: lowest and highest learning rate, tried on a logarithmic scale.
         beta1: the values tried; with SGD of the momentum.
         warmup: the shares of the steps tried.
+        rho: lowest and highest rho, tried on a logarithmic scale.
+        queue_length: the lengths tried.
     """
 
     lr: tuple[float, float]
     beta1: tuple[float, ...]
     warmup: tuple[float, ...]
+    rho: tuple[float, float]
+    queue_length: tuple[int, ...]
 
 
 def candidates(names: Sequence[str], space: Space, trials: int) -> list[Settings]:
@@ -57,10 +59,9 @@ def candidates(names: Sequence[str], space: Space, trials: int) -> list[Settings
 
 def _at(name: str, share: float, space: Space) -> float:
     if name not in _CONTINUOUS:
-        listed = {"queue_length": _LENGTHS, "beta1": space.beta1, "warmup": space.warmup}
-        values = listed[name]
+        values = getattr(space, name)
         return values[min(int(share * len(values)), len(values) - 1)]
-    low, high = space.lr if name == "lr" else _RHO
+    low, high = space.lr if name == "lr" else space.rho
     value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
     return float(f"{value:.4g}")
 
@@ -69,7 +70,7 @@ def at_edge(best: Mapping[str, float], tried: Sequence[Mapping[str, float]]) -> 
     """Return the settings of the best trial beyond which no trial went, as ``"lr low"``.
 
     A better value may lie beyond them. The queue's length has no edge, since its values are those
-    of the paper, and neither has the warm-up.
+    of the paper or the question of the study, and neither has the warm-up.
     """
     found = []
     for name in best:

@@ -13,7 +13,7 @@ from gq_triton.study.design.trial import EVALUATE, SERIES, Record, Trial
 from gq_triton.study.trials.backward import Backward, build_backward
 from gq_triton.study.trials.environment import environment
 from gq_triton.study.trials.optimizers import OPTIMIZERS
-from gq_triton.tasks import ScoredTask, batch_stream, study_task
+from gq_triton.tasks import ScoredTask, study_task
 
 __all__ = ["TrainingRun", "learning_rate", "run_trial"]
 
@@ -69,7 +69,7 @@ class TrainingRun:
         return Record(self.trial, self._result(), self._timing(), environment(self.device))
 
     def _train(self) -> None:
-        order = batch_stream(len(self.task.train[1]), self.trial.batch_size, self.trial.seed)
+        order = self.task.order(len(self.task.train[1]), self.trial.batch_size, self.trial.seed)
         # Dropout draws the same numbers, however many the initial weights took.
         torch.manual_seed(self.trial.seed)
         for step in range(1, self.trial.steps + 1):

@@ -17,7 +17,7 @@ import torch
 from gq_triton.commands.files import whole_file
 from gq_triton.commands.refusal import Parser, Refusal
 from gq_triton.extras import how_to_install
-from gq_triton.tasks import STUDY_TASKS, MissingData, batch_stream, sample_losses
+from gq_triton.tasks import STUDY_TASKS, MissingData, sample_losses
 from gq_triton.variance.noise.meter import NoiseScale
 from gq_triton.variance.noise.picture import draw
 from gq_triton.variance.noise.predict import CONSTANT
@@ -158,7 +158,7 @@ def _run_task(given: argparse.Namespace) -> int:
     )
     features = task.features if given.features == "" else given.features
     meter = _meter(given, model, given.every or 1, features=features, optimizer=optimizer)
-    order = batch_stream(len(labels), given.batch_size, given.seed)
+    order = task.order(len(labels), given.batch_size, given.seed)
     with _progress(given.steps) as advance:
         for step in range(1, given.steps + 1):
             chosen = next(order)

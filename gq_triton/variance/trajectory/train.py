@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gq_triton.commands.files import whole_file
 from gq_triton.sampling import GradientClustering
 from gq_triton.saved.files import DAMAGE, load_checked
-from gq_triton.tasks import STUDY_TASKS, ScoredTask, batch_stream, flaws, sample_losses
+from gq_triton.tasks import STUDY_TASKS, ScoredTask, flaws, sample_losses
 from gq_triton.tasks.random_features import random_features
 from gq_triton.variance.anchored import SVRG, AnchoredBatches
 from gq_triton.variance.estimators import (
@@ -66,7 +66,7 @@ class Training:
         self.trajectory, self.plan = trajectory, trajectory.plan
         self.device = torch.device(self.plan.device)
         inputs, labels = (t.to(self.device) for t in task.train)
-        self.data = TensorDataset(inputs, labels)
+        self.data, self.order = TensorDataset(inputs, labels), task.order
         torch.manual_seed(trajectory.seed)
         self.model = task.model().to(self.device)  # drawn on the CPU: the same weights everywhere
         self.optimizer = torch.optim.SGD(
@@ -107,7 +107,7 @@ class Training:
         if self.step == 0:
             # What the model draws in training does not depend on how many its weights took.
             torch.manual_seed(self.trajectory.seed)
-        order = batch_stream(samples, plan.batch_size, self.trajectory.seed)
+        order = self.order(samples, plan.batch_size, self.trajectory.seed)
         saved = time.monotonic()
         for indices in itertools.islice(order, self.step, plan.steps):
             if not self._train(indices) or (measures and not self._watch()):
