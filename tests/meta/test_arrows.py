@@ -110,6 +110,10 @@ MAY = {
         "tasks",
         "variance",
         "variance.noise",
+        "study.design",
+        "study.run",
+        "study.report",
+        "study.trials",
     }
     | DOORS
     | BELOW,
