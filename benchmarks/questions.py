@@ -57,13 +57,13 @@ PLACES: dict[str, dict[str, Any]] = {
     "digits-longtail": {"batch_sizes": [64], "steps": 100, "lr_sgd": [0.01, 3.0]},
 }
 COMMON: dict[str, Any] = {
-    "arms": ["sgdm", "gq-sgdm"], "trials": 16, "tuning_seeds": 2, "seeds": 20, "first_seed": 200,
+    "arms": ["sgdm", "gq-sgdm"], "trials": 16, "tuning_seeds": 2, "seeds": 12, "first_seed": 200,
     "eval_every": 100, "controls": [],
 }  # fmt: skip
 
-# Clusters of the digits' pixels, of the hidden layer before and after its ReLU, of the logits; and
-# of the gradient of the loss in the logits.
-LAYERS = "pixels", "hidden", "relu", "logits"
+# Clusters of the digits' pixels, of the hidden layer before its ReLU, of the logits; and of the
+# gradient of the loss in the logits.
+LAYERS = "pixels", "hidden", "logits"
 CLUSTERED: dict[str, Any] = {
     "batch_sizes": [256], "optimal_batch": 32, "controls": ["random-clusters"],
 }  # fmt: skip

@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", type=Path, metavar="DIR", help="folder of a finished study")
     parser.add_argument("--data", type=Path, help="folder with the files of the task")
+    parser.add_argument("--arms", nargs="+", help="some of the study's; default: all")
     parser.add_argument("--batch-size", type=int, help="of these runs; default: the study's first")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(argv)
@@ -114,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for cell in cells(config):
         choice = cell.choice(store)
-        if cell.batch_size != size or choice is None:
+        wanted = cell.batch_size == size and cell.arm.name in (given.arms or config.arms)
+        if choice is None or not wanted:
             continue
         rows += [row(cell, trial, given.data) for trial in cell.evaluation(choice)]
         mine = [one for one in rows if one["arm"] == cell.arm.name]

@@ -55,10 +55,6 @@ def hidden() -> Longtail:
     return Longtail("hidden")
 
 
-def relu() -> Longtail:
-    return Longtail("relu")
-
-
 def logits() -> Longtail:
     return Longtail("head")
 
