@@ -15,7 +15,8 @@ KEPT = DOCS / "study"
 
 
 def test_every_picture_that_is_kept_is_shown_and_every_one_shown_is_kept():
-    shown = set(re.findall(r"\]\((study/\S+\.png)\)", (DOCS / "study.md").read_text()))
+    pages = "".join((DOCS / name).read_text() for name in ("study.md", "questions.md"))
+    shown = set(re.findall(r"\]\((study/\S+\.png)\)", pages))
     assert shown == {path.relative_to(DOCS).as_posix() for path in KEPT.rglob("*.png")}
 
 
