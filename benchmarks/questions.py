@@ -78,9 +78,9 @@ def _by_layer(layer: str) -> dict[str, Any]:
 
 QUESTIONS = {
     "queue-length": Question(
-        "queue length L", (2, 3, 5, 8, 16, 32), lambda one: {"queue_length": [one]}, [*PLACES]
+        "queue length L", (2, 4, 10, 32), lambda one: {"queue_length": [one]}, [*PLACES]
     ),
-    "rho": Question("rho", (1.1, 1.5, 3, 10, 30, 100), lambda one: {"rho": [one, one]}, [*PLACES]),
+    "rho": Question("rho", (1.1, 3, 10, 100), lambda one: {"rho": [one, one]}, [*PLACES]),
     "features": Question(
         "what is clustered", (*LAYERS, "gradient"), _by_layer, ["digits-longtail"]
     ),
