@@ -255,7 +255,8 @@ def test_every_option_of_a_study_stands_in_the_command_that_repeats_it():
         "tasks": ["lines-disc", "digits"], "arms": ["sgdm"], "batch_sizes": [4, 8], "trials": 9,
         "tuning_seeds": 4, "seeds": 11, "first_seed": 5, "steps": 7, "schedule": "constant",
         "eval_every": 2, "controls": [], "optimal_batch": 3, "lr_sgd": [0.01, 0.02],
-        "lr_adam": [0.1, 0.25], "beta1": [0.9], "warmup": [0.0, 0.1], "nproc_per_trial": 2,
+        "lr_adam": [0.1, 0.25], "beta1": [0.9], "warmup": [0.0, 0.1], "rho": [2.0, 2.0],
+        "queue_length": [7], "nproc_per_trial": 2,
         "device": "cuda", "targets": {"digits": 0.5},
     }  # fmt: skip
     config = StudyConfig.of(options)
