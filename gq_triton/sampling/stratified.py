@@ -28,7 +28,8 @@ class StratifiedBatchSampler(Sampler[list[int]]):
     cluster with ``N_k`` members counts ``M N_k / N`` in the loss (``weights``): the gradient of the
     weighted losses' mean is then unbiased for any batch size, and for ``B = M`` it is the paper's
     estimator (equation 1), whose variance is ``sum_k N_k^2 V_k / N^2`` (proposition 3.1) with
-    ``V_k`` the variance within a cluster.
+    ``V_k`` the variance within a cluster. A batch comes in the order of its clusters, so a part of
+    it is no random part: shuffle batches that you cut for a model with batch norm.
 
     *Several processes.* W ranks with batches of B draw what one process with batches of ``W * B``
     would: disjoint parts of one sequence. Give every rank a generator with the same seed.
@@ -107,7 +108,9 @@ class StratifiedBatchSampler(Sampler[list[int]]):
             first = ((self._before + self._given) * self.num_replicas + self.rank) * size
             batch = self._tape.read(first, first + size)
             self._given += 1
-            yield batch
+            # The loss is a sum over the batch, in any order; layers that add up by cluster need not
+            # sort one that comes sorted.
+            yield batch[self._cluster[batch].argsort(stable=True)].tolist()
         self._begun = False
 
     def weights(self, indices: Tensor | Sequence[int]) -> Tensor:

@@ -45,16 +45,15 @@ class Tape:
         self._shuffled = self._members.clone()
         self._number, self._block = -1, torch.empty(0, dtype=torch.int64)
 
-    def read(self, first: int, end: int) -> list[int]:
+    def read(self, first: int, end: int) -> Tensor:
         """Return the samples at places ``first`` to ``end - 1`` of the sequence."""
         length = self._rounds * len(self._sizes)
-        found: list[int] = []
+        found: list[Tensor] = []
         while first < end:
             number, begin = divmod(first, length)
-            part = self._of(number)[begin : begin + end - first].tolist()
-            found += part
-            first += len(part)
-        return found
+            found.append(self._of(number)[begin : begin + end - first])
+            first += len(found[-1])
+        return torch.cat(found)
 
     def _of(self, number: int) -> Tensor:
         """Return a block, ``(R * M,)``."""

@@ -3,11 +3,13 @@
 """Clusters that the loader brings with the batch, against one backward pass per cluster."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from cluster_cases import GPT, MLP, Judge, ResNet, cluster_means
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gq_triton import GradQueue, reference
 from gq_triton.grouping import Groups
@@ -146,6 +148,37 @@ def test_strata_of_gradients_are_the_clusters_of_the_law():
             shares = torch.tensor(counts, dtype=F64) / sum(counts)
             rings[name].push(torch.tensordot(shares, means[name], dims=1))
         optimizer.step()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of torch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_stratified_batch_needs_no_copy_in_the_order_of_its_clusters():
+    """The same samples in another order take one copy more for each factor of a layer."""
+    inputs = torch.randn(60, 6, dtype=F64)
+    labels = torch.arange(60) % 4
+    batch = torch.tensor(next(iter(StratifiedBatchSampler(labels, batch_size=12))))
+    counts, grads = [], []
+    for indices in (batch, batch.flip(0)):
+        queue, model, _ = small(n_clusters=4)
+        queue.set_labels(labels[indices])
+        loss = square(model, inputs[indices]).mean()
+        with Calls() as calls:
+            loss.backward()
+        counts.append(calls.counts)
+        grads.append([p.grad for p in model.parameters()])
+    assert counts[0]["index_select"] < counts[1]["index_select"]
+    assert sum(counts[0].values()) < sum(counts[1].values())
+    torch.testing.assert_close(*grads)
 
 
 def test_a_fit_of_clusters_in_gradient_space_is_no_training():

@@ -98,8 +98,9 @@ def test_tgc08_weights_are_unbiased_for_any_batch_size(batch_size):
     """Every sample is drawn 1 / (M N_k) of the time, so the weighted mean is the dataset's."""
     sampler = sampler_of(batch_size)
     gradients = gradients_of(10)
-    # 30 draws per cluster are whole passes of 3, 5 and 2 samples: no chance is left
-    seen = list(itertools.islice((i for _ in iter(int, 1) for b in sampler for i in b), 90))
+    # 420 draws per cluster are whole passes of 3, 5 and 2 samples, in whole batches: no chance is
+    # left.
+    seen = list(itertools.islice((i for _ in iter(int, 1) for b in sampler for i in b), 1260))
     weighted = sampler.weights(seen).double()[:, None] * gradients[seen]
     torch.testing.assert_close(weighted.mean(0), gradients.mean(0), rtol=1e-6, atol=1e-8)
     assert sampler.weights([0, 1, 4]).tolist() == pytest.approx([0.9, 1.5, 0.6])
@@ -130,8 +131,8 @@ def test_every_sample_is_as_likely_in_every_draw_of_the_first_round():
 
 
 def test_tgc09_every_cluster_comes_once_in_m_draws_and_every_member_once_in_a_pass():
-    sampler, labels = sampler_of(4), torch.tensor(LABELS)
-    seen = torch.tensor(draws(sampler, 100))
+    sampler, labels = sampler_of(1), torch.tensor(LABELS)  # of larger batches the order is gone
+    seen = torch.tensor(draws(sampler, 120))
     assert sampler.n_clusters == 3  # the numbers between have no sample, and are dropped
     rounds = labels[seen].view(-1, 3)
     assert rounds.sort(dim=1).values.unique(dim=0).tolist() == [[0, 3, 7]]
@@ -159,7 +160,14 @@ def test_ranks_share_the_sequence_of_one_process():
     assert len(whole) == len(parts[0]) == 2
     for _ in range(500):
         together = [[*a, *b, *c] for a, b, c in zip(*parts, strict=True)]
-        assert together == list(whole)
+        assert [sorted(batch, key=LABELS.__getitem__) for batch in together] == list(whole)
+
+
+def test_a_batch_comes_in_the_order_of_its_clusters_and_has_the_samples_of_the_sequence():
+    parts, whole = sampler_of(5), draws(sampler_of(1), 1)
+    for number, batch in enumerate(parts):
+        assert [LABELS[i] for i in batch] == sorted(LABELS[i] for i in batch)
+        assert sorted(batch) == sorted(whole[5 * number : 5 * number + 5])
 
 
 def test_the_seed_is_the_generator_s_and_is_drawn_once():
