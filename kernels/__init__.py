@@ -10,6 +10,7 @@ from gq_triton.kernels.combine import combine
 from gq_triton.kernels.combine_all import combine_all
 from gq_triton.kernels.combine_rows import combine_rows
 from gq_triton.kernels.finite import all_finite
+from gq_triton.kernels.gradient_products import gradient_products
 from gq_triton.kernels.group import group
 from gq_triton.kernels.lloyd import lloyd_
 from gq_triton.kernels.push import push_
@@ -29,6 +30,7 @@ __all__ = [
     "convolution_sums",
     "gqadamw_",
     "gqsgd_",
+    "gradient_products",
     "group",
     "lloyd_",
     "position_sums",

@@ -453,6 +453,37 @@ class Engine(Protocol):
         """
         ...
 
+    def gradient_products(
+        self,
+        inputs: Tensor,
+        outputs: Tensor,
+        centre_inputs: Tensor,
+        centre_outputs: Tensor,
+        dots: Tensor,
+        norms: Tensor,
+        *,
+        whole_dots: bool,
+        whole_norms: bool,
+    ) -> None:
+        """Write the products of samples' gradients with centres, and the gradients' squared norms.
+
+        The distances of gradient clustering follow from both. A sample's gradient of a weight is
+        the sum over T positions of outer products, and a centre one of R. Here G is the number of
+        groups of channels, I of inputs, and O of outputs.
+
+        Args:
+            inputs: ``(B, G, T, I)`` at any strides, of any floating type.
+            outputs: ``(B, G, T, O)``, likewise.
+            centre_inputs: ``(K, G, R, I)``, float64 where a factor is, else float32.
+            centre_outputs: ``(K, G, R, O)``, likewise.
+            dots: ``(B, K)`` of any type wide enough; written to.
+            norms: ``(B,)``, likewise.
+            whole_dots: whether products come from the whole gradients (equation 8), else by
+                position (equation 9).
+            whole_norms: the same of the squared norms.
+        """
+        ...
+
     def lloyd_(
         self,
         features: Tensor,

@@ -11,12 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gq_triton.engines import engine
 from gq_triton.sampling.factors import Factors
 
 __all__ = ["Centre", "Sums", "of_samples", "products", "truncated"]
-
-# Elements of the samples' whole gradients that are formed at a time.
-ROOM = 1 << 24
 
 
 class Centre(NamedTuple):
@@ -33,25 +31,25 @@ class Centre(NamedTuple):
         return (left * right).sum((1, 2, 3))
 
 
-def products(found: Factors, centre: Centre) -> tuple[Tensor, Tensor]:
-    """Return ``(B, K)`` products of gradients and centres, and the gradients' ``(B,)`` squares.
+def products(found: Factors, centre: Centre, dots: Tensor, norms: Tensor) -> None:
+    """Write the products of gradients and centres ``(B, K)``, and the gradients' squares ``(B,)``.
 
     Each is computed in the cheaper of two ways: by position (equation 9), or from the samples'
-    whole gradients (equation 8), which are formed for few samples at a time.
+    whole gradients (equation 8). A GPU does all in one or two launches, and nothing waits for it.
+
+    Args:
+        found: the factors of the gradients.
+        centre: the centres.
+        dots: ``(B, K)`` float64; written to.
+        norms: ``(B,)`` float64; written to.
     """
-    batch, groups, positions, inputs = found.inputs.shape
+    positions, inputs = found.inputs.shape[2:]
     outputs, (clusters, _, terms, _) = found.outputs.shape[3], centre.inputs.shape
-    whole_products, whole_squares = cheapest(positions, inputs, outputs, clusters * terms)
-    if not (whole_products or whole_squares):
-        return by_position(found, centre), squares_by_position(found)
-    step = max(1, ROOM // (groups * inputs * outputs))
-    dots, norms = [], []
-    for begin in range(0, batch, step):
-        part = Factors(*(factor[begin : begin + step] for factor in found))
-        gradients = whole(part)
-        dots.append(by_gradient(gradients, centre) if whole_products else by_position(part, centre))
-        norms.append(squares(gradients) if whole_squares else squares_by_position(part))
-    return torch.cat(dots), torch.cat(norms)
+    whole_dots, whole_norms = cheapest(positions, inputs, outputs, clusters * terms)
+    kernels_fit = found.wide != torch.float64
+    engine(found.inputs.device, "auto" if kernels_fit else "torch").gradient_products(
+        *found, *centre, dots, norms, whole_dots=whole_dots, whole_norms=whole_norms
+    )
 
 
 def cheapest(positions: int, inputs: int, outputs: int, centres: int) -> tuple[bool, bool]:
@@ -69,35 +67,6 @@ def cheapest(positions: int, inputs: int, outputs: int, centres: int) -> tuple[b
         return forming * any(choice) + sum(one if taken else other for taken, one, other in both)
 
     return min([(False, False), (False, True), (True, False), (True, True)], key=cost)
-
-
-def whole(found: Factors) -> Tensor:
-    """Return the samples' gradients ``(B, G, O, I)``."""
-    return torch.einsum("bgto,bgti->bgoi", found.outputs, found.inputs)
-
-
-def squares(gradients: Tensor) -> Tensor:
-    """Return the squared norms ``(B,)`` of whole gradients."""
-    return gradients.flatten(1).square().sum(1)
-
-
-def by_gradient(gradients: Tensor, centre: Centre) -> Tensor:
-    """Return ``(B, K)`` products from whole gradients (equation 8)."""
-    halves = torch.einsum("bgoi,kgri->bkgro", gradients, centre.inputs)
-    return torch.einsum("bkgro,kgro->bk", halves, centre.outputs)
-
-
-def by_position(found: Factors, centre: Centre) -> Tensor:
-    """Return ``(B, K)`` products by position (equation 9; equation 5 for one position)."""
-    left = torch.einsum("bgti,kgri->bgtkr", found.inputs, centre.inputs)
-    right = torch.einsum("bgto,kgro->bgtkr", found.outputs, centre.outputs)
-    return left.mul_(right).sum((1, 2, 4))
-
-
-def squares_by_position(found: Factors) -> Tensor:
-    """Return the squared norms ``(B,)`` of gradients by pairs of positions (equation 9)."""
-    left, right = (factor @ factor.mT for factor in found)  # (B, G, T, T)
-    return left.mul_(right).sum((1, 2, 3))
 
 
 class Sums:
@@ -119,19 +88,17 @@ class Sums:
 
     def add(self, found: Factors, labels: Tensor) -> None:
         """Add samples ``(B,)`` with their labels."""
-        members = torch.nn.functional.one_hot(labels, self._clusters).T.to(found.inputs)  # (K, B)
+        clusters = torch.arange(self._clusters, device=labels.device)
+        members = (labels == clusters[:, None]).to(found.wide)  # (K, B)
         if self._rank == 1:
             # The number of positions divides one factor only: the gradient is a sum over them.
-            parts = [found.inputs.mean(2), found.outputs.sum(2)]
+            parts = [found.inputs.mean(2, dtype=found.wide), found.outputs.sum(2, dtype=found.wide)]
             parts = [torch.einsum("kb,bgn->kgn", members, part) for part in parts]
         else:
             picked = [labels == k for k in range(self._clusters)]
-            parts = [torch.stack([
-                torch.einsum("bgto,bgti->goi", found.outputs[own], found.inputs[own])
-                for own in picked
-            ])]  # fmt: skip
+            parts = [torch.stack([_summed(Factors(*(f[own] for f in found))) for own in picked])]
         if self._mean:
-            total = torch.einsum("bgto,bgti->goi", found.outputs, found.inputs).double()
+            total = _summed(found).double()
             self.total = total if self.total is None else self.total + total
         if self.counts is None:
             self.counts, self._parts = members.sum(1), parts
@@ -160,6 +127,12 @@ class Sums:
         return truncated(means[0], self._rank)
 
 
+def _summed(found: Factors) -> Tensor:
+    """Return the sum of the samples' gradients, ``(G, O, I)``."""
+    inputs, outputs = (factor.to(found.wide) for factor in found)
+    return torch.einsum("bgto,bgti->goi", outputs, inputs)
+
+
 def truncated(gradients: Tensor, rank: int) -> Centre:
     """Return the nearest centres of a rank to gradients ``(K, G, O, I)``."""
     left, values, right = torch.linalg.svd(gradients, full_matrices=False)
@@ -169,6 +142,9 @@ def truncated(gradients: Tensor, rank: int) -> Centre:
 
 def of_samples(found: Factors, rank: int) -> Centre:
     """Return samples as centres, ``(B, G, R, ...)``: exact for one position."""
-    one = found.inputs.mean(2, keepdim=True), found.outputs.sum(2, keepdim=True)
+    one = (
+        found.inputs.mean(2, keepdim=True, dtype=found.wide),
+        found.outputs.sum(2, keepdim=True, dtype=found.wide),
+    )
     blank = [torch.zeros_like(factor).expand(-1, -1, rank - 1, -1) for factor in one]
     return Centre(*(torch.cat(pair, dim=2) for pair in zip(one, blank, strict=True)))

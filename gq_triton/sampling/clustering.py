@@ -14,7 +14,7 @@ from gq_triton.sampling.centres import Centre
 from gq_triton.sampling.checks import check_model, count, number, one_of, raise_all
 from gq_triton.sampling.online import followed, revived
 from gq_triton.sampling.partition import ASSIGNMENTS, equal_parts, fill
-from gq_triton.sampling.passes import Passes, check_samples, nobody
+from gq_triton.sampling.passes import Passes, check_finite, check_samples, nobody
 from gq_triton.sampling.progress import progress
 from gq_triton.sampling.ranks import stream
 from gq_triton.sampling.saved import FOUND, clustering_rule
@@ -227,7 +227,8 @@ class GradientClustering:
         if self._sizes is None:
             share = samples / self.n_clusters
             self._sizes = torch.full((self.n_clusters,), share, dtype=torch.float64)
-        distances, _ = self._passes.distances(found)
+        distances, squares = (part.cpu() for part in self._passes.distances(found))
+        check_finite(squares)
         labels = ((self._sizes + 1) * distances).argmin(1)
         moving = followed(self._passes.centres, self._sizes, found, labels, self.beta)
         self._passes.centres, self._sizes = moving

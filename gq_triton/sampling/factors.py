@@ -25,10 +25,19 @@ _OFFERED = 4
 
 
 class Factors(NamedTuple):
-    """The factors of one layer: ``inputs`` A ``(B, G, T, I)``, ``outputs`` D ``(B, G, T, O)``."""
+    """The factors of one layer: ``inputs`` A ``(B, G, T, I)``, ``outputs`` D ``(B, G, T, O)``.
+
+    They have the types that the layer had them in, also half precision.
+    """
 
     inputs: Tensor
     outputs: Tensor
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The type in which they are multiplied: float32, or float64 where one of them is."""
+        both = torch.promote_types(self.inputs.dtype, self.outputs.dtype)
+        return torch.promote_types(both, torch.float32)
 
 
 def layers_of(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -132,8 +141,6 @@ def factors(
 
 
 def _of_call(module: Any, x: Tensor, grad: Tensor) -> Factors:
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    x, grad = x.to(dtype), grad.to(dtype)
     if not isinstance(module, _CONVOLUTIONS):
         shape = len(x), 1, x.shape[1:-1].numel()
         return Factors(x.reshape(*shape, x.shape[-1]), grad.reshape(*shape, grad.shape[-1]))

@@ -32,7 +32,9 @@ class Assigner:
         if self._assignment == "fixed":
             return (self._sizes * distances).argmin(1)
         labels = ((self._sizes + 1) * distances).argmin(1)
-        self._sizes = self._sizes + torch.bincount(labels, minlength=distances.shape[1])
+        clusters = torch.arange(distances.shape[1], device=labels.device)
+        # Without bincount, for which the host would wait on a GPU.
+        self._sizes = self._sizes + (labels[:, None] == clusters).sum(0)
         return labels
 
 

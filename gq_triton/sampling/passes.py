@@ -18,7 +18,7 @@ from gq_triton.sampling.scores import Loss
 from gq_triton.sampling.source import Batches, Source
 from gq_triton.sampling.watch import device_of, run_model, scorer
 
-__all__ = ["Assigned", "Passes", "check_samples", "nobody"]
+__all__ = ["Assigned", "Passes", "check_finite", "check_samples", "nobody"]
 
 
 class Batch(NamedTuple):
@@ -81,6 +81,8 @@ class Passes:
         self.n_clusters, self.assignment, self.rank, self.loss = n_clusters, assignment, rank, loss
         self._split, self._seed = split or split_batch, seed
         self.centres: dict[str, Centre] = {}
+        # The centres whose squared norms are known, and these.
+        self._measured, self._norms = self.centres, dict[str, Tensor]()
         self.seen: Callable[[int], None] = nobody
 
     def factors(self, batch: Any) -> dict[str, Factors]:
@@ -121,26 +123,37 @@ class Passes:
         sizes = torch.full((self.n_clusters,), 1.0, dtype=torch.float64)
         if old is not None:
             sizes = torch.bincount(old, minlength=self.n_clusters).double()
-        assigner = Assigner(self.assignment, sizes)
+        # All that a batch adds to stays on the model's device, so that nothing waits for it.
+        device = device_of(self.model)
+        assigner = Assigner(self.assignment, sizes.to(device))
         # Rows: distortions of the new labels and of the old ones, and the squared norms.
-        sums = torch.zeros(3, self.n_clusters, dtype=torch.float64)
+        sums = torch.zeros(3, self.n_clusters, dtype=torch.float64, device=device)
         places, labels = [], []
         for batch in self.batches(source.batches(order)):
             distances, squares = self.distances(batch.factors)
             own = assigner(distances)
             places.append(batch.places)
             labels.append(own)
-            sums[0].index_add_(0, own, distances.gather(1, own[:, None])[:, 0])
-            if old is not None:
-                before = _labels_at(old, batch.places)
-                sums[1].index_add_(0, before, distances.gather(1, before[:, None])[:, 0])
-            sums[2].index_add_(0, own, squares)
+            before = own if old is None else _labels_at(old, batch.places).to(device)
+            sums += self._sums(distances, squares, own, before)
         found = torch.zeros(samples or sum(map(len, labels)), dtype=torch.int64)
         if labels:  # a rank may have no sample
-            found[torch.cat(places)] = torch.cat(labels)
-        distortions, within, norms = source.total(sums)
+            found[torch.cat(places)] = torch.cat(labels).cpu()
+        distortions, within, norms = source.total(sums).cpu()
+        check_finite(norms)
         objective = None if old is None else float((sizes * within).sum())
         return Assigned(source.total(found), distortions, objective, float(norms.sum()))
+
+    def _sums(self, distances: Tensor, squares: Tensor, own: Tensor, before: Tensor) -> Tensor:
+        """Return a batch's distances by its new and its old labels, and its norms by the new.
+
+        Products with members, in place of additions at labels, repeat bit for bit on a GPU.
+        """
+        clusters = torch.arange(self.n_clusters, device=own.device)
+        new, old = ((labels[:, None] == clusters).double() for labels in (own, before))
+        zero = distances.new_zeros(())
+        rows = [(torch.where(of > 0, distances, zero)).sum(0) for of in (new, old)]
+        return torch.stack([*rows, squares @ new])
 
     def first(self, found: list[dict[str, Factors]]) -> dict[str, Centre]:
         """Return the first K samples as centres."""
@@ -153,23 +166,30 @@ class Passes:
         return centres
 
     def distances(self, found: dict[str, Factors]) -> tuple[Tensor, Tensor]:
-        """Return squared distances ``(B, K)`` and squared norms ``(B,)``, float64 on the CPU."""
-        distances, squares = 0, 0
-        for name, one in found.items():
-            centre = self.centres[name]
-            dots, norms = products(one, centre)
-            squares = squares + norms.double()
-            both = norms.double()[:, None] + centre.squares.double()
-            # Rounding may lead below 0. It is not rounded further, however small gradients are.
-            distances = distances + (both - 2 * dots.double()).clamp_(min=0)
-        assert isinstance(distances, Tensor)
-        assert isinstance(squares, Tensor)
-        if not bool(squares.isfinite().all()):
-            raise ValueError(
-                "the gradients of all samples must be finite, got a NaN or an infinity: look at "
-                "the model's outputs and the loss"
-            )
-        return distances.cpu(), squares.cpu()
+        """Return squared distances ``(B, K)`` and squared norms ``(B,)``, in float64.
+
+        Raises:
+            ValueError: on the CPU, a gradient is not finite. On a GPU the host would wait to see
+                that: its norm is not finite then.
+        """
+        layers, batch = len(found), len(next(iter(found.values())).inputs)
+        room = {"dtype": torch.float64, "device": next(iter(found.values())).inputs.device}
+        dots = torch.empty(layers, batch, self.n_clusters, **room)
+        norms = torch.empty(layers, batch, **room)
+        for (name, one), *into in zip(found.items(), dots, norms, strict=True):
+            products(one, self.centres[name], *into)
+        if norms.device.type == "cpu":
+            check_finite(norms)
+        # Rounding may lead below 0. It is not rounded further, however small gradients are.
+        apart = norms[:, :, None] + self._squares(list(found))[:, None]
+        return apart.sub_(dots, alpha=2).clamp_(min=0).sum(0), norms.sum(0)
+
+    def _squares(self, names: list[str]) -> Tensor:
+        """Return the squared norms of the present centres of some layers, ``(L, K)`` float64."""
+        if self._measured is not self.centres:
+            self._measured = self.centres
+            self._norms = {name: one.squares.double() for name, one in self.centres.items()}
+        return torch.stack([self._norms[name] for name in names])
 
     def update(self, source: Source | Batches, labels: Tensor, mean: bool = False) -> float | None:
         """Make new centres for the labels; return the squared norm of the mean gradient."""
@@ -194,6 +214,15 @@ def check_samples(n_clusters: int, samples: int | None) -> None:
     if samples is not None and samples < n_clusters:
         raise ValueError(
             f"n_clusters must be at most the number of samples, got {n_clusters} > {samples}"
+        )
+
+
+def check_finite(squares: Tensor) -> None:
+    """Raise a ValueError unless squared norms are finite."""
+    if not bool(squares.isfinite().all()):
+        raise ValueError(
+            "the gradients of all samples must be finite, got a NaN or an infinity: look at "
+            "the model's outputs and the loss"
         )
 
 

@@ -27,6 +27,9 @@ from gq_triton.kernels.combine import CHUNK as COMBINE_CHUNK
 from gq_triton.kernels.combine import _combine_kernel
 from gq_triton.kernels.combine_all import _combine_all_kernel
 from gq_triton.kernels.combine_rows import _combine_rows_kernel
+from gq_triton.kernels.gradient_products import BLOCK as PRODUCTS_BLOCK
+from gq_triton.kernels.gradient_products import NUM_WARPS as PRODUCTS_WARPS
+from gq_triton.kernels.gradient_products import SIDE, _position_kernel, _whole_kernel
 from gq_triton.kernels.group import NUM_WARPS as GROUP_WARPS
 from gq_triton.kernels.group import TILE_B as GROUP_TILE_B
 from gq_triton.kernels.group import TILE_K as GROUP_TILE_K
@@ -202,6 +205,27 @@ GROUP_TILES = {
     "num_warps": GROUP_WARPS,
 }  # fmt: skip
 
+PRODUCTS = {
+    "a": "*fp32:16", "d": "*fp32:16", "c": "*fp32:16", "e": "*fp32:16", "dots": "*fp64",
+    "norms": "*fp64:16", "B": "i32", "G": "i32", "T": "i32", "width": "i32:16", "height": "i32:16",
+    "K": "i32", "R": "i32", "n_tiles": "i32", "dots_sample": "i32", "a_sample": "i32:16",
+    "a_group": "i32:16", "a_place": "i32:16", "d_sample": "i32:16", "d_group": "i32:16",
+    "d_place": "i32:16",
+}  # fmt: skip
+PRODUCT_TILES = {
+    "a_step": 1, "d_step": 1, "BLOCK": PRODUCTS_BLOCK, "num_warps": PRODUCTS_WARPS,
+}  # fmt: skip
+# Positions innermost, as in the factors of a convolution.
+INNERMOST = {"a_step": "i32", "d_step": "i32"}
+PRODUCT_CASES = (
+    ("gradient_position", "MLP", _position_kernel, {}, {"S": 32, "P": 1, "KT": 16, "RP": 1}),
+    ("gradient_position", "images of bfloat16, three terms", _position_kernel,
+     {"a": "*bf16:16", "d": "*bf16:16"} | INNERMOST,
+     {"S": 1, "P": 32, "KT": 8, "RP": 4, "a_place": 1, "d_place": 1}),
+    ("gradient_whole", "images", _whole_kernel, {"with_norms": "i32"} | INNERMOST,
+     {"SIDE": SIDE, "KT": 64, "RP": 1, "a_place": 1, "d_place": 1}),
+)  # fmt: skip
+
 # The devices of the architectures, from which the tiles of products follow.
 DEVICES = {
     "sm_80": Device(108, 166912), "sm_90": Device(132, 232448), "sm_100": Device(148, 232448),
@@ -307,6 +331,13 @@ def cases():
         merged = (LLOYD | scalars(kernel) | changed).items()
         types = {key: text for key, text in merged if text and key in kernel.arg_names}
         yield name, case, kernel, types, LLOYD_TILES | constants
+    for name, case, kernel, changed, constants in PRODUCT_CASES:
+        constants = PRODUCT_TILES | constants
+        types = {key: text for key, text in (PRODUCTS | changed).items() if key in kernel.arg_names}
+        fixed = {"a_place", "d_place"} & constants.keys()
+        types = {key: text for key, text in types.items() if key not in fixed}
+        constants = {key: value for key, value in constants.items() if key not in types}
+        yield name, case, kernel, types, constants
     flags = {key: TABLE[key] for key in ("rows", "starts", "n_tensors")} | {"flags": "*u8"}
     wide = {"BLOCK": block_size(torch.float32, most=8), "W": 3}
     yield "all_finite", "float32", finite._all_finite_kernel, flags, FULL | wide

@@ -1,5 +1,6 @@
 """The factors of samples' gradients, centres and distances, against autograd's own gradients."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from gq_triton.sampling import centres
 from gq_triton.sampling.centres import Centre, Sums, cheapest, of_samples, products, truncated
 from gq_triton.sampling.factors import Factors, factors, layers_of
 from gq_triton.sampling.watch import run_model
+
+plain = sys.modules["gq_triton.engines.eager.gradient_products"]
 
 
 def drawn(*shape, seed=0):
@@ -57,6 +60,15 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
 TARGETS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
+def written(one, centre):
+    """Return the products with the centres and the squared norms."""
+    room = {"dtype": torch.float64}
+    dots = torch.empty(len(one.inputs), len(centre.inputs), **room)
+    norms = torch.empty(len(one.inputs), **room)
+    products(one, centre, dots, norms)
+    return dots, norms
+
+
 def model_and_factors(name):
     build, shape = CASES[name]
     torch.manual_seed(0)
@@ -84,7 +96,7 @@ def test_tgc07_products_and_squares_are_autograd_s(name):
         gradients = autograd_gradients(model, x, weight)  # (B, O, I of a group)
         groups = one.inputs.shape[1]
         gradients = gradients.unflatten(1, (groups, -1))
-        torch.testing.assert_close(centres.whole(one), gradients, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(plain.whole(*one), gradients, rtol=1e-12, atol=1e-14)
         centre = Centre(
             drawn(3, groups, 2, gradients.shape[3]), drawn(3, groups, 2, gradients.shape[2], seed=1)
         )
@@ -92,14 +104,14 @@ def test_tgc07_products_and_squares_are_autograd_s(name):
         dots = torch.einsum("bgoi,kgoi->bk", gradients, full)
         squares = gradients.flatten(1).square().sum(1)
         for way in (
-            centres.by_gradient(centres.whole(one), centre),
-            centres.by_position(one, centre),
+            plain.by_gradient(plain.whole(*one), *centre),
+            plain.by_position(*one, *centre),
         ):
             torch.testing.assert_close(way, dots, rtol=1e-12, atol=1e-13)
-        for way in (centres.squares(centres.whole(one)), centres.squares_by_position(one)):
+        for way in (plain.squares(plain.whole(*one)), plain.squares_by_position(*one)):
             torch.testing.assert_close(way, squares, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(centre.squares, full.flatten(1).square().sum(1))
-        found_dots, found_squares = products(one, centre)
+        found_dots, found_squares = written(one, centre)
         torch.testing.assert_close(found_dots, dots, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(found_squares, squares, rtol=1e-12, atol=1e-13)
 
@@ -116,8 +128,8 @@ def test_tgc07_the_cheaper_way_gives_the_same(sizes, monkeypatch):
     for room in (1, 1 << 24):
         for way in ((False, False), (False, True), (True, False), (True, True)):
             monkeypatch.setattr(centres, "cheapest", lambda *_, way=way: way)
-            monkeypatch.setattr(centres, "ROOM", room)
-            results.append(products(one, centre))
+            monkeypatch.setattr(plain, "ROOM", room)
+            results.append(written(one, centre))
     for dots, squares in results[1:]:
         torch.testing.assert_close(dots, results[0][0], rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(squares, results[0][1], rtol=1e-11, atol=1e-11)
@@ -144,7 +156,7 @@ def test_tgc06_the_residual_of_rank_1_is_the_cross_covariance():
     one = Factors(a.repeat_interleave(2, 0)[:, None, None], d.repeat(3, 1)[:, None, None])
     sums = Sums(1, 1)
     sums.add(one, torch.zeros(6, dtype=torch.long))
-    exact = centres.whole(one).mean(0)[0]
+    exact = plain.whole(*one).mean(0)[0]
     found = torch.outer(sums.centre().outputs[0, 0, 0], sums.centre().inputs[0, 0, 0])
     torch.testing.assert_close(found, exact)
 
@@ -157,7 +169,7 @@ def test_centres_of_more_terms_are_truncated_means(rank):
     sums.add(one, labels)
     centre = sums.centre()
     full = torch.einsum("kgro,kgri->kgoi", centre.outputs, centre.inputs)
-    gradients = centres.whole(one)
+    gradients = plain.whole(*one)
     for k in (0, 2):
         u, s, v = torch.linalg.svd(gradients[labels == k].mean(0), full_matrices=False)
         best = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
@@ -172,11 +184,28 @@ def test_positions_divide_one_factor_only():
     sums = Sums(1, 1)
     sums.add(Factors(a, d), torch.zeros(8, dtype=torch.long))
     full = torch.einsum("kgro,kgri->kgoi", sums.centre().outputs, sums.centre().inputs)
-    torch.testing.assert_close(full[0], centres.whole(Factors(a, d))[0])
+    torch.testing.assert_close(full[0], plain.whole(a, d)[0])
     first = of_samples(Factors(a[:2], d[:2]), 3)
     assert first.inputs.shape == (2, 1, 3, 6)
     full = torch.einsum("kgro,kgri->kgoi", first.outputs, first.inputs)
-    torch.testing.assert_close(full, centres.whole(Factors(a[:2], d[:2])))
+    torch.testing.assert_close(full, plain.whole(a[:2], d[:2]))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_half_precision_is_kept_and_added_up_in_float32(rank):
+    model = nn.Linear(4, 3).bfloat16()
+    x = drawn(6, 4).bfloat16()
+    one = factors(model, {"": model}, run_model, x, TARGETS, "cross_entropy")[""]
+    assert one.inputs.dtype == one.outputs.dtype == torch.bfloat16
+    found, expected = (Sums(rank, 2, mean=True) for _ in range(2))
+    found.add(one, TARGETS % 2)
+    expected.add(Factors(one.inputs.float(), one.outputs.float()), TARGETS % 2)
+    for left, right in zip(
+        (*found.centre(), found.total), (*expected.centre(), expected.total), strict=True
+    ):
+        assert torch.equal(left, right)
+    for left, right in zip(of_samples(one, rank), one, strict=True):
+        assert torch.equal(left[:, 0, 0], right[:, 0, 0].float())
 
 
 def test_modes_come_back_and_dropout_is_off():

@@ -6,6 +6,7 @@ A block's intermediates stay in cache. The operations are those of ``engines.pro
 from gq_triton.engines.eager.adamw import gqadamw_
 from gq_triton.engines.eager.combine import combine, combine_all
 from gq_triton.engines.eager.finite import all_finite
+from gq_triton.engines.eager.gradient_products import gradient_products
 from gq_triton.engines.eager.group import group
 from gq_triton.engines.eager.lloyd import lloyd_
 from gq_triton.engines.eager.push import push_
@@ -25,6 +26,7 @@ __all__ = [
     "convolution_sums",
     "gqadamw_",
     "gqsgd_",
+    "gradient_products",
     "group",
     "lloyd_",
     "position_sums",
