@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gq_triton.kernels.launch import TRITON_DTYPE, device_guard
+from gq_triton.kernels.tiles import cdiv, power_of_2
 
 __all__ = ["gradient_products"]
 
@@ -243,18 +244,18 @@ def gradient_products(
     strides = dots.stride(0), *inputs.stride(), *outputs.stride()
     with device_guard(inputs.device):
         if not (whole_dots and whole_norms):
-            part = min(ROWS, triton.next_power_of_2(positions))
+            part = min(ROWS, power_of_2(positions))
             rows = max(1, (ROWS if batch * part >= ROWS else LEAST) // part)
             kt, rp = columns_of(clusters, terms, MOST_COLUMNS)
-            tiles = 0 if whole_dots else triton.cdiv(clusters, kt)
-            grid = triton.cdiv(batch, rows), tiles + (not whole_norms)
+            tiles = 0 if whole_dots else cdiv(clusters, kt)
+            grid = cdiv(batch, rows), tiles + (not whole_norms)
             _position_kernel[grid](
                 *given, tiles, *strides,
                 S=rows, P=part, KT=kt, RP=rp, BLOCK=BLOCK, num_warps=NUM_WARPS,
             )  # fmt: skip
         if whole_dots or whole_norms:
             kt, rp = columns_of(clusters, terms, WHOLE_COLUMNS)
-            tiles = triton.cdiv(clusters, kt) if whole_dots else 0
+            tiles = cdiv(clusters, kt) if whole_dots else 0
             _whole_kernel[batch, max(1, tiles)](
                 *given, tiles, int(whole_norms), *strides,
                 SIDE=SIDE, KT=kt, RP=rp, BLOCK=BLOCK, num_warps=NUM_WARPS,
@@ -266,8 +267,8 @@ def columns_of(clusters: int, terms: int, most: int) -> tuple[int, int]:
 
     Example: 10 clusters of 3 terms: 8 by 4, with at most 32 columns.
     """
-    rp = min(LEAST, triton.next_power_of_2(terms))
-    kt = min(most // rp, triton.next_power_of_2(clusters))
+    rp = min(LEAST, power_of_2(terms))
+    kt = min(most // rp, power_of_2(clusters))
     return max(kt, LEAST // rp), rp
 
 
