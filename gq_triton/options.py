@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from gq_triton.float8 import FLOAT8
+
 __all__ = [
     "BACKENDS", "ClusterKeywords", "ClusterOptions", "LawKeywords", "LawOptions", "Options",
     "RankClusterKeywords", "check_backend", "check_rho", "help_of", "option", "read", "shown",
@@ -105,7 +107,12 @@ def _power(name: str, value: Any) -> str | None:
 def _queue_dtype(name: str, value: Any) -> str | None:
     if isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1:
         return None
-    return f"{name} must be None or a floating type of 16 bits or more, got {shown(value)}"
+    if isinstance(value, str) and value == FLOAT8:
+        return None
+    return (
+        f'{name} must be None, a floating type of 16 bits or more, or "{FLOAT8}", got '
+        f"{shown(value)}"
+    )
 
 
 _backend = _one_of(*BACKENDS)
@@ -168,8 +175,11 @@ class LawOptions(Options):
         "windows of w losses (section 3.1), fed by ``record_loss``.",
         _or_none(_integer),
     )
-    queue_dtype: torch.dtype | None = option(
-        None, "type of the queue; None takes the parameter's.", _or_none(_queue_dtype)
+    queue_dtype: torch.dtype | str | None = option(
+        None,
+        f'type of the queue; None takes the parameter\'s. ``"{FLOAT8}"`` keeps a byte for each '
+        "gradient, and one more per element.",
+        _or_none(_queue_dtype),
     )
     match_norm: bool = option(
         False, "rescale each parameter's weighted gradient to the norm of the raw one."
@@ -198,7 +208,7 @@ class LawKeywords(TypedDict, total=False):
     min_queue_length: int
     rho: float
     loss_window: int | None
-    queue_dtype: torch.dtype | None
+    queue_dtype: torch.dtype | str | None
     match_norm: bool
     backend: str
 

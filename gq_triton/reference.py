@@ -18,6 +18,8 @@ __all__ = [
     "adamw_update",
     "cluster_gradient",
     "effective_length",
+    "float8",
+    "float8_rows",
     "scarcity_weight",
     "sgd_update",
     "stored",
@@ -26,7 +28,12 @@ __all__ = [
 
 
 def scarcity_weight(
-    grad: Tensor, queue: Tensor, *, rho: float = 3.0, sigma_scale: float = 1.0
+    grad: Tensor,
+    queue: Tensor,
+    *,
+    rho: float = 3.0,
+    sigma_scale: float = 1.0,
+    queue_dtype: torch.dtype | str | None = None,
 ) -> Tensor:
     r"""Return ``clip(|g - mu| / sigma, 1/rho, rho)``, equations 1 and 2, in float64.
 
@@ -39,13 +46,14 @@ def scarcity_weight(
         queue: the last L gradients, shape ``(L, *)``, in any order.
         rho: bound of the weight, at least 1.
         sigma_scale: multiplies sigma; ``sqrt(B / n_k)`` for a centroid's standard error.
+        queue_dtype: the queue's type where that of the tensor ``queue`` does not tell.
 
     Returns:
         Weights of shape ``(*)`` in float64; all 1 where ``grad`` holds a NaN or an infinity.
     """
     if not bool(torch.isfinite(grad).all()):
         return torch.ones(grad.shape, dtype=torch.float64, device=grad.device)
-    g = stored(grad, queue.dtype).double()
+    g = stored(grad, queue_dtype or queue.dtype).double()
     q = queue.double()
     mu = q.mean(dim=0)
     sigma = (q - mu).square().mean(dim=0).sqrt() * sigma_scale
@@ -58,23 +66,51 @@ def scarcity_weight(
     return z.clamp(1.0 / rho, rho)
 
 
-def stored(grad: Tensor, dtype: torch.dtype) -> Tensor:
+def stored(grad: Tensor, dtype: torch.dtype | str) -> Tensor:
     """Return what a queue of ``dtype`` keeps of a finite gradient: rounded, and still finite."""
+    if dtype == "float8":
+        return float8(grad)
     largest = torch.finfo(dtype).max
     return grad.double().clamp(-largest, largest).to(dtype)
 
 
+def float8(grad: Tensor) -> Tensor:
+    """Return gradients rounded to 6 significant bits, within the range of ``float8_rows``."""
+    largest = 63 / 32 * 2.0**126
+    fraction, exponent = torch.frexp(grad.double().clamp(-largest, largest))
+    return torch.ldexp((fraction * 64).round() / 64, exponent)
+
+
+def float8_rows(rows: Tensor) -> Tensor:
+    """Return what a queue in bytes holds of gradients of 6 significant bits, ``(L, *)``.
+
+    With ``2**E`` at most an element's largest gradient, which is below ``2**(E + 1)``, a gradient
+    from ``2**(E - 2)`` on keeps its 6 bits, and a smaller one is a multiple of ``2**(E - 7)``.
+    """
+    rows = rows.double()
+    exponents = torch.frexp(rows)[1] - 1
+    largest = (torch.frexp(rows.abs().amax(dim=0))[1] - 1).clamp(-119, 126)
+    steps = torch.maximum(exponents, largest - 2) - 5
+    return torch.ldexp(torch.ldexp(rows, -steps).round(), steps)
+
+
 def weighted_gradient(
-    grad: Tensor, queue: Tensor | None, *, rho: float = 3.0, match_norm: bool = False
+    grad: Tensor,
+    queue: Tensor | None,
+    *,
+    rho: float = 3.0,
+    match_norm: bool = False,
+    queue_dtype: torch.dtype | str | None = None,
 ) -> Tensor:
     """Return ``w * g`` in float64; ``queue=None`` stands for the warm-up, when every weight is 1.
 
-    ``match_norm`` rescales the result to the norm of ``grad``.
+    ``match_norm`` rescales the result to the norm of ``grad``; ``queue_dtype`` as in
+    ``scarcity_weight``.
     """
     g = grad.double()
     if queue is None or not bool(torch.isfinite(g).all()):
         return g
-    boosted = scarcity_weight(grad, queue, rho=rho) * g
+    boosted = scarcity_weight(grad, queue, rho=rho, queue_dtype=queue_dtype) * g
     if match_norm and float(boosted.norm()) > 0:
         boosted = boosted * (g.norm() / boosted.norm())
     return boosted
@@ -88,6 +124,7 @@ def cluster_gradient(
     rho: float = 3.0,
     population_power: float = 1.0,
     centroid_scale: str = "paper",
+    queue_dtype: torch.dtype | str | None = None,
 ) -> Tensor:
     r"""Return ``sum_k p_k w(c_k) c_k`` (Algorithm 1), ``p_k = n_k**a / sum_j n_j**a``, in float64.
 
@@ -100,6 +137,7 @@ def cluster_gradient(
         population_power: the exponent ``a``; 1 is the paper's, 0 weights clusters equally.
         centroid_scale: ``"paper"`` compares with sigma, ``"standard_error"`` with
             ``sigma * sqrt(B / n_k)``.
+        queue_dtype: as in ``scarcity_weight``.
     """
     batch = sum(sizes)
     mass = sum(n**population_power for n in sizes if n > 0)
@@ -110,7 +148,9 @@ def cluster_gradient(
         weight = torch.ones_like(total)
         if queue is not None:
             scale = math.sqrt(batch / n) if centroid_scale == "standard_error" else 1.0
-            weight = scarcity_weight(centroid, queue, rho=rho, sigma_scale=scale)
+            weight = scarcity_weight(
+                centroid, queue, rho=rho, sigma_scale=scale, queue_dtype=queue_dtype
+            )
         total += n**population_power / mass * weight * centroid.double()
     return total
 
@@ -150,10 +190,16 @@ class Ring:
             return None
         return torch.stack(self.gradients[-(count or self.length) :])
 
-    def push(self, grad: Tensor, dtype: torch.dtype | None = None) -> None:
-        """Append ``grad`` and forget the oldest, unless it holds a NaN or an infinity."""
+    def push(self, grad: Tensor, dtype: torch.dtype | str | None = None) -> None:
+        """Append ``grad`` and forget the oldest, unless it holds a NaN or an infinity.
+
+        In a queue in bytes (``"float8"``) the largest gradient decides what is kept of the others,
+        for the last time when it is forgotten.
+        """
         if bool(torch.isfinite(grad).all()):
             self.gradients.append(stored(grad.detach().clone(), dtype or grad.dtype))
+            if dtype == "float8":
+                self.gradients = list(float8_rows(torch.stack(self.gradients)).unbind(0))
             self.gradients = self.gradients[-self.length :]
 
 

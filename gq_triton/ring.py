@@ -10,8 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from gq_triton.float8 import convert, ring_rows, stored_type
+
 __all__ = [
     "capturing",
+    "fill_ring",
     "flat",
     "in_use",
     "least_over",
@@ -28,20 +31,26 @@ __all__ = [
 ]
 
 
-def new_queue(like: Tensor, length: int, dtype: torch.dtype | None = None) -> Tensor:
+def new_queue(like: Tensor, length: int, queue_dtype: torch.dtype | str | None = None) -> Tensor:
     """Return an empty ring for one parameter: zeros ``(length, *like.shape)``.
 
     The rows lie in the parameter's own memory order, so that one flat view of parameter, gradient
     and queue walks all of them in step. A DTensor gets a DTensor, sharded along the same dimension
     of the parameter. The zeros are never read: every weight is 1 until ``length`` gradients are
-    queued.
+    queued. A ring in bytes has a row more; see `float8`.
+
+    Args:
+        like: the parameter.
+        length: how many gradients the ring holds.
+        queue_dtype: the option, or the type of a ring's tensor.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
-    dtype = dtype or like.dtype
+    dtype = stored_type(queue_dtype, like.dtype)
     if isinstance(like, DTensor):
         shard = new_queue(like.to_local(), length, dtype)
+        length = len(shard)
         placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
         shape = torch.Size((length, *like.shape))
         stride = (like.numel(), *like.stride())
@@ -50,7 +59,8 @@ def new_queue(like: Tensor, length: int, dtype: torch.dtype | None = None) -> Te
         )
     refuse_capture("a queue", like.device)
     row = torch.empty_like(like, dtype=dtype, memory_format=torch.preserve_format)
-    size, stride = (length, *row.shape), (row.numel(), *row.stride())
+    size = ring_rows(length, dtype), *row.shape
+    stride = row.numel(), *row.stride()
     return torch.empty_strided(size, stride, dtype=dtype, device=row.device).zero_()
 
 
@@ -71,6 +81,12 @@ def refuse_capture(what: str, device: torch.device) -> None:
 def new_counter(like: Tensor) -> Tensor:
     """Return a new counter of queued gradients: 0, 0-d int64 on the device of ``like``."""
     return torch.zeros((), dtype=torch.int64, device=local(like).device)
+
+
+def fill_ring(fresh: Tensor, ring: Tensor) -> Tensor:
+    """Copy a ring into ``fresh``, made for the same parameter, in the type of it; return it."""
+    local(fresh).copy_(convert(local(ring.detach()), fresh.dtype))
+    return fresh
 
 
 def local(tensor: Tensor) -> Tensor:

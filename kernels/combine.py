@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gq_triton.float8 import slots
 from gq_triton.kernels.launch import (
     THREADS,
     TRITON_DTYPE,
@@ -245,7 +246,7 @@ def combine(
                     law.grad_scale,
                     inverse_shares, mixture, sigma_scales, weighted, raw, partials, flags, n,
                     clusters, 1.0 / law.rho, float(law.rho), C_DTYPE=wide,
-                    Q_DTYPE=TRITON_DTYPE[queue_dtype or queue.dtype], L=queue.shape[0],
+                    Q_DTYPE=TRITON_DTYPE[queue_dtype or queue.dtype], L=slots(queue),
                     CHUNK=CHUNK, BLOCK=block_size(*dtypes), THREADS=THREADS, REPAIR=repair,
                     num_warps=num_warps(device),
                 )  # fmt: skip

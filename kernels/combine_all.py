@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gq_triton.float8 import slots
 from gq_triton.kernels.chunks import (
     GRAD,
     INDEX,
@@ -150,7 +151,7 @@ def combine_all(
                         table.rows, table.starts, table.n_tensors, *law_numbers,
                         partials[begin:], flags, clusters, 1.0 / law.rho, float(law.rho),
                         S_DTYPE=TRITON_DTYPE[dtypes[0]], W_DTYPE=TRITON_DTYPE[dtypes[2]],
-                        C_DTYPE=wide, Q_DTYPE=TRITON_DTYPE[dtypes[1]], L=queues[0].shape[0],
+                        C_DTYPE=wide, Q_DTYPE=TRITON_DTYPE[dtypes[1]], L=slots(queues[0]),
                         ALIGNED=table.aligned, CHUNK=CHUNK, BLOCK=block_size(*dtypes),
                         THREADS=THREADS, REPAIR=repair, num_warps=num_warps(device),
                     )  # fmt: skip

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gq_triton.float8 import slots
 from gq_triton.kernels.combine import check_clusters, mean_and_weight
 from gq_triton.kernels.launch import (
     TRITON_DTYPE,
@@ -165,7 +166,7 @@ def combine_rows(
                 grads.contiguous(), order, keys, n, queue, queue.stride(0), queued, law.length,
                 law.grad_scale, inverse_shares, mixture, sigma_scales, weighted, raw, partials,
                 flag, width, len(raw), clusters, 1.0 / law.rho, float(law.rho),
-                C_DTYPE=TRITON_DTYPE[wide], Q_DTYPE=TRITON_DTYPE[queue.dtype], L=queue.shape[0],
+                C_DTYPE=TRITON_DTYPE[wide], Q_DTYPE=TRITON_DTYPE[queue.dtype], L=slots(queue),
                 TILE=tile, REPAIR=repair, num_warps=max(1, tile // (32 * THREAD)),
             )  # fmt: skip
     return weighted, raw, partials, flag.view(torch.bool)

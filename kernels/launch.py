@@ -19,6 +19,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from gq_triton.float8 import slots
+
 # Elements of one program: enough to amortise the search, few enough that a large GPU is filled.
 CHUNK = 16384
 # Threads of a program, whatever the width of a warp.
@@ -30,6 +32,7 @@ TRITON_DTYPE = {
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
     torch.float64: tl.float64,
+    torch.uint8: tl.uint8,  # a ring in bytes
 }
 
 Row = tuple[int, ...]
@@ -200,7 +203,7 @@ class RingLaunch:
             "G_DTYPE": self.dtypes["grads"],
             "Q_DTYPE": self.dtypes["queues"],
             "C_DTYPE": tl.float64 if torch.float64 in dtypes.values() else tl.float32,
-            "L": queues[0].shape[0],
+            "L": slots(queues[0]),
             "W": 6 + len(vectors) + len(scalars),
             "CHUNK": CHUNK,
             "BLOCK": block_size(*dtypes.values()),
@@ -306,11 +309,11 @@ def check_flat(name: str, tensors: Sequence[Tensor], grads: Sequence[Tensor]) ->
 
 def check_queues(queues: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Raise ValueError unless ``queues`` are rings ``(L, P)`` of one L and dtype."""
-    slots = queues[0].shape[0]
-    if slots < 1:
+    height = queues[0].shape[0]
+    if height < 1:
         raise ValueError("queues must have at least one row, got none")
     for index, (queue, grad) in enumerate(zip(queues, grads, strict=True)):
-        shape = (slots, grad.numel())
+        shape = (height, grad.numel())
         rows_contiguous = shape[1] < 2 or (queue.dim() == 2 and queue.stride(1) == 1)
         if queue.shape != shape or not rows_contiguous or queue.device != grads[0].device:
             raise ValueError(

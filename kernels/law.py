@@ -15,6 +15,8 @@ Shape legend: L = queue slots, E = effective length, BLOCK = elements of one blo
 import triton
 import triton.language as tl
 
+from gq_triton.kernels.bytes import decode, replace_row, row_at, scale_of, significant
+
 # Smallest normal numbers: 1 / m stays finite for a constant queue.
 _TINY32 = tl.constexpr(1.1754943508222875e-38)
 _TINY64 = tl.constexpr(2.2250738585072014e-308)
@@ -81,6 +83,15 @@ def load(pointer, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def load_row(pointer, scale, mask, DTYPE: tl.constexpr):
+    """Load a block of a ring's row in the compute type; ``scale`` is that of a ring in bytes."""
+    if pointer.dtype.element_ty == tl.uint8:
+        return decode(tl.load(pointer, mask=mask, other=0), scale).to(DTYPE)
+    else:
+        return load(pointer, mask, DTYPE)
+
+
+@triton.jit
 def store(pointer, x, mask):
     """Store a block with one rounding to the tensor's type."""
     tl.store(pointer, narrow(x, pointer.dtype.element_ty), mask=mask)
@@ -98,26 +109,28 @@ def to_queue(x, DTYPE: tl.constexpr):
 
     An infinity in the ring would make every weight NaN for L steps.
 
+    For a ring in bytes the result is float32.
+
     Example: 1e5 becomes 65504 in a float16 queue.
     """
-    if DTYPE == tl.float16:
+    if DTYPE == tl.uint8:
+        x = significant(x)
+    elif DTYPE == tl.float16:
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
     elif DTYPE == tl.bfloat16:
         x = tl.minimum(tl.maximum(x, -3.3895313892515355e38), 3.3895313892515355e38)
     elif DTYPE == tl.float32 and x.dtype == tl.float64:
         x = tl.minimum(tl.maximum(x, -3.4028234663852886e38), 3.4028234663852886e38)
-    return narrow(x, DTYPE)
+    if DTYPE != tl.uint8:
+        x = narrow(x, DTYPE)
+    return x
 
 
 @triton.jit
 def ring_row(ring, stride, slot, age, L: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the pointer to the row of ``age`` (0 = newest): row ``(slot - 1 - age) mod L``."""
     row = slot - 1 - age
-    row = tl.where(row < 0, row + L, row)
-    start = row * stride
-    if ALIGNED:
-        start = tl.multiple_of(start, 128 // ring.dtype.element_ty.primitive_bitwidth)
-    return ring + start
+    return row_at(ring, stride, tl.where(row < 0, row + L, row), ALIGNED)
 
 
 @triton.jit
@@ -148,7 +161,10 @@ def spread(
     Example: rows 1, 1, 1, 5 (newest) give b = 5, s = -3, 1 / m = 1 / 4 and sqrt(3) / 4.
     """
     newest = ring_row(ring, stride, slot, 0, L, ALIGNED)
-    base = load(newest + offsets, mask, DTYPE)
+    scale = None
+    if ring.dtype.element_ty == tl.uint8:
+        scale = scale_of(ring, stride, offsets, mask, L, ALIGNED)
+    base = load_row(newest + offsets, scale, mask, DTYPE)
     total = tl.zeros_like(base)
     largest = tl.zeros_like(base)
     squares = tl.zeros_like(base)
@@ -163,10 +179,10 @@ def spread(
         for age in tl.static_range(1, L):
             row = ring_row(ring, stride, slot, age, L, ALIGNED)
             if length is None:
-                d = load(row + offsets, mask, DTYPE) - base
+                d = load_row(row + offsets, scale, mask, DTYPE) - base
             else:
                 live = age < used
-                d = load(row + offsets, mask & live, DTYPE) - base
+                d = load_row(row + offsets, scale, mask & live, DTYPE) - base
                 d = tl.where(live, d, 0.0)
             total += d
             largest = tl.maximum(largest, tl.abs(d))
@@ -181,14 +197,14 @@ def spread(
     else:
         for age in range(1, used):
             row = ring_row(ring, stride, slot, age, L, ALIGNED)
-            d = load(row + offsets, mask, DTYPE) - base
+            d = load_row(row + offsets, scale, mask, DTYPE) - base
             total += d
             largest = tl.maximum(largest, tl.abs(d))
         mean = total * share
         inverse = divide(tl.full((), 1.0, DTYPE), tl.maximum(largest, tiny))
         for age in range(1, used):
             row = ring_row(ring, stride, slot, age, L, ALIGNED)
-            d = load(row + offsets, mask, DTYPE) - base
+            d = load_row(row + offsets, scale, mask, DTYPE) - base
             d = (d - mean) * inverse
             squares += d * d
     squares += (mean * inverse) * (mean * inverse)
@@ -260,10 +276,21 @@ def weigh_and_queue(
     stored = to_queue(g, ring.dtype.element_ty)
     x = widen(stored, g.dtype)
     w = scarcity_weight(x, ring, stride, slot, offsets, mask, length, low, high, L, ALIGNED)
-    oldest = ring_row(ring, stride, slot, L - 1, L, ALIGNED)
     # The store follows the loads: with E = L the statistics include the row it overwrites.
-    tl.store(oldest + offsets, stored, mask=mask & queue_it)
+    put_row(ring, stride, slot, stored, offsets, mask & queue_it, L, ALIGNED)
     return tl.where(active, w, 1.0)
+
+
+@triton.jit
+def put_row(
+    ring, stride, slot, stored, offsets, mask, L: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Write a block, as `to_queue` returns it, over the oldest row of a ring."""
+    if ring.dtype.element_ty == tl.uint8:
+        replace_row(ring, stride, slot, stored, offsets, mask, L, ALIGNED)
+    else:
+        oldest = ring_row(ring, stride, slot, L - 1, L, ALIGNED)
+        tl.store(oldest + offsets, stored, mask=mask)
 
 
 @triton.jit

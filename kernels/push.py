@@ -21,7 +21,7 @@ from gq_triton.kernels.chunks import (
     typed,
 )
 from gq_triton.kernels.launch import as_bytes, device_guard, ring_launch
-from gq_triton.kernels.law import inverse_scale, load, ring_row, to_queue
+from gq_triton.kernels.law import inverse_scale, load, put_row, to_queue
 
 __all__ = ["push_"]
 
@@ -44,17 +44,18 @@ def _push_kernel(
     if queue_it:
         g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
         ring = typed(tl.load(row + QUEUE), Q_DTYPE, ALIGNED) + first
-        oldest = ring_row(ring, tl.load(row + STRIDE), slot, L - 1, L, ALIGNED)
+        stride = tl.load(row + STRIDE)
         unscale = inverse_scale(grad_scale_ptr, C_DTYPE)
         full = count // BLOCK * BLOCK
         for at in range(0, full, BLOCK):
             offsets = at + tl.arange(0, BLOCK)
             g = load(g_ptr + offsets, True, C_DTYPE) * unscale
-            tl.store(oldest + offsets, to_queue(g, Q_DTYPE))
+            put_row(ring, stride, slot, to_queue(g, Q_DTYPE), offsets, True, L, ALIGNED)
         if full < count:
             offsets = full + tl.arange(0, BLOCK)
-            g = load(g_ptr + offsets, offsets < count, C_DTYPE) * unscale
-            tl.store(oldest + offsets, to_queue(g, Q_DTYPE), mask=offsets < count)
+            mask = offsets < count
+            g = load(g_ptr + offsets, mask, C_DTYPE) * unscale
+            put_row(ring, stride, slot, to_queue(g, Q_DTYPE), offsets, mask, L, ALIGNED)
     count_when_last(rows, n_tensors, ticket, finite_ptr, None, W, 0)
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gq_triton.float8 import slots
 from gq_triton.kernels.launch import (
     TRITON_DTYPE,
     check_queues,
@@ -75,6 +76,6 @@ def queue_statistics(
         return
     with device_guard(out.device):
         _statistics_kernel[(triton.cdiv(n, BLOCK),)](
-            queue, queue.stride(0), queued, length, out[0], out[1], n, L=queue.shape[0],
+            queue, queue.stride(0), queued, length, out[0], out[1], n, L=slots(queue),
             BLOCK=BLOCK, C_DTYPE=TRITON_DTYPE[out.dtype],
         )  # fmt: skip

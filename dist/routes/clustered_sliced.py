@@ -24,6 +24,7 @@ from gq_triton.dist.routes.local import LocalClusters
 from gq_triton.dist.routes.sliced import Sliced, SlicedQueues
 from gq_triton.dist.shares import Shares
 from gq_triton.engines import engine
+from gq_triton.float8 import convert
 from gq_triton.law import square_norm
 from gq_triton.options import ClusterOptions, LawOptions
 from gq_triton.queues import in_use, sha
@@ -125,8 +126,7 @@ class ClusteredSlices(SlicedQueues):
 
     def _wide(self, name: str) -> torch.dtype:
         """Return the type in which a parameter is compared with its ring."""
-        stored = self.options.queue_dtype or self.params[name].dtype
-        wide = torch.promote_types(stored, self.params[name].dtype)
+        wide = torch.promote_types(self._stored_type(name), self.params[name].dtype)
         return torch.promote_types(wide, torch.float32)
 
     def _settle(self, names: Sequence[str]) -> None:
@@ -149,6 +149,7 @@ class ClusteredSlices(SlicedQueues):
         """Compute the statistics of a loaded ring, which is whole."""
         param, ring = self.params[name], self._queue[name].to(self.params[name].device)
         ring = torch.stack([flat(row, like=param) for row in ring])
+        ring = convert(ring, self._stored_type(name))
         known = torch.empty(2, param.numel(), dtype=self._wide(name), device=param.device)
         length = self.effective_length(param.device)
         queued = self._queued[name].to(param.device)

@@ -19,6 +19,7 @@ from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.dist.buckets import BucketBuffers
 from gq_triton.dist.routes.base import Context
 from gq_triton.dist.shares import Shares
+from gq_triton.float8 import wire_type
 from gq_triton.grouping import Groups
 from gq_triton.law import match_norm_
 from gq_triton.options import ClusterOptions
@@ -199,9 +200,9 @@ class LocalClusters:
             piece.mul_(weighted[name].to(piece.dtype) if name in weighted else even)
 
     def raw_bucket(self, names: Sequence[str], like: Tensor, shares: Shares) -> Tensor:
-        """Return the raw gradients of a bucket, flat, times this rank's share, in the queue's type.
+        """Return the raw gradients of a bucket, flat, times this rank's share.
 
-        Where the queue is float16 they have the bucket's type: they still carry the loss scale.
+        They have the queue's type where ``wire_type`` says so, else the bucket's.
 
         Args:
             names: the clustered parameters; one without a gradient on this rank gives zeros.
@@ -209,8 +210,7 @@ class LocalClusters:
             shares: the shares of this rank.
         """
         params, given = self._queues.params, shares.given(1)
-        dtype = self._queues.options.queue_dtype or like.dtype
-        dtype = like.dtype if dtype == torch.float16 else dtype
+        dtype = wire_type(self._queues.options.queue_dtype, like.dtype)
         sizes = [params[name].numel() for name in names]
         bucket = self._buffers.get(
             names, lambda: torch.empty(sum(sizes), dtype=dtype, device=like.device)

@@ -14,6 +14,7 @@ from gq_triton.dist.collectives import all_gather, reduce_scatter
 from gq_triton.dist.routes.base import Context, Route
 from gq_triton.dist.routes.cuts import common, copy_where_held, cut, holders
 from gq_triton.engines import engine
+from gq_triton.float8 import convert, ring_rows
 from gq_triton.law import accepted, all_zero, match_norm_
 from gq_triton.options import LawOptions
 from gq_triton.queues import LOSSES, Queues, in_use
@@ -174,8 +175,8 @@ class SlicedQueues(Queues):
         ring = self._new_ring(name, cuts)
         whole, queued = self._queue.get(name), self._queued.get(name)
         if whole is not None:
-            for row, loaded in zip(ring, whole, strict=True):
-                row.copy_(flat(loaded, like=param)[slots])
+            parts = torch.stack([flat(loaded, like=param)[slots] for loaded in whole])
+            ring.copy_(convert(parts, ring.dtype))
         if queued is None:
             queued = torch.zeros((), dtype=torch.int64)
         self._hold(name, ring, queued)
@@ -216,8 +217,9 @@ class SlicedQueues(Queues):
     def _new_ring(self, name: str, cuts: tuple[int, ...]) -> Tensor:
         """Return an empty ring for this rank's slice of a parameter: ``(L, elements)``."""
         rank, param = dist.get_rank(self._group()), self.params[name]
-        size = self.options.queue_length, cuts[rank + 1] - cuts[rank]
-        return torch.zeros(size, dtype=self.options.queue_dtype or param.dtype, device=param.device)
+        dtype = self._stored_type(name)
+        size = ring_rows(self.options.queue_length, dtype), cuts[rank + 1] - cuts[rank]
+        return torch.zeros(size, dtype=dtype, device=param.device)
 
     def _hold(self, name: str, ring: Tensor, queued: Tensor) -> None:
         """Keep a ring and its counter; keep neither where the ring has no elements."""
@@ -270,12 +272,9 @@ class SlicedQueues(Queues):
         """Return the whole ring of a parameter ``(L, *param.shape)``, on the CPU."""
         cuts, param, group = self._cuts[name], self.params[name], self._group()
         lengths = [b - a for a, b in pairwise(cuts)]
-        part = torch.zeros(
-            self.options.queue_length,
-            max(lengths),
-            dtype=self.options.queue_dtype or param.dtype,
-            device=param.device,
-        )
+        dtype = self._stored_type(name)
+        size = ring_rows(self.options.queue_length, dtype), max(lengths)
+        part = torch.zeros(size, dtype=dtype, device=param.device)
         if name in self._queue:
             part[:, : self._queue[name].shape[1]].copy_(self._queue[name])
         gathered = part.new_empty(len(lengths) * part.numel())

@@ -119,7 +119,7 @@ class ShardedQueues(Queues):
         dtype = torch.float32
         for name in names:
             dtype = torch.promote_types(dtype, self.params[name].dtype)
-            dtype = torch.promote_types(dtype, self.options.queue_dtype or dtype)
+            dtype = torch.promote_types(dtype, self._stored_type(name))
         mine = torch.zeros(size, dtype=dtype, device=device)
         ops = engine(device, self.options.backend)
         for name, cut, columns in unit.columns(names):
@@ -170,7 +170,7 @@ class ShardedQueues(Queues):
         """
         batches: dict[Any, list[str]] = {}
         for name, shard in raw.items():
-            stored = self.options.queue_dtype or self.params[name].dtype
+            stored = self._stored_type(name)
             batches.setdefault((shard.device, shard.dtype, stored), []).append(name)
         for names in batches.values():
             shards = [flat(raw[name]) for name in names]

@@ -17,6 +17,7 @@ from gq_triton.cluster_grad.step import Step
 from gq_triton.dist.collectives import reduce_scatter
 from gq_triton.dist.sharded.layout import Layout
 from gq_triton.dist.sharded.queues import ShardedQueues
+from gq_triton.float8 import wire_type
 from gq_triton.law import match_norm_, square_norm
 from gq_triton.queues import in_use
 from gq_triton.ring import flat, local
@@ -146,8 +147,7 @@ class ShardedRaw(RawGradients):
         known = self._like
         if known is None:
             return  # the gradients come from no forward pass of the model: no sample is known
-        dtype = self._queues.options.queue_dtype or known.dtype
-        dtype = known.dtype if dtype == torch.float16 else dtype  # it still carries the loss scale
+        dtype = wire_type(self._queues.options.queue_dtype, known.dtype)
         width = columns[-1][2].stop
         sent = torch.empty(
             dist.get_world_size(place.shard), width, dtype=dtype, device=known.device

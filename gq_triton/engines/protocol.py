@@ -3,6 +3,8 @@
 All tensors of a call share a device. Operations whose name ends in an underscore change tensors in
 place and take lists with one entry per parameter; the tensors of a list share a type.
 
+A ring is ``(L, P)`` of a floating type, or ``(L + 1, P)`` in bytes; see ``gq_triton.float8``.
+
 Shape legend: L = queue slots, P = elements of one parameter, N = parameters of a call,
 K = clusters, C = parts of the work, B = samples, T and S = positions.
 """

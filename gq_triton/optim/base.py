@@ -348,7 +348,8 @@ class GradQueueOptimizer(Optimizer):
 
         Saved options replace those of the groups, as in torch; ``queue_length`` sets the length of
         the queues. Unlike in torch, queues keep the type they were saved in, and all values are
-        copied into new memory: none is shared with ``state_dict``. Moments take the type of their
+        copied into new memory: none is shared with ``state_dict``. To convert queues, set
+        ``group["queue_dtype"]`` of the groups after loading. Moments take the type of their
         parameter, as in torch.
 
         A checkpoint of ``torch.optim.SGD`` or ``torch.optim.AdamW`` also loads into the optimizer

@@ -10,19 +10,28 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from gq_triton.float8 import slots, stored_type
 from gq_triton.optim.batches import QUEUE, QUEUED, State
 from gq_triton.optim.saved import EXP_AVG, EXP_AVG_SQ, MOMENTUM_BUFFER, STEP
-from gq_triton.ring import local, new_counter, new_queue
+from gq_triton.ring import fill_ring, local, new_counter, new_queue
 from gq_triton.saved.state import filled
 
 __all__ = ["allocate_ring", "reorder", "saved_states", "take_over"]
 
 
 def allocate_ring(param: Tensor, group: dict[str, Any], state: State) -> None:
-    """Give a state its ring and the counter of the ring, unless it has them."""
+    """Give a state its ring and the counter of the ring, unless it has them.
+
+    A ring of another type than the one that the group asks for, as it comes from a checkpoint, is
+    converted.
+    """
+    chosen = group["queue_dtype"]
     if QUEUE not in state:
-        state[QUEUE] = new_queue(param, group["queue_length"], group["queue_dtype"])
+        state[QUEUE] = new_queue(param, group["queue_length"], chosen)
         state[QUEUED] = new_counter(param)
+    elif chosen is not None and state[QUEUE].dtype != stored_type(chosen, param.dtype):
+        ring = state[QUEUE]
+        state[QUEUE] = fill_ring(new_queue(param, slots(ring), chosen), ring)
 
 
 def reorder(param: Tensor, state: State) -> None:
@@ -31,7 +40,7 @@ def reorder(param: Tensor, state: State) -> None:
         return
     for name, value in state.items():
         if name == QUEUE:
-            fresh = new_queue(param, len(value), value.dtype)
+            fresh = new_queue(param, slots(value), value.dtype)
         elif isinstance(value, Tensor) and value.dim() and value.shape == param.shape:
             fresh = torch.empty_like(param, dtype=value.dtype)
         else:
@@ -46,7 +55,7 @@ def take_over(param: Tensor, state: State, name: str, value: Any) -> None:
     An entry of an unknown name stays as torch has loaded it.
     """
     if name == QUEUE:
-        state[name] = filled(new_queue(param, len(value), value.dtype), value)
+        state[name] = filled(new_queue(param, slots(value), value.dtype), value)
     elif name == QUEUED:
         state[name] = filled(new_counter(param), value)
     elif name == STEP:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gq_triton.describe import memory
 from gq_triton.engines import engine, note_plain_torch
+from gq_triton.float8 import stored_type
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.options import LawOptions
 from gq_triton.queues.losses import length_of, new_losses, record_loss
@@ -18,6 +19,7 @@ from gq_triton.queues.measures import LastStep, measures, measures_by_name
 from gq_triton.queues.saved import SHAPE_OPTIONS, digests, saved_rule
 from gq_triton.ring import (
     capturing,
+    fill_ring,
     flat,
     in_use,
     least_over,
@@ -172,7 +174,7 @@ class Queues:
             mixture=mixture,
             sigma_scales=sigma_scales,
             into=into,
-            queue_dtype=self.options.queue_dtype or self.params[name].dtype,
+            queue_dtype=self._stored_type(name),
         )
 
     def combine_rows(
@@ -310,7 +312,7 @@ class Queues:
         """
         batches: dict[Any, list[str]] = {}
         for name, grad in raw.items():
-            stored = self.options.queue_dtype or self.params[name].dtype
+            stored = self._stored_type(name)
             batches.setdefault((grad.device, grad.dtype, stored), []).append(name)
         for batch in batches.values():
             names, finite = self._known_finite(batch, raw)
@@ -360,6 +362,10 @@ class Queues:
         ]
         self._keep_statistics(tuple(names), list(statistics), owners)
 
+    def _stored_type(self, name: str) -> torch.dtype:
+        """Return the type of a parameter's ring."""
+        return stored_type(self.options.queue_dtype, self.params[name].dtype)
+
     def _allocate(self, name: str) -> None:
         """Allocate a parameter's ring, or bring one to the parameter's device and order."""
         param, queue = self.params[name], self._queue.get(name)
@@ -369,7 +375,7 @@ class Queues:
         self._layouts[name] = layout
         fresh = new_queue(param, self.options.queue_length, self.options.queue_dtype)
         if queue is not None:
-            fresh.copy_(queue)
+            fill_ring(fresh, queue)
             in_use(queue)
         self._queue[name] = fresh
         counter = self._queued.get(name, new_counter(param))

@@ -5,23 +5,53 @@ tensor itself: its values are copied into memory made for the parameter (``fille
 therefore meets the shape, type and layout that it expects, whatever a file held.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from gq_triton.float8 import BYTE, EXPONENT_HIGH, ring_rows
 from gq_triton.ring import local
-from gq_triton.saved.rules import COUNTER_LIMIT
+from gq_triton.saved.rules import COUNTER_LIMIT, Also, Rule
 from gq_triton.saved.tensors import REAL_TYPES, Sharding, TensorLike
 
 __all__ = ["counter_rule", "filled", "losses_rule", "ring_rule", "twin_rule"]
 
 
-def ring_rule(param: Tensor, length: int) -> TensorLike:
-    """Return the rule of a ring: ``(length, *param.shape)`` of any real type, without NaN.
+def ring_rule(param: Tensor, length: int) -> Rule:
+    """Return the rule of a ring: ``(length, *param.shape)`` of a real type, no NaN; or bytes.
 
     Infinity passes: a finite gradient may round to infinity in a queue of a narrower type.
     """
-    return TensorLike((length, *param.shape), nan=False, sharding=_sharding(param, length))
+    held = ring_rows(length, BYTE)
+    in_bytes = TensorLike((held, *param.shape), (BYTE,), sharding=_sharding(param, held))
+    return _Ring(
+        TensorLike((length, *param.shape), nan=False, sharding=_sharding(param, length)),
+        Also(in_bytes, _exponents),
+    )
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """The rule of a ring: one for floating types, one for bytes."""
+
+    wide: Rule
+    in_bytes: Rule
+
+    def problems(self, value: Any, path: str) -> Iterator[str]:
+        """Yield the problems under the rule for the value's type."""
+        narrow = isinstance(value, Tensor) and value.dtype == BYTE
+        yield from (self.in_bytes if narrow else self.wide).problems(value, path)
+
+
+def _exponents(ring: Tensor) -> str | None:
+    """Return a clause where a ring in bytes has exponents that no gradient has."""
+    highest = local(ring)[-1]
+    wrong = highest.numel() > 0 and int(highest.max()) > EXPONENT_HIGH
+    return f"the exponents of a queue in bytes must be at most {EXPONENT_HIGH}" if wrong else None
 
 
 def counter_rule(highest: int = COUNTER_LIMIT - 1) -> TensorLike:

@@ -26,7 +26,7 @@ UNEVEN = [6, 9, 4, 7]
 CASES = {
     "plain": {},
     "words": {"model": Words},
-    "match_norm": {"options": {"match_norm": True}},
+    "match_norm": {"options": {"match_norm": True, "queue_dtype": "float8"}},
     "uneven": {"sizes": UNEVEN},
     "uneven_power": {"sizes": UNEVEN, "options": {"population_power": 0.5}},
     "uneven_standard_error": {"sizes": UNEVEN, "options": {"centroid_scale": "standard_error"}},

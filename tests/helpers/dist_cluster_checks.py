@@ -249,7 +249,7 @@ def check_an_infinity_on_one_rank_is_queued_by_none(rank: int) -> None:
 
 
 def check_a_resumed_run_goes_on_bit_for_bit(rank: int) -> None:
-    for options in ({}, {"loss_window": 2, "queue_dtype": torch.bfloat16}):
+    for options in ({}, {"loss_window": 2, "queue_dtype": "float8"}):
         pair = Pair(**options)
         saved = None
         for step in range(LENGTH + 5):

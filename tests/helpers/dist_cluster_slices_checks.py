@@ -69,7 +69,7 @@ def check_slices_are_the_whole(rank: int) -> None:
         {"ddp": large, "match_norm": True},
         {"ddp": large, "kind": PlainLast, "strict": False},
         {"kind": PlainLast, "strict": False, "match_norm": True},
-        {"loss_window": 1, "min_queue_length": 1},
+        {"loss_window": 1, "min_queue_length": 1, "queue_dtype": "float8"},
     ]
     for case in cases:
         runs = [clustered(shard_queue=sliced, **case) for sliced in (False, True)]

@@ -101,7 +101,8 @@ def check_same_as_whole(rank: int) -> None:
         for static_graph in (False, True):
             both(MixedTypes, steps(6, batch), {"verify_every": 1}, static_graph=static_graph)
         both(lambda: mlp(torch.bfloat16), steps(6, half_batch))
-        both(mlp, steps(6, batch), {"queue_dtype": torch.bfloat16})
+        for queue_dtype in (torch.bfloat16, "float8"):
+            both(mlp, steps(6, batch), {"queue_dtype": queue_dtype})
 
 
 def half_batch(step: int, rank: int) -> Tensor:
@@ -112,7 +113,8 @@ def assert_divided(state: GradQueueState) -> None:
     """Assert that the ranks together hold the queue once, and each its share of every bucket."""
     world, numels = dist.get_world_size(), {n: p.numel() for n, p in state.queues.params.items()}
     here = sum(ring.untyped_storage().nbytes() for ring in state.queues._queue.values())
-    size = next(iter(state.queues.params.values())).element_size() * LENGTH
+    rings = state.queues._queue.values()
+    size = next(len(ring) * ring.element_size() for ring in rings)
     buckets = [sum(numels[name] for name in names) for names in state.state_dict()["buckets"]]
     assert here <= size * sum(-(-numel // world) for numel in buckets)
     total = torch.tensor(here)

@@ -180,7 +180,7 @@ class Oracle:
     def step(self, grad, length=None):
         queue = self.ring.newest(length)
         weighted = reference.weighted_gradient(
-            grad, queue, rho=self.rho, match_norm=self.match_norm
+            grad, queue, rho=self.rho, match_norm=self.match_norm, queue_dtype=self.queue_dtype
         )
         self.ring.push(grad, self.queue_dtype)
         self.steps += 1

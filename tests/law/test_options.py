@@ -99,7 +99,8 @@ class TestEveryDoor:
         for clause in (
             "queue_length must be an integer >= 1, got 0",
             "rho must be a finite number >= 1 (1 switches the law off), got 0.5",
-            "queue_dtype must be None or a floating type of 16 bits or more, got torch.int64",
+            'queue_dtype must be None, a floating type of 16 bits or more, or "float8", got '
+            "torch.int64",
             "backend must be one of auto, triton, numba, torch, got 'cuda'",
         ):
             assert clause in str(caught.value)

@@ -26,7 +26,7 @@ PLACES = {
 HOUSE = "gq_triton"
 BASE = {
     "names", "extras", "options", "law", "layer_sums", "loss_scale", "ring", "saved", "claims",
-    "describe", "wrappers", "aside",
+    "describe", "wrappers", "aside", "float8",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
@@ -40,11 +40,12 @@ MAY = {
     "extras": set(),
     "loss_scale": set(),
     "wrappers": set(),
-    "options": set(),
-    "law": {"options"},
+    "float8": set(),
+    "options": {"float8"},
+    "law": {"float8", "options"},
     "layer_sums": set(),
-    "saved": {"options", "ring"},
-    "ring": {"options"},
+    "saved": {"float8", "options", "ring"},
+    "ring": {"float8", "options"},
     "reference": set(),
     "testing": set(),
     "kernels": set(),

@@ -35,11 +35,12 @@ COMMON = [
     ({"loss_window": 0}, "loss_window must be an integer >= 1, got 0"),
     (
         {"queue_dtype": torch.int8},
-        "queue_dtype must be None or a floating type of 16 bits or more, got torch.int8",
+        'queue_dtype must be None, a floating type of 16 bits or more, or "float8", got torch.int8',
     ),
     (
         {"queue_dtype": torch.float8_e4m3fn},
-        "queue_dtype must be None or a floating type of 16 bits or more, got torch.float8_e4m3fn",
+        'queue_dtype must be None, a floating type of 16 bits or more, or "float8", got '
+        "torch.float8_e4m3fn",
     ),
     ({"backend": "cuda"}, "backend must be one of auto, triton, numba, torch, got 'cuda'"),
     ({"lr": -0.1}, "lr must be >= 0, got -0.1"),

@@ -309,7 +309,7 @@ def test_what_is_no_model_and_no_queue_is_refused():
         GradQueue(make_model().parameters())
     with pytest.raises(ValueError, match="the saved queue does not fit: it lacks options, losses"):
         GradQueue(make_model()).load_state_dict({})
-    with pytest.raises(ValueError, match="queue_dtype must be None or a floating type"):
+    with pytest.raises(ValueError, match="queue_dtype must be None, a floating type"):
         GradQueue(make_model(), queue_dtype="bf16")
     with pytest.raises(ValueError, match="nesterov must be True or False"):
         GQSGD(make_model().parameters(), 0.1, 0.9, 0, 5e-4)

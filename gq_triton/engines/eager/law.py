@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gq_triton.float8 import BYTE, decode, replace_, slots
 from gq_triton.law import Law, Spread, compute_type, to_queue
 
-__all__ = ["BLOCK", "Turn", "blocks", "flags"]
+__all__ = ["BLOCK", "Turn", "blocks", "flags", "put_"]
 
 # Elements worked on at a time: 256 KiB of float32, so that a block's intermediates stay in L2.
 BLOCK = 65536
@@ -26,18 +27,21 @@ class Turn:
     """
 
     def __init__(self, queue: Tensor, queued: Tensor, accepted: bool, law: Law) -> None:
-        slots, count = queue.shape[0], int(queued)
-        oldest = count % slots
+        length, count = slots(queue), int(queued)
+        oldest = count % length
         self.law = law
         self.slot = oldest if accepted else None
         self.rows: list[int] = []
-        if accepted and count >= slots and law.rho != 1.0:
-            used = slots if law.length is None else int(law.length)
-            self.rows = [(oldest - 1 - age) % slots for age in range(used)]
+        if accepted and count >= length and law.rho != 1.0:
+            used = length if law.length is None else int(law.length)
+            self.rows = [(oldest - 1 - age) % length for age in range(used)]
 
     def spread(self, queue: Tensor, dtype: torch.dtype) -> Spread | None:
         """Return the statistics of a block of the ring ``(L, n)``; None where every weight is 1."""
-        return Spread.of([queue[row].to(dtype) for row in self.rows]) if self.rows else None
+        if not self.rows:
+            return None
+        queue = decode(queue) if queue.dtype == BYTE else queue
+        return Spread.of([queue[row].to(dtype) for row in self.rows])
 
     def block(self, grad: Tensor, queue: Tensor, unscale: float) -> Tensor:
         """Queue one block and return its weights; 1 as a 0-d tensor where every weight is 1.
@@ -55,8 +59,16 @@ class Turn:
         if spread is not None:
             weights = spread.weight(stored.to(dtype), self.law.rho)
         if self.slot is not None:
-            queue[self.slot].copy_(stored)
+            put_(queue, self.slot, stored)
         return weights
+
+
+def put_(queue: Tensor, slot: int, stored: Tensor) -> None:
+    """Write a block of gradients, rounded by ``law.to_queue``, over one row of a ring's block."""
+    if queue.dtype == BYTE:
+        replace_(queue, slot, stored)
+    else:
+        queue[slot].copy_(stored)
 
 
 def flags(accepted: Tensor | None, count: int) -> list[bool]:

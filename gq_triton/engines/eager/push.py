@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gq_triton.engines.eager.law import Turn, flags
+from gq_triton.engines.eager.law import Turn, blocks, flags, put_
 from gq_triton.law import Law, to_queue
 
 __all__ = ["push_"]
@@ -24,6 +24,7 @@ def push_(
     for index, (grad, queue) in enumerate(zip(grads, queues, strict=True)):
         slot = Turn(queue, queued[index], accept[index], law).slot
         if slot is not None:
-            value = grad if unscale == 1.0 else grad * unscale
-            queue[slot].copy_(to_queue(value, queue.dtype))
+            for g, ring in blocks(grad, queue):
+                value = g if unscale == 1.0 else g * unscale
+                put_(ring, slot, to_queue(value, ring.dtype))
             queued[index].add_(1)
