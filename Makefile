@@ -15,10 +15,11 @@ RUFF = echo "ruff: lint and format, a second" && $(BIN)/ruff check . && $(BIN)/r
 PYRIGHT = PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast test-docs test-all test-oldest test-slurm lint format docs build check-build clean
+.PHONY: help setup train bench test test-fast test-docs test-all test-oldest test-slurm lint format docs build check-build clean
 
 help:
 	@echo "make train   train on the handwritten digits with two ranks, write runs/digits-<time>/"
+	@echo "make bench   results against the oracle, then speed, in benchmarks/results/; under 8 minutes"
 	@echo "make test    lint, types and all tests: what must pass before a change goes in"
 	@echo "make test-fast  the quick tests, under 90 seconds on two idle cores: for the inner loop"
 	@echo "make test-docs    examples of docstrings, README.md and docs/, under a minute"
@@ -53,6 +54,10 @@ train: $(READY)
 	echo "Training on the digits data with two ranks into $$out: about a minute"; \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node=2 \
 	  launch/train.py --task digits --out $$out
+
+bench: $(READY)
+	@echo "Checking the results, then measuring: under 8 minutes; gq-triton bench --help has the options"
+	@$(BIN)/gq-triton bench
 
 # A file stays with one worker, and the longest files begin first: tests/conftest.py sorts them.
 # Tests often wait for processes that they start, so pyright runs beside them, and reports at the end.

@@ -5,8 +5,8 @@
 
 The run takes at most ``--seconds`` (five minutes; what has not begun by then is left out, by name).
 A wrong result ends it before anything is timed. Two steps that are compared are timed in turns over
-the same shapes, so that drift affects both alike. A line has the medians, the median of the ratios
-of the turns, and their range; below 1 ours is faster. "captured" means replayed by this package's
+the same shapes, so that drift affects both alike. A step of ours comes with its ratio to the
+step before it, turn by turn; below 1 ours is faster. "captured" means replayed by this package's
 ``cuda_graph``. Peak memory is that of one step, the model and its optimizer included.
 
 The table and the CSV name the hardware, the driver and the versions. Without a GPU everything runs
@@ -27,26 +27,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from correct import CHECKS
-from models import GPT, ResNet18, ResNet50
-from optimizers import OWN_BYTES, PAIRS, copy_rate, new_gradients, parameters
-from record import Line, Run, Step, show
-from shapes import MODELS
+from rich.console import Console
 from torch import Tensor, nn
 
 from gq_triton import GradQueue, cuda_graph
+from gq_triton.bench.checks import CHECKS
+from gq_triton.bench.hardware import where
+from gq_triton.bench.harness import Step, copy_rate
+from gq_triton.bench.models import GPT, ResNet18, ResNet50
+from gq_triton.bench.optimizer import OWN_BYTES, PAIRS, new_gradients, parameters
+from gq_triton.bench.ranks import in_turns, make_step
+from gq_triton.bench.record import as_csv, as_table
+from gq_triton.bench.run import Line, Run
+from gq_triton.bench.shapes import MODELS
 from gq_triton.grouping import KMeans
 from gq_triton.testing import spawn
 
 FILL = 7  # steps that fill the queue: from the sixth on every weight is computed
 CLUSTERS = 8
+OURS = "Grad Queue"
 
 
 def check(run: Run) -> None:
     """Compare results with the oracle; a wrong one ends the run."""
-    for function in CHECKS:
+    for function in CHECKS.values():
         for what, error, bound in function(run.device):
-            run.lines.append(Line("check", what, "error / bound", error, bound))
+            line = Line("check", what, "error", median=error, more={"at most": bound})
+            run.lines.append(line)
             if not error <= bound:
                 run.failures.append(f"{what}: error {error:.3g}, at most {bound:.3g} is allowed")
     if run.failures:
@@ -69,12 +76,13 @@ def optimizers(run: Run) -> None:
                     ours.step()
                     rival.step()
                 compare = functools.partial(run.compare, "optimizers")
-                compare(f"{model}, {name}, alone", ours.step, rival.step)
-                flowing = compare(f"{model}, {name}, back to back", ours.step, rival.step, 20)
+                both = {"torch fused": rival.step, OURS: ours.step}
+                compare(f"{model}, {name}, alone", both)
+                flowing = compare(f"{model}, {name}, back to back", both, 20)[1]
                 if copied:
                     elements = sum(param.numel() for param in params)
                     moved = elements * (OWN_BYTES[name] + 6 * 4)  # five rows read, one written
-                    share = moved / (float(flowing.ours) / 1000) / copied
+                    share = moved / (float(flowing.median) / 1000) / copied
                     flowing.note = f"{share:.0%} of a copy's bytes per second"
             if run.small:
                 continue
@@ -83,10 +91,11 @@ def optimizers(run: Run) -> None:
                     for group in rival.param_groups:
                         if "capturable" in group:  # torch's SGD does not ask
                             group["capturable"] = True
-                    both = [cuda_graph(each.step, each) for each in (ours, rival)]
-                    for step in both:
+                    pairs = ("torch fused", rival), (OURS, ours)
+                    both = {name: cuda_graph(each.step, each) for name, each in pairs}
+                    for step in both.values():
                         run.taken(step, FILL)
-                    compare(f"{model}, {name}, captured", both[0], both[1], 20)
+                    compare(f"{model}, {name}, captured", both, 20)
 
 
 def next_token(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -187,13 +196,13 @@ def _clusters(run: Run, name: str, make: Callable, autocast: bool, way: str) -> 
             twin = copy.deepcopy(plain[0]), *plain[1:]
             ours = training_step(twin, autocast, way, True)
             rival = training_step(plain, autocast, way, False)
-            run.compare("clusters", case, ours, rival)
+            run.compare("clusters", case, {"plain": rival, OURS: ours})
             del plain, twin, ours, rival
     if way == "eager" and not run.small:
         with run.case("memory", case) as begins:
             if begins:
-                mine, other = (peak(make(run.device), autocast, own) for own in (True, False))
-                run.note("memory", case, "MiB", [mine], [other])
+                other, mine = (peak(make(run.device), autocast, own) for own in (False, True))
+                run.note("memory", case, "MiB", {"plain": [other], OURS: [mine]})
 
 
 def peak(made: tuple, autocast: bool, clustered: bool) -> float:
@@ -224,7 +233,8 @@ def kmeans(run: Run) -> None:
                     members = nn.functional.one_hot(labels, CLUSTERS).to(x)
                     centers = members.T @ x / members.sum(dim=0).clamp(min=1)[:, None]
 
-            run.compare("k-means", case, lambda ours=ours, x=x: ours.fit(x), rival)
+            steps = {"plain torch": rival, OURS: lambda ours=ours, x=x: ours.fit(x)}
+            run.compare("k-means", case, steps)
 
 
 def kernels(run: Run) -> None:
@@ -245,10 +255,10 @@ def kernels(run: Run) -> None:
                 continue
             made = build(run.device)
             for ours, rival in made.pairs:
-                both = made.steps[ours], made.steps[rival]
-                for step in both:
+                both = {name: made.steps[name] for name in (rival, ours)}
+                for step in both.values():
                     run.taken(step, 3)
-                run.compare("kernels", f"{made.shape}: {ours} / {rival}", *both, calls=10)
+                run.compare("kernels", made.shape, both, calls=10)
 
 
 def hook(run: Run) -> None:
@@ -260,14 +270,12 @@ def hook(run: Run) -> None:
                 continue
             file = Path(folder, "times.json")
             spawn(ranks, hook_times, backend, str(run.device), str(file), run.turns, timeout=180.0)
-            ours, rival = json.loads(file.read_text())
-            run.note("hook", case, "ms", ours, rival)
+            rival, ours = json.loads(file.read_text())
+            run.note("hook", case, "ms", {"plain DDP": rival, OURS: ours})
 
 
 def hook_times(rank: int, backend: str, device: str, file: str, turns: int) -> None:
     """Write the milliseconds of steps with and without the hook, from one rank of some."""
-    from ranks import in_turns, make_step
-
     group = dist.new_group(backend=backend)
     assert isinstance(group, dist.ProcessGroup)
     torch.manual_seed(0)
@@ -275,7 +283,7 @@ def hook_times(rank: int, backend: str, device: str, file: str, turns: int) -> N
     model = (ResNet50((1,), 4, 10) if small else ResNet50()).to(device)
     side = 16 if small else 224
     batch = torch.randn(64, 3, side, side, device=device), torch.randint(10, (64,), device=device)
-    steps = [make_step(copy.deepcopy(model), options, batch, group)[0] for options in ({}, None)]
+    steps = [make_step(copy.deepcopy(model), options, batch, group)[0] for options in (None, {})]
     for step in steps:
         for _ in range(FILL):
             step()
@@ -299,14 +307,18 @@ def main() -> None:
     parser.add_argument("--csv", default="gpu.csv", help="the file of the results")
     args = parser.parse_args()
     device = torch.device(args.device)
-    run = Run(device, args.seconds, args.turns or (2 if device.type == "cpu" else 9))
+    small = device.type == "cpu"
+    run = Run(device, args.seconds, args.turns or (2 if small else 9), small)
     if run.small:
         torch.set_num_threads(1)
     try:
         for part in args.parts:
             PARTS[part](run)
     finally:
-        show(run, args.csv)
+        facts = where(run.device)
+        title = ", ".join(facts.values()) + (", reduced form" if run.small else "")
+        Console().print(as_table(title, run.lines))
+        Path(args.csv).write_text(as_csv(run.lines, facts))
     if run.failures:
         sys.exit("\n".join(["these cases failed:", *run.failures]))
 

@@ -5,12 +5,10 @@
 
 This needs a CUDA device. Each line compares two functions over the same tensors, which are timed in
 turns in one run. Times are medians of ``--repeats`` measurements of ``--calls`` calls each. A ratio
-below 1 means that the kernel is faster.
+is that to the torch operations; below 1 the kernel is faster.
 """
 
 import argparse
-import datetime
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +16,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from gq_triton.bench.hardware import where
+from gq_triton.bench.record import as_table
+from gq_triton.bench.run import Run
 from gq_triton.grouping import Groups
 from gq_triton.options import ClusterOptions
 
@@ -196,33 +196,13 @@ CASES: dict[str, Callable[[torch.device], Case]] = {
 }
 
 
-def milliseconds(step: Callable[[], Any], calls: int) -> float:
-    """Return the mean time of a call on the device, in milliseconds."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls
-
-
-def compare(name: str, case: Case, repeats: int, calls: int) -> list[list[str]]:
-    steps = {name: case.steps[name] for pair in case.pairs for name in pair}
-    times: dict[str, list[float]] = {step: [] for step in steps}
-    for step in steps.values():
-        milliseconds(step, 3)  # compiles and warms up
-    for _ in range(repeats):
-        for step, function in steps.items():
-            times[step].append(milliseconds(function, calls))
-    rows = []
+def compare(run: Run, name: str, case: Case, calls: int) -> None:
+    """Time the pairs of a case."""
     for ours, rival in case.pairs:
-        mine, theirs = (statistics.median(times[step]) for step in (ours, rival))
-        ratios = [a / b for a, b in zip(times[ours], times[rival], strict=True)]
-        row = [name, case.shape, ours, rival, f"{mine:.3f}", f"{theirs:.3f}"]
-        row += [f"{mine / theirs:.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
-        rows.append(row)
-    return rows
+        both = {step: case.steps[step] for step in (rival, ours)}
+        for step in both.values():
+            run.taken(step, 3)  # compiles and warms up
+        run.compare(name, case.shape, both, calls)
 
 
 def main() -> None:
@@ -235,16 +215,15 @@ def main() -> None:
         print("benchmarks/kernels.py needs a CUDA device: none was found.", file=sys.stderr)
         sys.exit(2)
     device = torch.device("cuda")
-    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.date.today()}"
-    columns = ["case", "tensors", "ours", "rival", "ours ms", "rival ms", "ratio", "ratio, range"]
-    table = Table(*columns, title=title)
     console = Console()
+    run = Run(device, float("inf"), args.repeats)
     for name in args.cases:
-        with console.status(name):
-            for row in compare(name, CASES[name](device), args.repeats, args.calls):
-                table.add_row(*row)
-            torch.cuda.empty_cache()
-    console.print(table)
+        with console.status(name), run.case(name, "") as begins:
+            if begins:
+                compare(run, name, CASES[name](device), args.calls)
+    console.print(as_table(", ".join(where(device).values()), run.lines))
+    if run.failures:
+        sys.exit("\n".join(["these cases failed:", *run.failures]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ processes disturb less than the time of day. One thread.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -17,6 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from gq_triton.bench.hardware import where
+from gq_triton.bench.harness import seconds
 from gq_triton.tasks.text import CausalTransformer
 from gq_triton.variance import NoiseScale
 
@@ -59,13 +60,13 @@ def measure(case: str, clusters: int, blocks: int) -> tuple[float, float]:
     model, batch = CASES[case]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
+    def step() -> None:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+
     def block() -> float:
-        started = time.process_time()
-        for _ in range(EVERY):
-            optimizer.zero_grad()
-            model(batch).square().mean().backward()
-            optimizer.step()
-        return time.process_time() - started
+        return EVERY * seconds(step, calls=EVERY, clock=time.process_time)
 
     plain, metered = [], []
     for number in range(blocks + 1):
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=7, help="blocks of each kind (default: 7)")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print(f"{torch.__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(", ".join(where(torch.device("cpu")).values()))
     for case in CASES:
         plain, metered = measure(case, given.clusters, given.blocks)
         print(

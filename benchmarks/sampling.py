@@ -4,15 +4,12 @@ python benchmarks/sampling.py
 python benchmarks/sampling.py --threads 2
 
 The two of a ratio alternate. Times are CPU times of this process, which other processes disturb
-less than the time of day; ratio and range are those of the turns.
+less than the time of day; a ratio is the median of those of the turns, with their 20 % and 80 %
+quantiles.
 """
 
 import argparse
-import datetime
-import os
-import platform
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from gq_triton.bench import harness
+from gq_triton.bench.hardware import where
 from gq_triton.sampling import GradientClustering, ImportanceLoader, StratifiedBatchSampler
 
 MILLION = 1_000_000
@@ -36,15 +35,13 @@ def mlp() -> nn.Module:
 
 def seconds(call: Callable[[], Any]) -> float:
     """Return the CPU seconds of a call."""
-    begin = time.process_time()
-    call()
-    return time.process_time() - begin
+    return harness.seconds(call, clock=time.process_time)
 
 
 def turns(ours: Callable[[], float], rival: Callable[[], float], count: int) -> list[float]:
     """Return the ratios of alternating turns, without the first."""
-    pairs = [(ours(), rival()) for _ in range(count + 1)]
-    return [a / b for a, b in pairs[1:]]
+    mine, others = harness.rounds([ours, rival], count + 1)
+    return [a / b for a, b in zip(mine, others, strict=True)][1:]
 
 
 def a_step(count: int) -> list[float]:
@@ -123,9 +120,8 @@ def fitting() -> tuple[float, float]:
 
 def row(what: str, values: Sequence[float], unit: str, bound: float) -> str:
     """Return a row of the table."""
-    middle = statistics.median(values)
-    spread = f"{min(values):.3f} to {max(values):.3f}"
-    return f"{what:52} {middle:8.3f} {unit:5} {spread:18} at most {bound:g}"
+    middle, low, high = harness.spread(values)
+    return f"{what:52} {middle:8.3f} {unit:5} {low:.3f} to {high:.3f}  at most {bound:g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,9 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    today = datetime.datetime.now(datetime.timezone.utc).date()
-    print(f"{processor()}, {os.cpu_count()} cores, {given.threads} of them used; "
-          f"torch {torch.__version__}, {today}")  # fmt: skip
+    print(", ".join(where(torch.device("cpu")).values()))
     print(row("A step, K = 10, / backward pass (MLP 1024 wide)", a_step(given.turns), "", 1.0))
     print(row("scoring / forward pass (MLP 1024 wide)", scoring(given.turns), "", 1.1))
     print(row("drawing 128 of a million samples", drawing(given.turns), "ms", 0.1))
@@ -145,16 +139,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"fit of a million samples (16-32-2 net, K = 10): {per_pass:.1f} s per pass, "
           f"{added:.0f} MiB more at the peak")  # fmt: skip
     return 0
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(": ")[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ measured before, by the same command, is not measured again: --again does.
 
 import argparse
 import copy
-import ctypes
 import datetime
-import gc
 import json
 import multiprocessing
 import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +24,8 @@ import torch
 from rich.console import Console
 
 from gq_triton import GradQueue
+from gq_triton.bench.harness import in_turns
+from gq_triton.bench.peak import in_process, peak
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
@@ -70,22 +69,6 @@ def compared(case: Case) -> dict[str, Any]:
     return row
 
 
-def peak(step: Callable[[], None]) -> int:
-    """Return the memory that a step takes above what is held before it, in bytes."""
-    gc.collect()
-    with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")  # from here on VmHWM is the peak
-    before = status("VmRSS")
-    step()
-    return status("VmHWM") - before
-
-
-def status(entry: str) -> int:
-    with open("/proc/self/status") as lines:
-        line = next(line for line in lines if line.startswith(entry))
-    return 1024 * int(line.split()[1])
-
-
 def timed(case: Case, threads: int) -> dict[str, float]:
     """Return time and peak memory of a step with clusters over those of the plain step."""
     torch.set_num_threads(threads)
@@ -112,16 +95,10 @@ def timed(case: Case, threads: int) -> dict[str, float]:
     for _ in range(6):  # fills the queue
         steps[1]()
     steps[0]()
-    ratios, taken = [], []
-    for _ in range(TURNS):
-        taken = []
-        for step in steps:
-            start = time.perf_counter()
-            step()
-            taken.append(time.perf_counter() - start)
-        ratios.append(taken[1] / taken[0])
-    peaks = [peak(step) for step in steps]
-    return {"plain_ms": 1000 * taken[0], "time": statistics.median(ratios),
+    other, mine = in_turns(steps, TURNS)
+    ratios = [a / b for a, b in zip(mine, other, strict=True)]
+    peaks = [peak(step, torch.device("cpu")) for step in steps]
+    return {"plain_ms": 1000 * other[-1], "time": statistics.median(ratios),
             "memory": peaks[1] / max(peaks[0], 4096), "plain_mib": peaks[0] / 2**20}  # fmt: skip
 
 
@@ -139,22 +116,8 @@ def measure(name: str, threads: int) -> dict[str, Any]:
 def row_of(name: str, threads: int) -> dict[str, Any]:
     """Return the row of one model from a process of its own."""
     context = multiprocessing.get_context("fork")  # the libraries are imported once
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=send, args=(sending, name, threads))
-    process.start()
-    sending.close()
-    try:
-        row = receiving.recv()
-    except EOFError:
-        row = {"name": name, "group": cases()[name].group, "refused": "the process died"}
-    process.join()
-    return row
-
-
-def send(pipe: Any, name: str, threads: int) -> None:
-    # A freed tensor then returns its pages at once, so that resident memory is held memory.
-    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
-    pipe.send(measure(name, threads))
+    died = {"name": name, "group": cases()[name].group, "refused": "the process died"}
+    return in_process(context, measure, name, threads) or died
 
 
 def share(value: float) -> str:

@@ -15,6 +15,7 @@ COMMANDS = {
         "log the variance of gradient estimators along a training",
     ),
     "plan": ("gq_triton.plan.command", "predict memory and time on 1 to 16 384 GPUs"),
+    "bench": ("gq_triton.bench.command", "check the results, then measure the speed"),
 }
 
 

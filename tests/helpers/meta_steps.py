@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -213,11 +212,8 @@ def text_case(layers: int, width: int, heads: int, vocabulary: int, batch: int, 
 
 def image_case(batch: int):
     """Return the benchmarks' ResNet-18 on the meta device, a batch, the loss, the feature layer."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    try:
-        from models import ResNet18  # pyright: ignore[reportMissingImports]
-    finally:
-        del sys.path[0]
+    from gq_triton.bench.models import ResNet18
+
     with torch.device("meta"):
         model, x = ResNet18(), torch.zeros(batch, 3, 32, 32)
         classes = torch.zeros(batch, dtype=torch.int64)

@@ -99,11 +99,13 @@ MAY = {
     },
     # The plan is arithmetic on shapes; ranks of the tests' tools measure the machine.
     "plan": {"commands", "testing"},
+    # Benchmarks also time engines alone, and check before they time.
+    "bench": {"testing", "reference", "commands"} | DOORS | BELOW,
     # The program gq-triton imports a command only when it is called, by a name in a string.
     "commands": set(),
     "launch": {"commands", "tasks", "training"} | DOORS,
-    # Benchmarks also time engines alone, and check before they time.
     "benchmarks": {
+        "bench",
         "testing",
         "kernels",
         "reference",

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+__all__ = ["GPT", "MLP", "Recurrent", "ResNet18", "ResNet50", "Residual"]
+
 
 class MLP(nn.Module):
     """A net of four layers 1024 wide, for ten classes."""
@@ -18,10 +20,13 @@ class MLP(nn.Module):
         self.head = nn.Linear(1024, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for a batch."""
         return self.head(self.features(x))
 
 
 class Residual(nn.Module):
+    """A block of two 3 x 3 convolutions; the first one has the stride."""
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -35,6 +40,7 @@ class Residual(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for a batch."""
         out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
         return self.relu(out + self.shortcut(x))
 
@@ -56,6 +62,7 @@ class ResNet18(nn.Module):
         self.head = nn.Linear(512, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for a batch."""
         return self.head(self.features(self.blocks(self.stem(x))).flatten(1))
 
 
@@ -78,6 +85,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for a batch."""
         out = self.relu(self.norm1(self.conv1(x)))
         out = self.norm3(self.conv3(self.relu(self.norm2(self.conv2(out)))))
         return self.relu(out + self.shortcut(x))
@@ -105,10 +113,13 @@ class ResNet50(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for a batch."""
         return self.head(self.features(self.blocks(self.stem(x))).flatten(1))
 
 
 class Block(nn.Module):
+    """A block of causal attention and an MLP."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -119,6 +130,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for a batch."""
         batch, length, width = x.shape
         split = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1)
         mixed = nn.functional.scaled_dot_product_attention(
@@ -151,6 +163,7 @@ class GPT(nn.Module):
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of tokens ``(B, T)``."""
         places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         x = self.tokens(tokens) + self.positions(places)
         return self.head(self.features(self.blocks(x)))
@@ -171,6 +184,7 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for a batch."""
         x = self.features(x).relu()
         if not isinstance(self.reader, nn.RNNCellBase):
             return self.head(self.reader(x)[0][:, -1])

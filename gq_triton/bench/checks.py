@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from models import GPT, Residual
 from torch import Tensor, nn
 
 from gq_triton import GQSGD, GQAdamW, GradQueue, reference
+from gq_triton.bench.models import GPT, Residual
 from gq_triton.engines import engine
 from gq_triton.grouping import Groups, KMeans
 from gq_triton.options import ClusterOptions
+
+__all__ = ["CHECKS", "Finding", "expected", "largest"]
 
 Finding = tuple[str, float, float]
 LENGTH, STEPS, CLUSTERS = 3, 5, 4
@@ -105,28 +107,41 @@ def clusters(device: torch.device) -> Iterator[Finding]:
         worst = 0.0
         for batch in batches:
             twin.load_state_dict(model.state_dict())
-            expected = _expected(twin, batch, rings)
+            right = expected(twin, batch, rings, LABELS, CLUSTERS)
             optimizer.zero_grad()
-            model(batch.to(device)).square().flatten(1).mean(dim=1).mean().backward()
+            loss_of(model(batch.to(device))).mean().backward()
             for key, param in model.named_parameters():
                 assert param.grad is not None
-                worst = max(worst, largest(param.grad, expected[key]))
+                worst = max(worst, largest(param.grad, right[key]))
             optimizer.step()
         yield f"weighted gradients of a step with clusters, {name}", worst, 1e-9
 
 
-def _expected(
-    model: nn.Module, batch: Tensor, rings: dict[str, reference.Ring]
+def loss_of(output: Tensor) -> Tensor:
+    """Return the loss of each sample in these checks."""
+    return output.square().flatten(1).mean(dim=1)
+
+
+def expected(
+    model: nn.Module, batch: Tensor, rings: dict[str, reference.Ring], labels: Tensor, count: int
 ) -> dict[str, Tensor]:
-    """Return the weighted gradients that the law gives, and queue the raw ones."""
-    losses = model(batch).square().flatten(1).mean(dim=1)
+    """Return the weighted gradients that the law gives, and queue the raw ones.
+
+    Args:
+        model: in float64.
+        batch: its inputs ``(B, ...)``.
+        rings: the queue of each parameter.
+        labels: ``(B,)``, the cluster of each sample.
+        count: number of clusters.
+    """
+    losses = loss_of(model(batch))
     named = dict(model.named_parameters())
-    sizes = torch.bincount(LABELS, minlength=CLUSTERS).tolist()
+    sizes = torch.bincount(labels, minlength=count).tolist()
     means: dict[str, list[Tensor]] = {key: [] for key in named}
     for k, size in enumerate(sizes):
         grads = [torch.zeros_like(param) for param in named.values()]
         if size:
-            part = losses[k == LABELS].mean()
+            part = losses[k == labels].mean()
             grads = torch.autograd.grad(part, list(named.values()), retain_graph=True)
         for key, grad in zip(named, grads, strict=True):
             means[key].append(grad)
@@ -172,10 +187,23 @@ def optimizers(device: torch.device) -> Iterator[Finding]:
 
 
 def kmeans(device: torch.device) -> Iterator[Finding]:
-    """Check that the labels are those of the CPU."""
-    features = torch.randn(200, 12, generator=torch.Generator().manual_seed(0), dtype=F64)
+    """Check that labels are scikit-learn's, from the same start, and those of the CPU."""
+    from sklearn.cluster import KMeans as Scikit
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 12, generator=generator, dtype=F64)
     here, there = (KMeans(7)(x) for x in (features, features.to(device)))
     yield "labels of k-means that differ from the CPU's", float((here != there.cpu()).sum()), 0.0
+    # The blobs are far apart, so that the rounding of float32 decides about no label.
+    blobs = 20 * torch.randn(7, 12, generator=generator)
+    x = blobs[torch.arange(200) % 7] + torch.randn(200, 12, generator=generator)
+    ours = KMeans(7, init=x[:7], warm_start=False, tol=0.0)(x.to(device)).cpu()
+    same: dict[str, Any] = {"init": x[:7].numpy(), "n_init": 1, "max_iter": 10, "tol": 0.0}
+    right = Scikit(7, **same).fit(x.numpy()).labels_
+    differ = float((ours != torch.from_numpy(right)).sum())
+    yield "labels of k-means that differ from scikit-learn's", differ, 0.0
 
 
-CHECKS = (sums, clusters, optimizers, kmeans)
+CHECKS: dict[str, Callable[[torch.device], Iterator[Finding]]] = {
+    "sums": sums, "clusters": clusters, "optimizers": optimizers, "kmeans": kmeans,
+}  # fmt: skip

@@ -1,0 +1,88 @@
+"""Write the tables of docs/benchmarks.md from the newest results of `gq-triton bench`.
+
+    python benchmarks/page.py
+
+Between ``<!-- bench: DEVICE THEME -->`` and ``<!-- end -->`` stands what the newest file of
+benchmarks/results/ says of that device and theme: the hardware, and the ratios.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gq_triton.bench.record import cell, from_csv
+from gq_triton.bench.run import Line
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+# Columns that get a table of their own, where a case has one row.
+WIDE = {"optimizer": ["of a copy"], "clusters": ["peak MiB"], "kmeans": []}
+
+
+def ratio(line: Line) -> str:
+    """Return the ratio of a step and its quantiles; the base has its time."""
+    if line.note:
+        return line.note.partition(":")[0]
+    if line.ratio == line.ratio_low == line.ratio_high == 1:
+        return f"{cell(line.median)} {line.unit}"
+    return f"{cell(line.ratio)} ({cell(line.ratio_low)} to {cell(line.ratio_high)})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    written = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in written)
+
+
+def by_case(lines: Sequence[Line], value: Callable[[Line], str]) -> str:
+    """Return a table with a row for each case and a column for each step."""
+    steps = list(dict.fromkeys(line.step for line in lines))
+    rows = []
+    for case in dict.fromkeys(line.case for line in lines):
+        found = {line.step: value(line) for line in lines if line.case == case}
+        rows.append([case, *[found.get(step, "") for step in steps]])
+    return table(["", *steps], rows)
+
+
+def by_step(lines: Sequence[Line]) -> str:
+    """Return a table for each case, with a row for each step."""
+    more = list(dict.fromkeys(name for line in lines for name in line.more))
+    text = []
+    for case in dict.fromkeys(line.case for line in lines):
+        rows = [
+            [line.step, ratio(line), *[cell(line.more.get(name, "")) for name in more]]
+            for line in lines
+            if line.case == case
+        ]
+        text.append(table([case, "time", *more], rows))
+    return "\n".join(text)
+
+
+def section(device: str, theme: str) -> str:
+    """Return what stands between the marks of a device and theme."""
+    file = max(RESULTS.glob(f"*_{device}_{theme}.csv"))
+    lines, facts = from_csv(file.read_text(encoding="utf-8"))
+    machine = [line for line in lines if line.case == "machine"]
+    lines = [line for line in lines if line.case != "machine"]
+    told = [facts.pop("device"), f"{facts.pop('threads')} threads", facts.pop("date")]
+    told += [f"{name} {fact}" for name, fact in facts.items()]
+    told += [f"{line.step} {cell(line.median)} {line.unit}" for line in machine]
+    text = [f"*{', '.join(told)}; `gq-triton bench --only {theme}`, {file.name}*", ""]
+    if theme not in WIDE:
+        return "\n".join([*text, by_step(lines)])
+    text.append(by_case(lines, ratio))
+    for name in WIDE[theme]:
+        text += [f"{name[0].upper()}{name[1:]}:", ""]
+        having = [line for line in lines if name in line.more]
+        text.append(by_case(having, lambda line, name=name: cell(line.more[name])))
+    return "\n".join(text)
+
+
+def page(text: str) -> str:
+    """Return the page with its tables made anew."""
+    marks = r"(<!-- bench: (\w+) (\w+) -->\n).*?(<!-- end -->)"
+    return re.sub(marks, lambda m: f"{m[1]}\n{section(m[2], m[3])}\n{m[4]}", text, flags=re.S)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""``gq-triton bench``, and the one harness of all benchmarks: ``harness``, ``run``, ``record``."""

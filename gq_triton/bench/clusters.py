@@ -1,0 +1,210 @@
+"""The theme ``clusters``: a training step with K cluster gradients against the plain step.
+
+A step is forward pass, clustering, backward pass and optimizer; the queue is full. The plain step
+and the step with clusters in one backward pass are timed in turns, the others after them: their K
+or B copies of the gradients would push what the first two use out of the cache. "K passes" is
+``mode="microbatch"``. ``vmap(grad)`` takes 16 samples at a time; it and Opacus stop at the K sums
+of gradients, without the law and the update. Peak memory is that of one step above what is held
+between steps, so without the queue.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from gq_triton import GradQueue
+from gq_triton.bench.harness import Step, in_turns
+from gq_triton.bench.models import GPT, MLP, Recurrent, ResNet18
+from gq_triton.bench.peak import of_step, peak
+from gq_triton.bench.run import Line, Run
+from gq_triton.bench.shapes import memory
+
+__all__ = ["measure"]
+
+FILL = 7  # from the sixth step on every weight is computed
+PLAIN, OURS, PASSES, VMAP, OPACUS = "plain", "clusters", "K passes", "vmap(grad)", "Opacus"
+CHUNK = 16
+PEAK = "peak MiB"
+
+
+class Case(NamedTuple):
+    """A model and its batch; ``of_text`` says that each position has a class."""
+
+    build: Callable[[], nn.Module]
+    inputs: tuple[int, ...]
+    classes: int
+    of_text: bool = False
+    vmaps: bool = True
+
+    def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return random inputs and classes."""
+        if self.of_text:
+            tokens = torch.randint(self.classes, (2, *self.inputs), device=device)
+            return tokens[0], tokens[1]
+        x = torch.randn(self.inputs, device=device)
+        return x, torch.randint(self.classes, self.inputs[:1], device=device)
+
+
+CASES = {
+    "MLP, 1024 wide": Case(MLP, (512, 1024), 10),
+    "GPT of 3.3 M": Case(GPT, (64, 32), 256, True),
+    "ResNet-18": Case(ResNet18, (32, 3, 32, 32), 10, vmaps=False),
+}
+for _kind in (nn.GRU, nn.LSTM, nn.GRUCell, nn.LSTMCell):
+    CASES[_kind.__name__] = Case(partial(Recurrent, _kind), (128, 16, 32), 10, vmaps=False)
+LADDER = "MLP, 1024 wide"  # the case that is measured for every K
+COUNTS = (1, 4, 8, 16, 64)
+USUAL = 8
+TINY = Case(partial(GPT, 16, 8, 16, 2, 1), (16, 8), 16, True)
+
+
+def loss_of(output: Tensor, classes: Tensor) -> Tensor:
+    """Return the loss of each sample; that of a text is the mean over its positions."""
+    if output.ndim == 3:
+        losses = nn.functional.cross_entropy(output.transpose(1, 2), classes, reduction="none")
+        return losses.mean(dim=1)
+    return nn.functional.cross_entropy(output, classes, reduction="none")
+
+
+def step_of(case: Case, way: str, clusters: int, device: torch.device, length: int = 5) -> Step:
+    """Return a function that takes one step in a way, and has taken enough to fill the queue."""
+    torch.manual_seed(0)
+    model, batch = case.build().to(device), case.batch(device)
+    if way == VMAP:
+        return partial(_vmap, model, *batch, _labels(batch, clusters), clusters)
+    if way == OPACUS:
+        from opacus import GradSampleModule  # pyright: ignore[reportMissingImports]
+
+        return partial(_opacus, GradSampleModule(model), *batch, _labels(batch, clusters), clusters)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    queue = None
+    if way != PLAIN:
+        mode = "microbatch" if way == PASSES else "one_backward"
+        queue = GradQueue(model, n_clusters=clusters, features="features", mode=mode,
+                          queue_length=length)  # fmt: skip
+        queue.attach(optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses = loss_of(model(batch[0]), batch[1])
+        if way == PASSES:
+            assert queue is not None
+            queue.backward(losses)
+        else:
+            losses.mean().backward()
+        optimizer.step()
+
+    for _ in range({PLAIN: 2, PASSES: 1}.get(way, length + 2)):
+        step()
+    return step
+
+
+def _labels(batch: tuple[Tensor, Tensor], clusters: int) -> Tensor:
+    return torch.arange(len(batch[0]), device=batch[0].device) % clusters
+
+
+def _vmap(model: nn.Module, x: Tensor, y: Tensor, labels: Tensor, clusters: int) -> dict:
+    """Return the sums of the samples' gradients by cluster."""
+    params = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return loss_of(functional_call(model, params, (x[None],)), y[None])[0]
+
+    sums = {name: param.new_zeros(clusters, *param.shape) for name, param in params.items()}
+    single = vmap(grad(loss), in_dims=(None, 0, 0))
+    with warnings.catch_warnings():  # torch says that a loop stands in for attention on the CPU
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        for at in range(0, len(x), CHUNK):
+            part = slice(at, at + CHUNK)
+            for name, found in single(params, x[part], y[part]).items():
+                sums[name].index_add_(0, labels[part], found)
+    return sums
+
+
+def _opacus(model: Any, x: Tensor, y: Tensor, labels: Tensor, clusters: int) -> dict:
+    """Return the sums of the samples' gradients by cluster."""
+    model.zero_grad()
+    loss_of(model(x), y).mean().backward()
+    sums = {}
+    for name, param in model.named_parameters():
+        sums[name] = param.new_zeros(clusters, *param.shape)
+        sums[name].index_add_(0, labels, param.grad_sample)
+        param.grad_sample = None
+    return sums
+
+
+def measure(run: Run) -> None:
+    """Time every model with K = 8, and one of them with K from 1 to 64."""
+    if run.small:
+        _case(run, "tiny GPT", TINY, 4)
+        return
+    for name, case in CASES.items():
+        _case(run, name, case, USUAL)
+    for count in COUNTS:
+        if count != USUAL:
+            _case(run, LADDER, CASES[LADDER], count)
+
+
+def _case(run: Run, name: str, case: Case, clusters: int) -> None:
+    """Time one model with one K; keep a line for each way."""
+    label = f"{name}, {case.inputs[0]} samples, K = {clusters}"
+    with run.case("clusters", label) as begins:
+        if not begins:
+            return
+        both = {way: step_of(case, way, clusters, run.device) for way in (PLAIN, OURS)}
+        plain, ours = in_turns(list(both.values()), run.turns, run.device)
+        lines = _note(run, label, {PLAIN: plain, OURS: ours}, plain)
+        for way in _others(case, name, clusters):
+            if left_out := _too_large(case, way):
+                run.lines.append(Line("clusters", label, way, note=left_out))
+                continue
+            step = step_of(case, way, clusters, run.device)
+            if way != PASSES:
+                step()  # the first call
+            (taken,) = in_turns([step], max(2, run.turns // 3), run.device)
+            lines += _note(run, label, {way: taken}, plain)
+            del step
+        del both
+        _peaks(run, case, clusters, lines)
+
+
+def _note(run: Run, label: str, times: dict[str, list[float]], plain: list[float]) -> list[Line]:
+    found = {way: [1000 * value for value in taken] for way, taken in times.items()}
+    return run.note("clusters", label, "ms", found, base=[1000 * value for value in plain])
+
+
+def _others(case: Case, name: str, clusters: int) -> list[str]:
+    """Return the other ways; those that need a gradient per sample are measured for one K."""
+    ways = [PASSES]
+    if case.vmaps and clusters <= USUAL and (name != LADDER or clusters == USUAL):
+        ways += [VMAP] + [OPACUS] * (find_spec("opacus") is not None)
+    return ways
+
+
+def _too_large(case: Case, way: str) -> str:
+    """Return why Opacus is left out: it holds a gradient of every sample."""
+    if way != OPACUS:
+        return ""
+    size = 4 * case.inputs[0] * sum(param.numel() for param in case.build().parameters())
+    if 3 * size < memory():
+        return ""
+    return f"left out: a gradient of every sample takes {size / 2**30:.1f} GiB"
+
+
+def _peaks(run: Run, case: Case, clusters: int, lines: list[Line]) -> None:
+    """Add the peak memory of each way to its line."""
+    for line in lines:
+        if run.on_gpu:
+            size = peak(step_of(case, line.step, clusters, run.device), run.device)
+        else:
+            # Rows of the queue are held between steps: with two the law does all it does with five.
+            job = case, line.step, clusters, run.device, 2
+            size = of_step(step_of, job, torch.get_num_threads())
+        if size is not None:
+            line.more[PEAK] = size / 2**20
