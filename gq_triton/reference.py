@@ -22,6 +22,7 @@ __all__ = [
     "float8_rows",
     "scarcity_weight",
     "sgd_update",
+    "stochastic_bfloat16",
     "stored",
     "weighted_gradient",
 ]
@@ -92,6 +93,21 @@ def float8_rows(rows: Tensor) -> Tensor:
     largest = (torch.frexp(rows.abs().amax(dim=0))[1] - 1).clamp(-119, 126)
     steps = torch.maximum(exponents, largest - 2) - 5
     return torch.ldexp(torch.ldexp(rows, -steps).round(), steps)
+
+
+def stochastic_bfloat16(x: Tensor, bits: Tensor) -> Tensor:
+    """Return numbers rounded to a neighbour in bfloat16, the one away from zero for high ``bits``.
+
+    Args:
+        x: finite numbers of bfloat16's normal range.
+        bits: integers from 0 to 65535; with evenly distributed ones the mean of the result is x,
+            if x has the 24 significant bits of float32.
+    """
+    size = x.double().abs()
+    step = torch.ldexp(torch.ones_like(size), torch.frexp(size)[1] - 8)
+    below = (size / step).floor() * step
+    away = (size - below) / step + bits.double() / 65536 >= 1
+    return (torch.where(away, below + step, below) * x.double().sign()).to(torch.bfloat16)
 
 
 def weighted_gradient(

@@ -7,13 +7,16 @@ Shape legend: N = tensors, L = queue slots, P = elements of one tensor.
 import math
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gq_triton.kernels.chunks import (
     GRAD,
+    INDEX,
     QUEUE,
+    QUEUED,
     STRIDE,
     chunk_bounds,
     count_when_last,
@@ -24,6 +27,7 @@ from gq_triton.kernels.chunks import (
 )
 from gq_triton.kernels.launch import as_bytes, device_guard, ring_launch
 from gq_triton.kernels.law import divide, inverse_scale, load, square_root, store, weigh_and_queue
+from gq_triton.kernels.rounding import key_of, store_weight
 from gq_triton.law import Law
 
 __all__ = ["gqadamw_"]
@@ -43,10 +47,10 @@ def _power(log2_base, exponent):
 @triton.jit
 def _adamw_block(
     p_ptr, g_ptr, m_ptr, v_ptr, ring, stride, slot, offsets, mask, active, queue_it, length, low,
-    high, unscale, keep, beta1, gain1, beta2, gain2, correction2, eps, step_size,
-    MAXIMIZE: tl.constexpr, L: tl.constexpr, ALIGNED: tl.constexpr,
+    high, unscale, keep, beta1, gain1, beta2, gain2, correction2, eps, step_size, first, key,
+    MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, L: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Update one block; scalars are in the compute type."""
+    """Update one block from element ``first`` on; scalars are in the compute type."""
     g = load(g_ptr + offsets, mask, keep.dtype) * unscale
     p = load(p_ptr + offsets, mask, keep.dtype)
     m = load(m_ptr + offsets, mask, keep.dtype)
@@ -63,7 +67,7 @@ def _adamw_block(
     p = p * keep - divide(step_size * m, denominator)
     store(m_ptr + offsets, m, mask)
     store(v_ptr + offsets, v, mask)
-    store(p_ptr + offsets, p, mask)
+    store_weight(p_ptr + offsets, p, mask, first + offsets, key, STOCHASTIC)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -73,8 +77,9 @@ def _gqadamw_kernel(
     log2_beta2: tl.float64, eps: tl.float64, weight_decay: tl.float64,
     low: tl.float64, high: tl.float64,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr,
-    V_DTYPE: tl.constexpr, C_DTYPE: tl.constexpr, MAXIMIZE: tl.constexpr, L: tl.constexpr,
-    W: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    V_DTYPE: tl.constexpr, C_DTYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk with step number ``t``, one more than the tensor's counter holds.
 
@@ -91,6 +96,8 @@ def _gqadamw_kernel(
     first, count = chunk_bounds(starts, row, tensor, chunk, CHUNK)
     count = unless_found_inf(count, found_inf_ptr)
     slot, active, queue_it = ring_turn(row, finite_ptr, L)
+    queued = tl.load(typed(tl.load(row + QUEUED), tl.int64, False))
+    key = key_of(queued, tl.load(row + INDEX))
     step = tl.load(typed(tl.load(row + _STEP), tl.float32, False)) + 1
     p_ptr = typed(tl.load(row + _PARAM), P_DTYPE, ALIGNED) + first
     g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
@@ -118,7 +125,7 @@ def _gqadamw_kernel(
             p_ptr, g_ptr, m_ptr, v_ptr, ring, stride, slot, at + tl.arange(0, BLOCK), True,
             active, queue_it, length, low_c, high_c, unscale,
             keep, beta1_c, gain1, beta2_c, gain2, correction2, eps_c, step_size,
-            MAXIMIZE, L, ALIGNED,
+            first, key, MAXIMIZE, STOCHASTIC, L, ALIGNED,
         )  # fmt: skip
     if full < count:
         offsets = full + tl.arange(0, BLOCK)
@@ -126,7 +133,7 @@ def _gqadamw_kernel(
             p_ptr, g_ptr, m_ptr, v_ptr, ring, stride, slot, offsets, offsets < count,
             active, queue_it, length, low_c, high_c, unscale,
             keep, beta1_c, gain1, beta2_c, gain2, correction2, eps_c, step_size,
-            MAXIMIZE, L, ALIGNED,
+            first, key, MAXIMIZE, STOCHASTIC, L, ALIGNED,
         )  # fmt: skip
     count_when_last(rows, n_tensors, ticket, finite_ptr, found_inf_ptr, W, _STEP)
 
@@ -148,6 +155,7 @@ def gqadamw_(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    stochastic_rounding: bool = False,
 ) -> None:
     """Take one step of AdamW on weighted gradients; see ``engines.protocol``.
 
@@ -176,6 +184,7 @@ def gqadamw_(
                 float(beta2), _log2(beta2), float(eps), float(weight_decay), 1.0 / law.rho,
                 float(law.rho), P_DTYPE=ring.dtypes["params"], M_DTYPE=ring.dtypes["exp_avgs"],
                 V_DTYPE=ring.dtypes["exp_avg_sqs"], MAXIMIZE=maximize,
+                STOCHASTIC=stochastic_rounding and params[0].dtype == torch.bfloat16,
                 ALIGNED=table.aligned, **ring.constants,
             )  # fmt: skip
 

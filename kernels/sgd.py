@@ -6,13 +6,16 @@ Shape legend: N = tensors, L = queue slots, P = elements of one tensor.
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gq_triton.kernels.chunks import (
     GRAD,
+    INDEX,
     QUEUE,
+    QUEUED,
     STRIDE,
     chunk_bounds,
     count_when_last,
@@ -23,6 +26,7 @@ from gq_triton.kernels.chunks import (
 )
 from gq_triton.kernels.launch import as_bytes, device_guard, ring_launch
 from gq_triton.kernels.law import inverse_scale, load, store, weigh_and_queue
+from gq_triton.kernels.rounding import key_of, store_weight
 from gq_triton.law import Law
 
 __all__ = ["gqsgd_"]
@@ -34,11 +38,11 @@ _BUFFER = tl.constexpr(7)
 @triton.jit
 def _sgd_block(
     p_ptr, g_ptr, buffer_ptr, ring, stride, slot, offsets, mask, active, queue_it, length, low,
-    high, unscale, lr, momentum, undamped, weight_decay,
+    high, unscale, lr, momentum, undamped, weight_decay, first, key,
     DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, FIRST: tl.constexpr,
-    L: tl.constexpr, ALIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, L: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Update one block; scalars are in the compute type."""
+    """Update one block from element ``first`` on; scalars are in the compute type."""
     g = load(g_ptr + offsets, mask, lr.dtype) * unscale
     p = load(p_ptr + offsets, mask, lr.dtype)
     g = g * weigh_and_queue(
@@ -56,7 +60,7 @@ def _sgd_block(
             buffer = old * momentum + undamped * g
         store(buffer_ptr + offsets, buffer, mask)
         g = g + momentum * buffer if NESTEROV else buffer
-    store(p_ptr + offsets, p - lr * g, mask)
+    store_weight(p_ptr + offsets, p - lr * g, mask, first + offsets, key, STOCHASTIC)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -66,8 +70,8 @@ def _gqsgd_kernel(
     low: tl.float64, high: tl.float64,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, B_DTYPE: tl.constexpr,
     C_DTYPE: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
-    FIRST: tl.constexpr, L: tl.constexpr, W: tl.constexpr, ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, STOCHASTIC: tl.constexpr, L: tl.constexpr, W: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk: ``g* = w g``, ``m = momentum m + undamped g*``, ``p = p - lr m``.
 
@@ -83,6 +87,8 @@ def _gqsgd_kernel(
     first, count = chunk_bounds(starts, row, tensor, chunk, CHUNK)
     count = unless_found_inf(count, found_inf_ptr)
     slot, active, queue_it = ring_turn(row, finite_ptr, L)
+    queued = tl.load(typed(tl.load(row + QUEUED), tl.int64, False))
+    key = key_of(queued, tl.load(row + INDEX))
     p_ptr = typed(tl.load(row + _PARAM), P_DTYPE, ALIGNED) + first
     g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
     ring = typed(tl.load(row + QUEUE), Q_DTYPE, ALIGNED) + first
@@ -103,14 +109,14 @@ def _gqsgd_kernel(
         _sgd_block(
             p_ptr, g_ptr, buffer_ptr, ring, stride, slot, at + tl.arange(0, BLOCK), True,
             active, queue_it, length, low_c, high_c, unscale, rate, momentum_c, undamped_c, decay_c,
-            DECAY, NESTEROV, MAXIMIZE, FIRST, L, ALIGNED,
+            first, key, DECAY, NESTEROV, MAXIMIZE, FIRST, STOCHASTIC, L, ALIGNED,
         )  # fmt: skip
     if full < count:
         offsets = full + tl.arange(0, BLOCK)
         _sgd_block(
             p_ptr, g_ptr, buffer_ptr, ring, stride, slot, offsets, offsets < count,
             active, queue_it, length, low_c, high_c, unscale, rate, momentum_c, undamped_c, decay_c,
-            DECAY, NESTEROV, MAXIMIZE, FIRST, L, ALIGNED,
+            first, key, DECAY, NESTEROV, MAXIMIZE, FIRST, STOCHASTIC, L, ALIGNED,
         )  # fmt: skip
     count_when_last(rows, n_tensors, ticket, finite_ptr, found_inf_ptr, W, 0)
 
@@ -131,6 +137,7 @@ def gqsgd_(
     nesterov: bool,
     maximize: bool,
     first: bool,
+    stochastic_rounding: bool = False,
 ) -> None:
     """Take one step of SGD on weighted gradients; see ``engines.protocol``.
 
@@ -159,5 +166,6 @@ def gqsgd_(
                 float(1 - dampening), float(weight_decay), 1.0 / law.rho, float(law.rho),
                 P_DTYPE=ring.dtypes["params"], B_DTYPE=ring.dtypes.get("momentum_buffers"),
                 DECAY=weight_decay != 0, NESTEROV=nesterov, MAXIMIZE=maximize, FIRST=first,
+                STOCHASTIC=stochastic_rounding and params[0].dtype == torch.bfloat16,
                 ALIGNED=table.aligned, **ring.constants,
             )  # fmt: skip

@@ -98,6 +98,7 @@ class Engine(Protocol):
         nesterov: bool,
         maximize: bool,
         first: bool,
+        stochastic_rounding: bool = False,
     ) -> None:
         """Take one step of SGD on weighted gradients, in the order of ``torch.optim.SGD``.
 
@@ -120,6 +121,8 @@ class Engine(Protocol):
             nesterov: look one momentum step ahead.
             maximize: ascend.
             first: whether the momentum buffers are written for the first time, as the gradient.
+            stochastic_rounding: whether parameters of bfloat16 are rounded at random; see
+                ``gq_triton.rounding``.
         """
         ...
 
@@ -141,6 +144,7 @@ class Engine(Protocol):
         eps: float,
         weight_decay: float,
         maximize: bool,
+        stochastic_rounding: bool = False,
     ) -> None:
         """Take one step of AdamW on weighted gradients, in the order of ``torch.optim.AdamW``.
 
@@ -163,6 +167,7 @@ class Engine(Protocol):
             eps: added to the denominator.
             weight_decay: decoupled decay.
             maximize: ascend.
+            stochastic_rounding: as in ``gqsgd_``.
         """
         ...
 

@@ -16,6 +16,7 @@ from gq_triton.optim.checks import (
     beta_problems,
     number_problems,
     rate_problems,
+    switch_problems,
     torch_problems,
 )
 from gq_triton.optim.saved import EXP_AVG, EXP_AVG_SQ, STEP
@@ -51,6 +52,8 @@ class GQAdamW(GradQueueOptimizer):
         eps: added to the denominator.
         weight_decay: decoupled decay.
         maximize: ascend instead of descend.
+        stochastic_rounding: round parameters of bfloat16 up or down at random, so that updates
+            below half of a weight's last place arrive in the mean; other types as ever.
         foreach: taken as in torch, without effect: a step is one fused pass in any case.
         fused: likewise.
         capturable: likewise; a CUDA graph may capture any step.
@@ -79,6 +82,7 @@ class GQAdamW(GradQueueOptimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
@@ -89,6 +93,7 @@ class GQAdamW(GradQueueOptimizer):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "amsgrad": amsgrad, "maximize": maximize, "foreach": foreach, "capturable": capturable,
             "differentiable": differentiable, "fused": fused,
+            "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip
         super().__init__(params, own, options)
 
@@ -97,6 +102,7 @@ class GQAdamW(GradQueueOptimizer):
         yield from number_problems(group, "eps", least=0)
         yield from beta_problems(group["betas"])
         yield from torch_problems(group)
+        yield from switch_problems(group, "stochastic_rounding")
 
     def _new_state(self, param: Tensor, group: dict[str, Any], state: State) -> None:
         if STEP not in state:
@@ -113,7 +119,7 @@ class GQAdamW(GradQueueOptimizer):
     def _update(
         self, ops: Engine, batch: Batch, accept: Tensor | None, group: dict[str, Any], law: Law
     ) -> None:
-        names = "lr", "eps", "weight_decay", "maximize"
+        names = "lr", "eps", "weight_decay", "maximize", "stochastic_rounding"
         beta1, beta2 = group["betas"]
         ops.gqadamw_(
             batch.params, batch.grads, batch.queues, batch.queued,

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from gq_triton.options import shown
 
-__all__ = ["beta_problems", "number_problems", "rate_problems", "torch_problems"]
+__all__ = [
+    "beta_problems", "number_problems", "rate_problems", "switch_problems", "torch_problems",
+]  # fmt: skip
 
 # A step multiplies an option by others. From here on the product can leave float32, and torch would
 # raise in the middle of the step.
@@ -57,6 +59,12 @@ def beta_problems(betas: Any) -> Iterator[str]:
     for index, beta in enumerate(betas):
         if not _is_number(beta) or not 0 <= beta < 1:
             yield f"betas[{index}] must be in [0, 1), got {shown(beta)}"
+
+
+def switch_problems(options: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Yield what is wrong with an option that is on or off."""
+    if not isinstance(options[name], bool):
+        yield f"{name} must be True or False, got {shown(options[name])}"
 
 
 def torch_problems(options: Mapping[str, Any]) -> Iterator[str]:

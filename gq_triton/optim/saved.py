@@ -67,6 +67,7 @@ _OPTIONS: dict[str, Rule] = {
     "maximize": _SWITCH,
     "match_norm": _SWITCH,
     "nesterov": Flag(),
+    "stochastic_rounding": Flag(),
 }
 _KEY = Either(Integer(high=2**63), Text())
 

@@ -12,7 +12,12 @@ from gq_triton.engines import Engine
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.batches import Batch, State
-from gq_triton.optim.checks import number_problems, rate_problems, torch_problems
+from gq_triton.optim.checks import (
+    number_problems,
+    rate_problems,
+    switch_problems,
+    torch_problems,
+)
 from gq_triton.optim.saved import MOMENTUM_BUFFER
 from gq_triton.options import LawKeywords, LawOptions, shown, takes
 from gq_triton.ring import local, refuse_capture
@@ -46,6 +51,8 @@ class GQSGD(GradQueueOptimizer):
         nesterov: look one momentum step ahead.
         dampening: share of the gradient that does not enter the momentum.
         maximize: ascend instead of descend.
+        stochastic_rounding: round parameters of bfloat16 up or down at random, so that updates
+            below half of a weight's last place arrive in the mean; other types as ever.
         foreach: taken as in torch, without effect: a step is one fused pass in any case.
         fused: likewise.
         differentiable: as in torch, but True is refused.
@@ -72,6 +79,7 @@ class GQSGD(GradQueueOptimizer):
         *,
         dampening: float = 0.0,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
@@ -81,12 +89,14 @@ class GQSGD(GradQueueOptimizer):
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov,
             "dampening": dampening, "maximize": maximize, "foreach": foreach,
             "differentiable": differentiable, "fused": fused,
+            "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip
         super().__init__(params, own, options)
 
     def _problems(self, group: dict[str, Any]) -> Iterator[str]:
         yield from rate_problems(group, "lr", "weight_decay")
         yield from torch_problems(group)
+        yield from switch_problems(group, "stochastic_rounding")
         numbers = [
             *number_problems(group, "momentum", least=0),
             *number_problems(group, "dampening"),
@@ -143,4 +153,5 @@ class GQSGD(GradQueueOptimizer):
         ops.gqsgd_(
             batch.params, batch.grads, batch.queues, batch.queued, buffers, accept, law,
             **{name: group[name] for name in names}, first=first,
+            stochastic_rounding=group["stochastic_rounding"],
         )  # fmt: skip

@@ -67,7 +67,7 @@ RING_CASES = {
     "float32": ({}, {}),
     "bfloat16 queue": ({"Q_DTYPE": BF16}, {}),
     "queue in bytes": ({"Q_DTYPE": tl.uint8}, {}),
-    "all bfloat16": (NARROW | {"BLOCK": block_size(torch.bfloat16)}, {}),
+    "all bfloat16": (NARROW | {"BLOCK": block_size(torch.bfloat16), "STOCHASTIC": True}, {}),
     "float64": (WIDE | {"C_DTYPE": F64, "BLOCK": block_size(torch.float64)}, {}),
     "unaligned": ({"ALIGNED": False}, {}),
     "loss scaler, effective length": ({}, AMP),

@@ -27,6 +27,7 @@ HOUSE = "gq_triton"
 BASE = {
     "names", "extras", "options", "law", "layer_sums", "loss_scale", "ring", "saved", "claims",
     "describe", "wrappers", "aside", "float8",
+    "rounding",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
@@ -41,6 +42,7 @@ MAY = {
     "loss_scale": set(),
     "wrappers": set(),
     "float8": set(),
+    "rounding": set(),
     "options": {"float8"},
     "law": {"float8", "options"},
     "layer_sums": set(),

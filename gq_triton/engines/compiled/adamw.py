@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gq_triton.engines import eager
@@ -72,13 +73,20 @@ def gqadamw_(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    stochastic_rounding: bool = False,
 ) -> None:
     """Take one step of AdamW on weighted gradients; see ``protocol``."""
     if law.skips:
         return
     settings: dict[str, Any] = dict(
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize
-    )
+        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize,
+        stochastic_rounding=stochastic_rounding,
+    )  # fmt: skip
+    if stochastic_rounding and params and params[0].dtype == torch.bfloat16:
+        # All together: a tensor's place in the call is part of its random bits.
+        moments = exp_avgs, exp_avg_sqs, steps
+        eager.gqadamw_(params, grads, queues, queued, *moments, accepted, law, **settings)
+        return
     unscale, accept = law.unscale, flags(accepted, len(grads))
     # Arithmetic with a learning rate that is a tensor stays in the tensor's type, as in torch.
     keep = float(1 - lr * weight_decay)

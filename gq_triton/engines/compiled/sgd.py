@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gq_triton.engines import eager
@@ -70,14 +71,21 @@ def gqsgd_(
     nesterov: bool,
     maximize: bool,
     first: bool,
+    stochastic_rounding: bool = False,
 ) -> None:
     """Take one step of SGD on weighted gradients; see ``protocol``."""
     if law.skips:
         return
     settings: dict[str, Any] = dict(
         lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-        nesterov=nesterov, maximize=maximize, first=first,
+        nesterov=nesterov, maximize=maximize, first=first, stochastic_rounding=stochastic_rounding,
     )  # fmt: skip
+    if stochastic_rounding and params and params[0].dtype == torch.bfloat16:
+        # All together: a tensor's place in the call is part of its random bits.
+        eager.gqsgd_(
+            params, grads, queues, queued, momentum_buffers, accepted, law, **settings
+        )  # fmt: skip
+        return
     unscale, accept = law.unscale, flags(accepted, len(grads))
     hyper = (-1.0 if maximize else 1.0, weight_decay, momentum, 1.0 - dampening, float(lr))
     jobs: list[Job] = []

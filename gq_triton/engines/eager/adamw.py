@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gq_triton.engines.eager.law import Turn, blocks, flags
-from gq_triton.engines.eager.sgd import unscaled
+from gq_triton.engines.eager.sgd import Rounding, unscaled
 from gq_triton.law import Law
 
 __all__ = ["gqadamw_"]
@@ -31,6 +31,7 @@ def gqadamw_(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    stochastic_rounding: bool = False,
 ) -> None:
     """Take one step of AdamW on weighted gradients; see ``protocol``.
 
@@ -48,11 +49,14 @@ def gqadamw_(
         step_size = float(lr / (1 - beta1**step))
         correction = (1 - beta2**step) ** 0.5
         moments = exp_avgs[index], exp_avg_sqs[index]
-        for p, g, ring, m, v in blocks(param, grad, queue, *moments):
-            g = unscaled(g, turn.block(g, ring, unscale), unscale)
+        rounding = Rounding(param, stochastic_rounding, queued[index], index)
+        for block, g, ring, *old in blocks(param, grad, queue, *moments):
+            p, m, v = rounding.wide(block, *old)
+            g = unscaled(*rounding.wide(g), turn.block(g, ring, unscale), unscale)
             g = -g if maximize else g
             p.mul_(keep)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             p.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-step_size)
+            rounding.close(block, p, *zip(old, (m, v), strict=True))
         queued[index].add_(accept[index])
