@@ -52,7 +52,8 @@ def gqadamw_(
         rounding = Rounding(param, stochastic_rounding, queued[index], index)
         for block, g, ring, *old in blocks(param, grad, queue, *moments):
             p, m, v = rounding.wide(block, *old)
-            g = unscaled(*rounding.wide(g), turn.block(g, ring, unscale), unscale)
+            (raw,) = rounding.wide(g)
+            g = unscaled(raw, turn.block(g, ring, unscale), unscale)
             g = -g if maximize else g
             p.mul_(keep)
             m.lerp_(g, 1 - beta1)

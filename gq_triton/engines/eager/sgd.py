@@ -89,7 +89,8 @@ def gqsgd_(
         rounding = Rounding(param, stochastic_rounding, queued[index], index)
         for block, g, ring, moment in blocks(param, grad, queue, buffer):
             p, buf = rounding.wide(block, moment)
-            g = unscaled(*rounding.wide(g), turn.block(g, ring, unscale), unscale)
+            (raw,) = rounding.wide(g)
+            g = unscaled(raw, turn.block(g, ring, unscale), unscale)
             g = -g if maximize else g
             if weight_decay != 0:
                 g = g.add(p, alpha=weight_decay)
