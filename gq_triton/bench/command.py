@@ -19,6 +19,7 @@ from gq_triton.bench.checks import CHECKS, Finding
 from gq_triton.bench.hardware import where
 from gq_triton.bench.picture import roofline
 from gq_triton.bench.rank_checks import ranks_agree
+from gq_triton.bench.ranks import end_ranks
 from gq_triton.bench.record import as_csv, as_markdown, as_table
 from gq_triton.bench.run import Run
 from gq_triton.commands.files import whole_file
@@ -68,23 +69,34 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device(given.device)
     names = [name for name in THEMES if name in given.only]
     allowed = sum(THEMES[name].seconds for name in names)
-    failures = []
     with _progress(allowed) as tell:
-        wrong = _wrong(device, names, tell)
-        if wrong:
-            sys.stderr.write("\n".join(["wrong results, nothing was timed:", *wrong]) + "\n")
-            return 1
-        end = time.monotonic()
-        for name in names:
-            end += THEMES[name].seconds
-            turns = 2 if given.quick else (9 if device.type == "cuda" else 5)
-            run = Run(device, end - time.monotonic(), turns, given.quick, tell)
-            THEMES[name].measure(run)
-            _write(given.out, name, run)
-            failures += run.failures
-    if failures:
-        sys.stderr.write("\n".join(["these cases failed:", *failures]) + "\n")
-    return int(bool(failures))
+        try:
+            what, problems = "wrong results, nothing was timed", _wrong(device, names, tell)
+            if not problems:
+                what, problems = "these cases failed", _measure(device, names, given, tell)
+        finally:
+            end_ranks()
+    if problems:
+        sys.stderr.write("\n".join([f"{what}:", *problems]) + "\n")
+    return int(bool(problems))
+
+
+def _measure(
+    device: torch.device,
+    names: Sequence[str],
+    given: argparse.Namespace,
+    tell: Callable[[str], None],
+) -> list[str]:
+    """Measure the themes and write their files; return what failed."""
+    failures, end = [], time.monotonic()
+    for name in names:
+        end += THEMES[name].seconds
+        turns = 2 if given.quick else (9 if device.type == "cuda" else 5)
+        run = Run(device, end - time.monotonic(), turns, given.quick, tell)
+        THEMES[name].measure(run)
+        _write(given.out, name, run)
+        failures += run.failures
+    return failures
 
 
 def _parser() -> Parser:

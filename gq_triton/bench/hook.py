@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from gq_triton.bench.models import GPT, ResNet18, ResNet50
-from gq_triton.bench.ranks import FILL, held, in_turns, make_step, narrow, power_sgd, sent
+from gq_triton.bench.ranks import FILL, held, in_turns, make_step, narrow, on_ranks, power_sgd, sent
 from gq_triton.bench.run import Line, Run
-from gq_triton.testing import spawn
 
 __all__ = ["fsdp2", "hook"]
 
@@ -98,7 +97,7 @@ def _ranks(run: Run, part: str, wrap: str, work: Work, ranks: int) -> None:
             run.lines.append(Line(part, case, note=found))
             return
         file = Path(folder, "found.json")
-        spawn(ranks, _measure, wrap, work, run.device.type, run.turns, str(file), timeout=300.0)
+        on_ranks(ranks, _measure, wrap, work, run.device.type, run.turns, str(file))
         times, memory, wire = json.loads(file.read_text())
         lines = run.note(part, case, "ms", dict(zip(CASES[wrap], times, strict=True)))
         for line, kept, bytes_sent in zip(lines, memory, wire, strict=True):

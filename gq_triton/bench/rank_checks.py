@@ -25,8 +25,7 @@ from gq_triton.bench.checks import (
 )
 from gq_triton.bench.hook import CASES
 from gq_triton.bench.models import GPT
-from gq_triton.bench.ranks import wrapped
-from gq_triton.testing import spawn
+from gq_triton.bench.ranks import on_ranks, wrapped
 
 __all__ = ["ranks_agree"]
 
@@ -44,7 +43,7 @@ def ranks_agree(device: torch.device, wrap: str) -> Iterator[Finding]:
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "found.json")
-        spawn(RANKS, _compare, wrap, str(file))
+        on_ranks(RANKS, _compare, wrap, str(file))
         for name, error in json.loads(file.read_text()).items():
             yield f"weighted gradients on {RANKS} ranks, {name}", error, 1e-9
 

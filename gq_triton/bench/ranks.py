@@ -17,8 +17,19 @@ from gq_triton import GradQueue
 from gq_triton.dist import GradQueueState, register
 from gq_triton.dist.routes.clustered_sliced import ClusteredSlices
 from gq_triton.ring import local
+from gq_triton.testing import Ranks
 
-__all__ = ["FILL", "Wire", "held", "in_turns", "make_step", "sent", "wrapped"]
+__all__ = [
+    "FILL",
+    "Wire",
+    "end_ranks",
+    "held",
+    "in_turns",
+    "make_step",
+    "on_ranks",
+    "sent",
+    "wrapped",
+]
 
 FILL = 7  # steps that fill the queue: from the sixth on every weight is computed
 
@@ -131,6 +142,29 @@ def make_step(
             torch.cuda.synchronize()
 
     return step, holder
+
+
+_running: dict[int, Ranks] = {}
+
+
+def on_ranks(world: int, function: Callable[..., None], *args: Any, timeout: float = 300.0) -> None:
+    """Run ``function(rank, *args)`` on ranks that stay for the next call; to start them takes long.
+
+    Args:
+        world: number of ranks.
+        function: of a module.
+        args: its further arguments.
+        timeout: seconds.
+    """
+    if world not in _running or not _running[world].alive:
+        _running[world] = Ranks(world)
+    _running[world].run(function, *args, timeout=timeout)
+
+
+def end_ranks() -> None:
+    """End the ranks of ``on_ranks``."""
+    while _running:
+        _running.popitem()[1].close()
 
 
 def sent(step: Callable[[], None]) -> float:
