@@ -7,7 +7,7 @@ import torch
 
 from gq_triton.bench.harness import in_turns, seconds, spread
 from gq_triton.bench.record import as_csv, as_markdown, from_csv
-from gq_triton.bench.run import Run
+from gq_triton.bench.run import Line, Run
 from gq_triton.bench.shapes import gpt, reduced, resnet50, tiny
 
 CPU = torch.device("cpu")
@@ -126,6 +126,25 @@ def test_the_page_has_the_newest_results(tmp_path, monkeypatch):
         "after",
     ]
     assert module.page(made) == made
+
+
+def test_the_page_says_in_a_sentence_what_the_doors_cost(tmp_path, monkeypatch):
+    module = load_page()
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert module.section("cpu", "summary") is None
+    found = {
+        "optimizer": [("ResNet-50, AdamW", "GQAdamW", 3.0), ("GPT-2 small, AdamW", "GQAdamW", 2.5),
+                      ("10 000 tensors of 64, AdamW", "GQAdamW", 90.0)],
+        "clusters": [("MLP, K = 8", "clusters", 1.4), ("MLP, K = 64", "clusters", 9.0)],
+        "hook": [("ResNet-18", "n_clusters=None", 1.1)],
+    }  # fmt: skip
+    for theme, rows in found.items():
+        lines = [Line(theme, case, step, ratio=ratio) for case, step, ratio in rows]
+        (tmp_path / f"2026-11-29_cpu_{theme}.csv").write_text(as_csv(lines, {}))
+    said = " ".join(module.section("cpu", "summary").split())
+    assert "optimizers takes 2.5 to 3.0 times" in said
+    assert "8 clusters 1.4 times" in said
+    assert "DDP hook 1.1 times" in said
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_results():
