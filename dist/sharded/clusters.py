@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gq_triton.cluster_grad import Clusters, Taken, Weigh
+from gq_triton.cluster_grad import Taken, Weigh
 from gq_triton.cluster_grad.accumulate import Accumulator
+from gq_triton.dist.sharded.gathered import GatheredClusters
 from gq_triton.dist.sharded.layout import layout_of
 from gq_triton.dist.sharded.queues import ShardedQueues
 from gq_triton.dist.sharded.raw import ShardedRaw
@@ -29,8 +30,8 @@ class _Weigh(Weigh):
         return super()._taken(name, weighted, raw, statistics)
 
 
-class ShardedClusters(Clusters):
-    """``Clusters`` of a sharded model, whose parameters are whole only while a pass uses them.
+class ShardedClusters(GatheredClusters):
+    """``Clusters`` of a sharded model, for the law of Grad Queue.
 
     Every rank groups its own samples, and counts by them.
 
@@ -100,35 +101,14 @@ class ShardedClusters(Clusters):
         total = torch.full((1,), float(size), dtype=torch.float64, device=device)
         return self._layout.place.add_up_(total)[0]
 
-    def install(self) -> Callable[[], None]:
-        """Make the model's backward passes use the sink's gradients; return what undoes it."""
-        undo = super().install()
-        handles: list[Any] = []
-        for owner, members in self._layout.members.items():
-            see: Any = torch.compiler.disable(partial(self._meet, members))
-            handles.append(owner.register_forward_pre_hook(see))
-        watched = self.covered()
+    def _hooks(self) -> list[Any]:
+        """Hook also the parameters whose reduced gradients the rings wait for."""
+        handles, watched = super()._hooks(), self.covered()
         for name, param in self._queues.params.items():
             if name in watched and param.requires_grad:
                 note = partial(self._note, name)
                 handles.append(param.register_post_accumulate_grad_hook(note))
-
-        def undo_all() -> None:
-            for handle in handles:
-                handle.remove()
-            handles.clear()
-            undo()
-
-        self.uninstall = undo_all
-        return undo_all
-
-    def _meet(self, members: list[tuple[nn.Module, str, str]], module: nn.Module, _: Any) -> None:
-        """Note the gathered parameters, to which autograd gives the gradients."""
-        if torch.is_grad_enabled():
-            for holder, attribute, name in members:
-                leaf = holder._parameters[attribute]
-                if leaf is not None and leaf is not self._queues.params[name]:
-                    self.accumulator.meet(name, leaf)
+        return handles
 
     def _note(self, name: str, _: Tensor) -> None:
         self._raw.reduced(name)

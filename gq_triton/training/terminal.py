@@ -3,14 +3,15 @@
 import sys
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from gq_triton.commands.display import Display
 
 __all__ = ["Terminal"]
 
 
-class Terminal:
+class Terminal(Display):
     """The display of a run; use it as a context manager.
 
     Args:
@@ -20,30 +21,16 @@ class Terminal:
     """
 
     def __init__(self, epochs: int, steps: int, *, quiet: bool = False) -> None:
-        self.quiet, self.epochs = quiet, epochs
-        self.console = Console(highlight=False)
-        self.bar = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
             TextColumn("loss {task.fields[loss]}, test accuracy {task.fields[accuracy]},"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            console=self.console,
-            disable=quiet or not self.console.is_terminal,
+            quiet=quiet,
         )
+        self.epochs = epochs
         self.task = self.bar.add_task(f"epoch 0/{epochs}", total=steps, loss="-", accuracy="-")
-
-    def __enter__(self) -> "Terminal":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def note(self, text: str) -> None:
-        """Print one line."""
-        if not self.quiet:
-            self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, row: dict[str, Any]) -> None:
         """Show a row of kind ``step``."""

@@ -1,12 +1,12 @@
 """A meter's groups in a model that ``fully_shard`` (FSDP2, HSDP) has divided."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gq_triton.dist.sharded.gathered import GatheredClusters
 from gq_triton.dist.sharded.layout import Layout, layout_of, sharded_parameters
 from gq_triton.ring import local
 from gq_triton.variance.noise.groups import MeterClusters
@@ -51,8 +51,8 @@ def squares_of_shards(
     return torch.stack(parts)
 
 
-class ShardedMeterClusters(MeterClusters):
-    """``MeterClusters`` of a sharded model, whose parameters are whole only while a pass uses them.
+class ShardedMeterClusters(GatheredClusters, MeterClusters):
+    """``MeterClusters`` of a sharded model.
 
     Args:
         layout: the layout of the model.
@@ -63,29 +63,3 @@ class ShardedMeterClusters(MeterClusters):
     def __init__(self, *args: Any, layout: Layout, leaves: dict[str, Tensor], **rest: Any) -> None:
         super().__init__(*args, leaves=leaves, **rest)
         self._layout = layout
-
-    def install(self) -> Callable[[], None]:
-        """Make measured backward passes sum by group; return what undoes it."""
-        undo = super().install()
-        handles: list[Any] = []
-        for owner, members in self._layout.members.items():
-            see: Any = torch.compiler.disable(partial(self._meet, members))
-            handles.append(owner.register_forward_pre_hook(see))
-
-        def undo_all() -> None:
-            for handle in handles:
-                handle.remove()
-            handles.clear()
-            undo()
-
-        self.uninstall = undo_all
-        return undo_all
-
-    def _meet(self, members: list[tuple[nn.Module, str, str]], module: nn.Module, _: Any) -> None:
-        """Note the gathered parameters, to which autograd gives the gradients."""
-        accumulator = self.accumulator
-        if torch.is_grad_enabled() and not accumulator.asleep:
-            for holder, attribute, name in members:
-                leaf = holder._parameters[attribute]
-                if leaf is not None and leaf is not accumulator.params[name]:
-                    accumulator.meet(name, leaf)

@@ -2,15 +2,16 @@
 
 import time
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+from gq_triton.commands.display import Display
 
 __all__ = ["Board"]
 
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
-class Board:
+class Board(Display):
     """The live view; use it as a context manager.
 
     Args:
@@ -20,40 +21,30 @@ class Board:
     """
 
     def __init__(self, runs: int, steps: int, finished: int) -> None:
-        self._console = Console(highlight=False)
-        self._bar = Progress(
+        super().__init__(
             TextColumn("trajectory {task.fields[run]}/{task.fields[runs]}"),
             BarColumn(bar_width=24),
             TextColumn("step {task.fields[step]}/{task.fields[steps]},"),
             TimeRemainingColumn(compact=True),
             TextColumn("left, {task.fields[now]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
             speed_estimate_period=600,
         )
         self._runs, self._steps, self._done = runs, steps, finished
-        self._task = self._bar.add_task(
+        self._task = self.bar.add_task(
             "", total=runs * steps, completed=finished * steps, run=finished, runs=runs,
             step=0, steps=steps, now="starting",
         )  # fmt: skip
         self._now, self._said = "", time.monotonic()
 
-    def __enter__(self) -> "Board":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
     def begin(self, name: str) -> None:
         """Show which trajectory runs."""
         self._now = name
-        self._bar.update(self._task, run=self._done + 1, step=0, now=name)
+        self.bar.update(self._task, run=self._done + 1, step=0, now=name)
 
     def advance(self, step: int) -> None:
         """Show the step of the trajectory that runs."""
-        self._bar.update(self._task, completed=self._done * self._steps + step, step=step)
-        if not self._console.is_terminal and time.monotonic() - self._said > _LINE_EVERY:
+        self.bar.update(self._task, completed=self._done * self._steps + step, step=step)
+        if not self.console.is_terminal and time.monotonic() - self._said > _LINE_EVERY:
             self._said = time.monotonic()
             self.note(
                 f"trajectory {self._done + 1} of {self._runs}, {self._now}: step {step} of "
@@ -63,8 +54,4 @@ class Board:
     def end(self) -> None:
         """Show that the trajectory has its record."""
         self._done += 1
-        self._bar.update(self._task, completed=self._done * self._steps)
-
-    def note(self, text: str) -> None:
-        """Print one line."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self.bar.update(self._task, completed=self._done * self._steps)
