@@ -75,16 +75,21 @@ class ImportanceLoader:
         batch_size: b, at least 1.
         presample: B / b; ``int(presample * b)`` must exceed b. The authors advise 2 to 6.
         tau_th: the threshold of ``tau``; None takes that of the cost model, ``(B + 3b) / (3b)``.
-            ``math.inf`` never draws by score.
+            ``math.inf`` never draws by score. It may be set at any time, as after a warm-up.
         schedule: ``"constant_batch"``; ``"constant_time"``, where a step by score takes the time of
             a uniform one and trains on fewer samples than ``batch_size``; or
             ``"constant_variance"``, where ``batch_size`` samples are scored and as many of them
             trained on as give a uniform batch's variance. The last two set B themselves.
-        score: ``"gradient"``, or ``"loss"``: then outliers are drawn most of all.
+        score: ``"gradient"``; ``"loss"``, by which outliers are drawn most of all; or ``"norm"``,
+            the gradient's true norm (``gradient_norms``), which costs three times as much, and for
+            uniform steps too: for studies of what the bound loses.
         weight_power: k of the biased variant, at most 1: weights ``w^k``, scaled. 1 is unbiased.
         power: exponent of the scores, from 0 to 1.
         smooth: what is added to every score, in the scores' unit.
         smooth_mean: how much of the mean score of past steps is added to every score.
+        gate: a number of scores ``(S,)`` whose moving average must pass ``tau_th`` in place of
+            ``tau``: ``total_variation``, or ``lambda s: 1 / s.mean()``, which waits until scores
+            are small.
         steps: batches per epoch; None takes ``ceil(N / (W b))``.
         split: ``batch -> (inputs, targets)``, of what ``collate_fn`` returns.
         forward: ``(model, inputs) -> outputs``, how the model is run to score, as with autocast.
@@ -138,6 +143,7 @@ class ImportanceLoader:
         power: float = 1.0,
         smooth: float = 0.0,
         smooth_mean: float = 0.0,
+        gate: Callable[[Tensor], Any] | None = None,
         steps: int | None = None,
         split: Callable[[Any], tuple[Any, Any]] | None = None,
         forward: Callable[[Any, Any], Any] | None = None,
@@ -156,7 +162,8 @@ class ImportanceLoader:
         check_options(
             batch_size=batch_size, presample=presample, tau_th=tau_th, schedule=schedule,
             score=score, weight_power=weight_power, power=power, smooth=smooth,
-            smooth_mean=smooth_mean, steps=steps, seed=seed, num_workers=num_workers,
+            smooth_mean=smooth_mean, steps=steps, seed=seed, num_workers=num_workers, gate=gate,
+            forward=forward,
         )  # fmt: skip
         self._samples, self.batch_size = len(dataset), batch_size
         if self._samples < batch_size * self.num_replicas:
@@ -165,11 +172,14 @@ class ImportanceLoader:
                 f"batch of all ranks, got {self._samples}"
             )
         self.model, self.loss, self.schedule, self.presample = model, loss, schedule, presample
-        self.tau_th = law.threshold(schedule, batch_size, presample) if tau_th is None else tau_th
+        self._price = 1 + law.BACKWARD if score == "norm" else 1.0
+        cheapest = law.threshold(schedule, batch_size, presample, self._price)
+        self.tau_th = cheapest if tau_th is None else tau_th
         smoothing = law.Smoothing(power, smooth, smooth_mean)
         self._gate = Gate(
-            model, loss, score, forward or run_model, smoothing, self.num_replicas, self._scored
-        )
+            model, loss, score, forward or run_model, smoothing, self.num_replicas, self._scored,
+            gate,
+        )  # fmt: skip
         self._weight_power, self._split = weight_power, split or split_batch
         self._collate, self._seed = collate_fn or default_collate, seed
         self._steps = steps or -(-self._samples // (batch_size * self.num_replicas))
@@ -236,7 +246,7 @@ class ImportanceLoader:
         load their own continues bit for bit. Only the model's answers and this state decide what
         comes next; the model has a state of its own.
         """
-        cost = self.costs[-1] if self._begun else EpochCost(self._epoch)
+        cost = self.costs[-1] if self._begun else self._cost()
         reading = self._gate.answered or self._loaded
         plans = [*(plan for plan, _ in self._under_way), *self._again]
         return {
@@ -246,6 +256,7 @@ class ImportanceLoader:
             "begun": self._begun,
             "tau": self.tau,
             "mean": self._gate.mean,
+            "level": self._gate.level,
             "reading": None if reading is None else list(reading),
             "plans": [list(plan) for plan in plans],
             "cost": [cost.steps, cost.steps_by_score, cost.scored, cost.trained],
@@ -265,20 +276,27 @@ class ImportanceLoader:
             "begun": Flag(),
             "tau": positive,
             "mean": positive,
-            "reading": Maybe(ListOf(positive, 2)),
+            "level": Number(),
+            "reading": Maybe(ListOf(Number(), 3)),
             "plans": ListOf(ListOf(Integer(), 2)),
             "cost": ListOf(Integer(), 4),
         }
+        if "level" not in state and "tau" in state:  # of version 0.2.0, which had no other gate
+            reading = state.get("reading")
+            state = {**state, "level": state["tau"]}
+            if isinstance(reading, list):
+                state["reading"] = [*reading, *reading[:1]]
         check(state, Record(rules), "the saved ImportanceLoader")
         self._turn += 1  # a loop that is running ends with an error
         self._gate.forget()
         self._epoch, self._step, self._begun = state["epoch"], state["step"], state["begun"]
         self._resumes = self._begun
         self._gate.tau, self._gate.mean = state["tau"], state["mean"]
+        self._gate.level = state["level"]
         self._loaded = None if state["reading"] is None else Reading(*state["reading"])
         self._under_way.clear()
         self._again = deque(law.Plan(*plan) for plan in state["plans"])
-        self.costs = [EpochCost(self._epoch, *state["cost"])] if self._begun else []
+        self.costs = [self._cost(*state["cost"])] if self._begun else []
 
     # --- an epoch
 
@@ -299,7 +317,7 @@ class ImportanceLoader:
             self._epoch += self._begun  # a loop was left before its end
             self._step = 0
             self._again.clear()
-            self.costs.append(EpochCost(self._epoch))
+            self.costs.append(self._cost())
         self._begun, self._resumes = True, False
         self._gate.forget()
         loaded, self._loaded = self._loaded, None
@@ -314,7 +332,7 @@ class ImportanceLoader:
         """Decide what a step reads; called when its batch is asked for."""
         if self._again:
             plan = self._again.popleft()
-        elif self.tau > self.tau_th:
+        elif self._gate.level > self.tau_th:
             plan = law.plan(self.schedule, self.batch_size, self.presample, self.tau)
         else:
             plan = law.Plan(0, self.batch_size)
@@ -353,6 +371,9 @@ class ImportanceLoader:
         """The factor of this rank's samples: not 1 where W does not divide N."""
         own = len(range(self.rank, self._samples, self.num_replicas))
         return own * self.num_replicas / self._samples
+
+    def _cost(self, *counts: int) -> EpochCost:
+        return EpochCost(self._epoch, *counts, price=self._price)
 
     def _count(self, trained: int, by_score: int = 0) -> None:
         cost = self.costs[-1]

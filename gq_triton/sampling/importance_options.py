@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+from gq_triton.options import shown
 from gq_triton.sampling.checks import count, number, one_of, raise_all
 from gq_triton.sampling.presample import SCHEDULES
 
 __all__ = ["SCORES", "check_loader_options", "check_options"]
 
-SCORES = ("gradient", "loss")
+SCORES = ("gradient", "loss", "norm")
 # What DataLoader may be told besides num_workers; all else of it is the loader's own.
 LOADER_OPTIONS = (
     "multiprocessing_context", "persistent_workers", "pin_memory", "prefetch_factor", "timeout",
@@ -30,6 +31,8 @@ def check_options(
     steps: Any,
     seed: Any,
     num_workers: Any,
+    gate: Any,
+    forward: Any,
 ) -> None:
     """Raise one ValueError that names every invalid option; if all are valid, a conflict."""
     raise_all(
@@ -46,6 +49,15 @@ def check_options(
         count("seed", seed, 0),
         count("num_workers", num_workers, 0),
     )
+    if gate is not None and not callable(gate):
+        raise ValueError(f"gate must be a function of scores (S,), got {shown(gate)}")
+    if gate is not None and tau_th is None:
+        raise ValueError("gate needs tau_th, the value of its moving average that must be passed")
+    if score == "norm" and (schedule != "constant_batch" or forward is not None):
+        raise ValueError(
+            'score="norm" runs the model itself, forward and backward: leave schedule and forward '
+            "out"
+        )
     if schedule != "constant_batch" and presample != 3.0:
         raise ValueError(f'schedule="{schedule}" sets the presample itself: leave presample out')
     if schedule == "constant_batch" and int(presample * batch_size) <= batch_size:

@@ -34,18 +34,18 @@ class Plan(NamedTuple):
         return self.scored or self.trained
 
 
-def threshold(schedule: str, batch_size: int, presample: float) -> float:
+def threshold(schedule: str, batch_size: int, presample: float, price: float = 1.0) -> float:
     """Return the value of tau above which drawing by score pays, by the cost model.
 
-    With b = ``batch_size`` and B = ``int(presample * b)`` a step by score costs B forward passes
-    and b steps, each of 3; a batch as good as it would cost ``3 tau b``.
+    With b = ``batch_size`` and B = ``int(presample * b)`` a step by score costs B times ``price``
+    forward passes and b steps, each of 3; a batch as good as it would cost ``3 tau b``.
     """
     if schedule == "constant_time":
         return 2.0
     if schedule == "constant_variance":
         return 1 / (BACKWARD / (1 + BACKWARD) - EXTRA)
     one = 1 + BACKWARD
-    return (int(presample * batch_size) + one * batch_size) / (one * batch_size)
+    return (price * int(presample * batch_size) + one * batch_size) / (one * batch_size)
 
 
 def plan(schedule: str, batch_size: int, presample: float, tau: float) -> Plan:

@@ -24,6 +24,7 @@ __all__ = [
     "importance_score",
     "losses_of_samples",
     "sample_losses",
+    "total_variation",
     "variance_reduction",
 ]
 
@@ -126,6 +127,31 @@ def variance_reduction(scores: Tensor) -> float:
     share = scaled / scaled.sum()
     # Rounding must not leave the range [1, sqrt(B)].
     return min(max(1.0, math.sqrt(len(share) * float(share @ share))), math.sqrt(len(share)))
+
+
+def total_variation(scores: Tensor) -> float:
+    r"""Return how far drawing by score is from uniform draws: ``sum_i |g_i - 1/B| / 2``.
+
+    It is 0 where all scores are equal, and nearly 1 where one of many is all. A gate of
+    ``ImportanceLoader``, which the authors open at 0.5.
+
+    Args:
+        scores: ``(B,)``, finite, at least 0, B >= 1; all zeros give 0.
+
+    Raises:
+        ValueError: as ``variance_reduction``.
+
+    Example:
+        >>> import torch
+        >>> total_variation(torch.tensor([1.0, 1.0, 1.0, 5.0]))
+        0.375
+    """
+    scores = check_scores(scores).double()
+    largest = float(scores.max())
+    if largest == 0:
+        return 0.0
+    share = scores / largest
+    return float((share / share.sum() - 1 / len(share)).abs().sum() / 2)
 
 
 def check_scores(scores: Any, what: str = "scores") -> Tensor:
@@ -282,7 +308,14 @@ def _per_sample(loss: Any, outputs: Any, targets: Any) -> Tensor:
         summed = loss.reduction in ("sum", "batchmean")
         loss = copy.copy(loss)
         loss.reduction = "none"
-    losses = loss(outputs, targets)
+    try:
+        losses = loss(outputs, targets)
+    except IndexError as error:  # torch's, which knows the class but not how many there are
+        if not isinstance(loss, nn.CrossEntropyLoss) or outputs.dim() < 2:
+            raise
+        raise ValueError(
+            f"targets must be classes from 0 to {outputs.shape[1] - 1}: {error}"
+        ) from error
     if not isinstance(losses, Tensor) or losses.dim() == 0 or len(losses) == 0:
         raise ValueError(
             "loss must return one loss per sample, (B,) or (B, ...), got "

@@ -131,7 +131,7 @@ class ImportanceBatches:
     Args:
         batch_size: B.
         presample: S / B, above 1.
-        score: ``"gradient"`` or ``"loss"``, as in ``ImportanceLoader``.
+        score: ``"gradient"``, ``"loss"`` or ``"norm"``, as in ``ImportanceLoader``.
 
     Raises:
         ValueError: an argument is out of its range.

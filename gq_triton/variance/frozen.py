@@ -6,27 +6,25 @@ Shapes: N samples, B of them in a batch, P trained parameters, all in one row.
 import copy
 import random
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset, default_collate
 
 from gq_triton.sampling.checks import check_data, check_model
 from gq_triton.sampling.fetch import Fetch, moved, split_batch
+from gq_triton.sampling.gradients import NUMBERS, together, trained
 from gq_triton.sampling.scores import Loss, as_module, importance_score, losses_of_samples
 from gq_triton.sampling.scores import sample_losses as losses_without_graph
 from gq_triton.sampling.watch import device_of, run_model, scorer
 
 __all__ = ["Frozen", "Random", "undisturbed"]
 
-# Samples whose gradients are computed, or scores, at a time; and the numbers of their gradients.
-_ROWS, _NUMBERS = 512, 2**25
+# Samples whose gradients are computed, or scores, at a time.
+_ROWS = 512
 
 
 class Frozen:
@@ -57,10 +55,7 @@ class Frozen:
         self.model.zero_grad(set_to_none=True)
         if evaluates:
             self.model.eval()
-        named = self.model.named_parameters()
-        self.params = {name: param for name, param in named if param.requires_grad}
-        if not self.params:
-            raise ValueError("the model must have a trained parameter, and it has none")
+        self.params = trained(self.model)
         self.size = sum(param.numel() for param in self.params.values())
         self.device = device_of(self.model)
         self._vectorized = True
@@ -96,46 +91,36 @@ class Frozen:
 
     def rows(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield places ``(B,)`` and every sample's own gradient ``(B, P)`` in float64."""
-        for part in indices.split(max(1, min(_ROWS, _NUMBERS // self.size))):
+        for part in indices.split(max(1, min(_ROWS, NUMBERS // self.size))):
             yield part, self._rows(part).double()
 
     def _rows(self, indices: Tensor) -> Tensor:
         if self._vectorized:
-            inputs, targets = self.read(indices)
-            params = {name: param.detach() for name, param in self.params.items()}
-            try:
-                with warnings.catch_warnings():
-                    # Of operations that it takes one by one, such as those of recurrent layers.
-                    warnings.filterwarnings("ignore", "There is a performance drop")
-                    found = vmap(grad(self._loss), (None, 0, 0))(params, inputs, targets)
-                return torch.cat([found[name].flatten(1) for name in self.params], dim=1)
-            except RuntimeError:
-                # The model has what vmap does not follow; an error of its own comes again below.
-                self._vectorized = False
+            found = together(self.model, self.params, self.loss, *self.read(indices))
+            if found is not None:
+                return found
+            self._vectorized = False
         return torch.stack([self.gradient(index) for index in indices.split(1)])
 
-    def _loss(self, params: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:
-        """Return the loss of one sample."""
-        inputs, targets = pytree.tree_map(lambda value: value[None], (inputs, targets))
-        args, kwargs = (), {}
-        if isinstance(inputs, Mapping):
-            kwargs = dict(inputs)
-        else:
-            args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        outputs = functional_call(self.model, params, args, kwargs)
-        return losses_of_samples(outputs, targets, self.loss).sum()
-
-    @torch.no_grad()
     def scores(self, indices: Tensor, score: str) -> Tensor:
-        """Return the scores ``(B,)`` of some samples: ``"gradient"`` or ``"loss"``, in float64."""
+        """Return the scores ``(B,)`` of some samples, ``"gradient"``, ``"loss"`` or ``"norm"``."""
+        if score == "norm":
+            return torch.cat([rows.norm(dim=1) for _, rows in self.rows(indices)])
         function: Callable[..., Tensor] = (
             losses_without_graph if score == "loss" else importance_score
         )
         found = []
         for part in indices.split(_ROWS):
             inputs, targets = self.read(part)
-            found.append(function(run_model(self.model, inputs), targets, self.loss))
-        return torch.cat(found).double()
+            with torch.no_grad():
+                outputs = run_model(self.model, inputs)
+            found.append(function(outputs, targets, self.loss))
+        scores = torch.cat(found).double()
+        if bool((scores < 0).any()):
+            raise ValueError(
+                f"losses that are scores must be at least 0, got {float(scores.min()):g}"
+            )
+        return scores
 
 
 class Random:

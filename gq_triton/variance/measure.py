@@ -69,7 +69,7 @@ def measure_variance(
             f"estimators must be a dict of at least one estimator by name, got {shown(estimators)}"
         )
     for name, estimator in estimators.items():
-        if not isinstance(estimator, Estimator):
+        if not isinstance(estimator, Estimator) or isinstance(estimator, type):
             raise TypeError(
                 f"estimators[{name!r}] must be an estimator such as UniformBatches(32), got "
                 f"{shown(estimator)}"

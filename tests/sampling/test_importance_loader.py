@@ -11,7 +11,13 @@ from importance_cases import head, loader_of, planted, run
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from gq_triton.sampling import ImportanceLoader, importance_score, variance_reduction
+from gq_triton.sampling import (
+    ImportanceLoader,
+    gradient_norms,
+    importance_score,
+    total_variation,
+    variance_reduction,
+)
 
 # --- the gate and tau
 
@@ -123,6 +129,50 @@ def test_losses_as_scores_and_the_biased_variant():
             # w is proportional to 1 / s^k
             product = weights * score**k
             torch.testing.assert_close(product, product[:1].expand(4), rtol=1e-5, atol=0)
+
+
+def test_true_norms_as_scores_cost_a_backward_pass_in_every_step():
+    loader = loader_of(score="norm", tau_th=1.05, batch_size=5)
+    assert loader_of(score="norm", tau_th=None).tau_th == 1 + 3  # B = 3 b scored, each of 3
+    steps = run(loader)
+    cost = loader.costs[-1]
+    assert 0 < cost.steps_by_score < cost.steps
+    uniform = cost.steps - cost.steps_by_score
+    assert cost.scored == 15 * cost.steps_by_score + 5 * uniform
+    assert cost.equivalent == cost.trained + cost.scored
+    # Weights are mean(norm) / norm, so that all weighted gradients of a step are equally long.
+    indices, weights, _ = steps[-1]
+    x, y = planted()
+    norms = gradient_norms(loader.model, F.cross_entropy, x[indices], y[indices])
+    weighted = norms * torch.tensor(weights)
+    torch.testing.assert_close(weighted, weighted.mean().expand(5), rtol=1e-4, atol=0)
+
+
+def test_another_gate():
+    """The scores of a model that is sure are small but for every tenth sample."""
+    loader = loader_of(gate=total_variation, tau_th=0.3)
+    run(loader)
+    assert 0 < loader.costs[-1].steps_by_score < len(loader)
+    seen = []
+    loader = loader_of(gate=lambda s: seen.append(len(s)) or 1 / (1e-3 + s.mean()), tau_th=1e9)
+    run(loader)
+    assert seen == [4] * len(loader)
+    assert loader.costs[-1].steps_by_score == 0
+    loader = loader_of(gate=lambda s: torch.nan, tau_th=1.0)
+    with pytest.raises(ValueError, match="gate must return a finite number"):
+        run(loader)
+
+
+def test_a_state_of_the_first_version_goes_on():
+    whole, loader = loader_of(), loader_of()
+    expected = run(whole)
+    run(loader, stop=5)
+    state = loader.state_dict()
+    assert state.pop("level") == state["tau"]
+    state["reading"] = state["reading"][:2]
+    again = loader_of()
+    again.load_state_dict(state)
+    assert run(again) == expected[5:]
 
 
 @pytest.mark.parametrize("schedule", ["constant_time", "constant_variance"])
@@ -265,7 +315,11 @@ def test_a_rank_with_a_smaller_part_counts_less_also_by_score():
         ({"tau_th": -1}, ValueError, "tau_th must be a number >= 0"),
         ({"schedule": "fast"}, ValueError, "schedule must be one of constant_batch"),
         ({"schedule": "constant_time", "presample": 4.0}, ValueError, "leave presample out"),
-        ({"score": "norm"}, ValueError, "score must be one of gradient, loss"),
+        ({"score": "acc"}, ValueError, "score must be one of gradient, loss, norm"),
+        ({"score": "norm", "forward": len}, ValueError, "leave schedule and forward out"),
+        ({"score": "norm", "schedule": "constant_time"}, ValueError, "leave schedule and"),
+        ({"gate": "exp", "tau_th": 1.0}, ValueError, "gate must be a function of scores"),
+        ({"gate": len}, ValueError, "gate needs tau_th"),
         ({"weight_power": 2}, ValueError, "weight_power"),
         ({"power": -1}, ValueError, "power must be a number from 0 to 1"),
         ({"smooth": -1.0, "steps": 0}, ValueError, "smooth must .*; steps must"),

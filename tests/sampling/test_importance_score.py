@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gq_triton.sampling import importance_score, variance_reduction
+from gq_triton.sampling import (
+    gradient_norms,
+    gradients,
+    importance_score,
+    total_variation,
+    variance_reduction,
+)
 from gq_triton.sampling.scores import sample_losses
 
 
@@ -196,6 +202,56 @@ def test_a_bad_loss_is_refused_in_a_sentence(call, error, says):
 
 
 # --- tau
+
+
+class Keywords(nn.Module):
+    """A model with a recurrent layer, whose inputs are keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x, scale):
+        return self.head(self.rnn(x)[0][:, -1]) * scale[:, None]
+
+
+def test_true_norms_are_autograd_s(monkeypatch):
+    """Also where few samples are taken at a time, and where vmap does not follow the model."""
+    torch.manual_seed(0)
+    model = Keywords().double()
+    model.head.bias.requires_grad_(False)
+    inputs = {"x": drawn(5, 4, 3), "scale": drawn(5, seed=1)}
+    targets = torch.tensor([0, 1, 2, 0, 1])
+    params = [p for p in model.parameters() if p.requires_grad]
+    norms = []
+    for i in range(5):
+        one = {name: value[i : i + 1] for name, value in inputs.items()}
+        grads = torch.autograd.grad(F.cross_entropy(model(**one), targets[i : i + 1]), params)
+        norms.append(torch.cat([g.flatten() for g in grads]).norm())
+    given = model, "cross_entropy", inputs, targets
+    torch.testing.assert_close(gradient_norms(*given), torch.stack(norms))
+    monkeypatch.setattr(gradients, "NUMBERS", 2 * sum(p.numel() for p in params))
+    torch.testing.assert_close(gradient_norms(*given), torch.stack(norms))
+    monkeypatch.setattr(gradients, "together", lambda *_: None)
+    torch.testing.assert_close(gradient_norms(*given), torch.stack(norms))
+    assert model.training
+    assert all(p.grad is None for p in params)
+    with pytest.raises(ValueError, match="must have tensors of at least one sample, got none"):
+        gradient_norms(model, "cross_entropy", drawn(0, 3), targets[:0])
+    with pytest.raises(ValueError, match="must begin with as many samples, got 4 and 5"):
+        gradient_norms(model, "cross_entropy", inputs, targets[:4])
+    with pytest.raises(ValueError, match="targets must be classes from 0 to 2: Target 3 is out of"):
+        gradient_norms(model, "cross_entropy", inputs, targets + 1)
+    with pytest.raises(ValueError, match="must have a trained parameter"):
+        gradient_norms(nn.ReLU(), "cross_entropy", drawn(2, 3), targets[:2])
+
+
+def test_total_variation():
+    assert total_variation(torch.ones(7)) == pytest.approx(0, abs=1e-15)
+    assert total_variation(torch.tensor([0.0, 0.0, 1e-40, 0.0])) == 0.75
+    assert total_variation(torch.zeros(3)) == 0
+    with pytest.raises(ValueError, match="scores must be finite and >= 0"):
+        total_variation(torch.tensor([1.0, torch.nan]))
 
 
 def test_tis02_golden():

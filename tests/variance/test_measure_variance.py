@@ -93,13 +93,15 @@ def test_tgc01_stratified_batches_by_enumeration():
     check(exact(StratifiedBatches(LABELS), model, data), figures_of(every, [1 / 6] * 6))
 
 
-@pytest.mark.parametrize("score", ["gradient", "loss"])
+@pytest.mark.parametrize("score", ["gradient", "loss", "norm"])
 def test_importance_batches_by_enumeration(score):
     model, data = small(3)
     rows = gradients(model, data)
     x, y = data.tensors
     if score == "gradient":
         scores = importance_score(model(x), y, "cross_entropy")
+    elif score == "norm":
+        scores = rows.norm(dim=1)
     else:
         scores = F.cross_entropy(model(x), y, reduction="none").detach()
     every, probabilities = [], []
@@ -439,6 +441,15 @@ def test_the_loop_of_gradients_and_the_model_s_hooks_are_left_alone():
 # --- bad input
 
 
+def negative(outputs, targets):
+    return -outputs.square().sum(1)
+
+
+def wrong_classes():
+    x, y = small()[1].tensors
+    return TensorDataset(x, y + 9)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -449,6 +460,13 @@ def test_the_loop_of_gradients_and_the_model_s_hooks_are_left_alone():
         ({"estimators": {}}, TypeError, "estimators must be a dict of at least one estimator"),
         ({"estimators": [1]}, TypeError, "estimators must be a dict of at least one estimator"),
         ({"estimators": {"SG": "B"}}, TypeError, r"estimators\['SG'\] must be an estimator such"),
+        ({"estimators": {"SG": UniformBatches}}, TypeError, r"estimators\['SG'\] must be an"),
+        (
+            {"estimators": {"IS": ImportanceBatches(2, score="loss")}, "loss": negative},
+            ValueError,
+            "losses that are scores must be at least 0, got -",
+        ),
+        ({"dataset": wrong_classes()}, ValueError, "targets must be classes from 0 to 2: Target 9"),
         ({"draws": 2}, ValueError, "draws must be an integer >= 3, got 2"),
         ({"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
         (
