@@ -117,6 +117,40 @@ def test_svrg_and_sg_2b_are_what_they_must_be(tmp_path):
     assert all(row["normalised"] <= 1 for row in training.rows)
 
 
+def test_linear_regression_is_measured_by_its_own_loss(tmp_path):
+    """At w = 0 a sample's gradient is ``-2 y x``, so all of the variance is known."""
+    plan = replace(PRESETS["linear-regression"][0], steps=4, log_every=2, start=2, every=9,
+                   iterations=1, duplicates=(0.5,), lr=(1e-30,))  # fmt: skip
+    plan.check()
+    trajectory = Trajectory(plan, 3)
+    training = Training(trajectory, load_task(trajectory, None))
+    with torch.no_grad():
+        training.model.weight.zero_()
+    training.run(tmp_path / "state.pt", lambda step: None)
+    inputs, targets = training.data.tensors
+    rows = -2 * targets[:, None].double() * inputs.double()
+    expected = (rows - rows.mean(0)).square().mean().item() / 10
+    first = {row["estimator"]: row for row in training.rows if row["step"] == 2}
+    assert first["SG-B"]["average"] == pytest.approx(expected, rel=1e-5)
+    assert 0 < first["GC"]["average"] < 0.3 * expected  # half of the samples are five
+    assert len(inputs.unique(dim=0)) == 250
+
+
+def test_augmented_images_are_shifted_and_mirrored():
+    images = torch.arange(2 * 3 * 5 * 6.0).view(1, 6, 5, 6).expand(200, -1, -1, -1).clone()
+    torch.manual_seed(0)
+    found = train.augmented(images)
+    assert found.shape == images.shape
+    wide = torch.nn.functional.pad(images[0], [4] * 4, value=0.0)
+    places = [(y, x, f) for y in range(9) for x in range(9) for f in (0, 1)]
+    every = [wide[:, y : y + 5, x : x + 6].flip([2] * f) for y, x, f in places]
+    same = torch.stack([(found == one).flatten(1).all(1) for one in every], 1)
+    assert same.any(1).all()
+    assert same.any(0).sum() > 100  # of 162
+    torch.manual_seed(0)
+    assert torch.equal(train.augmented(images), found)
+
+
 # --- flaws of training sets
 
 
@@ -256,7 +290,7 @@ def test_images_are_measured_from_draws(tmp_path, monkeypatch):
     monkeypatch.setitem(STUDY_TASKS, "mnist", entry)
     given = PRESETS["mnist"][0]
     plan = replace(given, batch_size=5, steps=4, log_every=2, start=1, every=2, iterations=1,
-                   draws=3, mislabelled=0.5, appended=(2, 9))  # fmt: skip
+                   draws=3, mislabelled=0.5, appended=(2, 9), augment=1)  # fmt: skip
     plan.check()
     training = trained(plan, tmp_path / "state.pt")
     assert len(training.data) == 30 + 18
@@ -278,6 +312,8 @@ def test_images_are_measured_from_draws(tmp_path, monkeypatch):
         (["random-features", "--steps", "50"], "nothing would be measured: --steps must reach"),
         (["random-features", "--batch-size", "101"], "at most the 100 training samples, got 101"),
         (["random-features", "--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
+        (["random-features", "--augment", "1"], "--augment needs images, and random-features"),
+        (["cifar10", "--task", "digits-hidden"], "digits-hidden cannot be measured: --augment"),
         (["random-features", "--task", "python-lm", "--mislabelled", "0.1"],
          "--mislabelled needs samples with a class, and python-lm has none"),
         (["random-features", "--appended", "1"], "argument --appended: expected 2 arguments"),

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 from gq_triton.commands.refusal import Refusal
 from gq_triton.tasks import STUDY_TASKS
 from gq_triton.tasks.random_features import STUDENT
+from gq_triton.tasks.regression import LINEAR_REGRESSION
 
-__all__ = ["PRESETS", "Plan", "Trajectory"]
+__all__ = ["PRESETS", "TASKS", "Plan", "Trajectory"]
 
 RANDOM_FEATURES = "random-features"
+TASKS = ChainMap({"linear-regression": LINEAR_REGRESSION}, STUDY_TASKS)
+"""What can be trained, by name."""
 # Options of which every combination is one group of trajectories, one for each seed.
 GRID = ("lr", "ratios", "inputs", "teacher", "duplicates")
 
@@ -54,12 +58,15 @@ class Plan:
         (0, 0), "random training samples that are appended, and how many copies of each", 0, 1e9
     )
     mislabelled: float = _option(0.0, "share of the training set with random labels", 0, 1)
+    augment: int = _option(
+        0, "1: train on images shifted by up to 4 pixels, half of them mirrored", 0, 1
+    )
     device: str = _option("cpu", "cpu or cuda", 0)
 
     def check(self) -> None:
         """Raise a Refusal that names the first option that cannot be."""
-        if self.task not in STUDY_TASKS:
-            raise Refusal(f"--task must be one of {', '.join(STUDY_TASKS)}, got {self.task!r}")
+        if self.task not in TASKS:
+            raise Refusal(f"--task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if self.device not in ("cpu", "cuda"):
             raise Refusal(f"--device must be cpu or cuda, got {self.device!r}")
         for option in fields(self):
@@ -75,7 +82,9 @@ class Plan:
         for name in ("ratios", "inputs", "teacher"):
             if self.task != RANDOM_FEATURES and getattr(self, name) != getattr(plain, name):
                 raise Refusal(f"{flag(name)} needs --task {RANDOM_FEATURES}, got {self.task}")
-        if self.mislabelled and not STUDY_TASKS[self.task].labels:
+        if self.augment and self.task == RANDOM_FEATURES:
+            raise Refusal(f"--augment needs images, and {RANDOM_FEATURES} has none")
+        if self.mislabelled and not TASKS[self.task].labels:
             raise Refusal(f"--mislabelled needs samples with a class, and {self.task} has none")
 
     @property
@@ -155,6 +164,7 @@ _CIFAR = replace(
     steps=80_000,
     every=20_000,
     start=100,
+    augment=1,
 )
 PRESETS: dict[str, tuple[Plan, str]] = {
     "random-features": (
@@ -183,6 +193,17 @@ PRESETS: dict[str, tuple[Plan, str]] = {
         replace(_MNIST, task="fashion-mnist"),
         "Fashion-MNIST with the settings of MNIST",
     ),
-    "cifar10": (_CIFAR, "CIFAR-10, without augmentation (figure 3)"),
+    "cifar10": (_CIFAR, "CIFAR-10 (figure 3)"),
+    "linear-regression": (
+        Plan(
+            task="linear-regression",
+            steps=100_000,
+            lr=(5e-5,),
+            log_every=1000,
+            every=10_000,
+            duplicates=(0.0, 0.5),
+        ),
+        "linear regression with fewer samples than weights, also with copies of 5 samples",
+    ),
 }
 """The presets by name, with the settings of the paper's appendix C and one line each."""

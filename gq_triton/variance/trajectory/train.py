@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from gq_triton.commands.files import whole_file
 from gq_triton.sampling import GradientClustering
 from gq_triton.saved.files import DAMAGE, load_checked
-from gq_triton.tasks import STUDY_TASKS, ScoredTask, flaws, sample_losses
+from gq_triton.tasks import ScoredTask, flaws
 from gq_triton.tasks.random_features import random_features
 from gq_triton.variance.anchored import SVRG, AnchoredBatches
 from gq_triton.variance.estimators import (
@@ -26,11 +27,13 @@ from gq_triton.variance.estimators import (
 )
 from gq_triton.variance.frozen import undisturbed
 from gq_triton.variance.measure import measure_variance
-from gq_triton.variance.trajectory.plan import RANDOM_FEATURES, Trajectory
+from gq_triton.variance.trajectory.plan import RANDOM_FEATURES, TASKS, Trajectory
 
 __all__ = ["ESTIMATORS", "Training", "load_task"]
 
 ESTIMATORS = ("SG-B", "SG-2B", "SVRG", "GC", "IS")
+_IMAGES = 4  # dimensions of a batch of images
+_SHIFT = 4  # pixels by which images are shifted at most
 SAVE_EVERY = 5.0  # seconds between saves, each of which a kill would lose at most
 
 
@@ -45,7 +48,7 @@ def load_task(trajectory: Trajectory, data: Path | None) -> ScoredTask:
         sizes = trajectory.samples, plan.inputs[0], plan.teacher[0]
         task = random_features(trajectory.seed, *sizes, outputs=1)
     else:
-        task = STUDY_TASKS[plan.task].load(trajectory.seed, data)
+        task = TASKS[plan.task].load(trajectory.seed, data)
     if plan.duplicates[0]:
         task = flaws.repeated(task, plan.duplicates[0])
     if plan.mislabelled:
@@ -66,6 +69,11 @@ class Training:
         self.trajectory, self.plan = trajectory, trajectory.plan
         self.device = torch.device(self.plan.device)
         inputs, labels = (t.to(self.device) for t in task.train)
+        if self.plan.augment and inputs.dim() != _IMAGES:
+            raise ValueError(
+                f"--augment needs images (N, C, H, W), and its samples are {tuple(inputs.shape)}"
+            )
+        self.sample_losses = task.losses
         self.data, self.order = TensorDataset(inputs, labels), task.order
         torch.manual_seed(trajectory.seed)
         self.model = task.model().to(self.device)  # drawn on the CPU: the same weights everywhere
@@ -75,12 +83,12 @@ class Training:
             momentum=self.plan.momentum,
             weight_decay=self.plan.weight_decay,
         )
-        self.svrg = SVRG(self.model, sample_losses, self.data, every=self.plan.every)
+        self.svrg = SVRG(self.model, task.losses, self.data, every=self.plan.every)
         self.clustering = GradientClustering(
             self.model,
             n_clusters=self.plan.batch_size,
             max_iter=self.plan.iterations,
-            loss=sample_losses,
+            loss=task.losses,
             seed=trajectory.seed,
         )
         self.labels: Tensor | None = None
@@ -127,7 +135,9 @@ class Training:
             group["lr"] = self.plan.lr[0] * 0.1**drops
         inputs, labels = self.data[indices.to(self.device)]
         self.optimizer.zero_grad()
-        loss = sample_losses(self.model(inputs), labels).mean()
+        if self.plan.augment:
+            inputs = augmented(inputs)
+        loss = self.sample_losses(self.model(inputs), labels).mean()
         value = loss.item()
         if not math.isfinite(value):
             return False
@@ -146,8 +156,8 @@ class Training:
             # Sizes of clusters grow from batch to batch, so the batch is that of the training.
             loader = DataLoader(self.data, batch_size=plan.batch_size)
             with undisturbed():
-                self.svrg.snapshot()
                 try:
+                    self.svrg.snapshot()
                     self.labels = self.clustering.fit(loader).labels_
                 except ValueError:  # a gradient is not finite: all else was checked before
                     return False
@@ -167,7 +177,7 @@ class Training:
         }
         found = measure_variance(
             self.model,
-            sample_losses,
+            self.sample_losses,
             self.data,
             estimators,
             exact=self.plan.draws == 0,
@@ -215,3 +225,22 @@ class Training:
         self.losses, self.rows = state["losses"], state["rows"]
         torch.set_rng_state(state["random"])
         return True
+
+
+def augmented(images: Tensor) -> Tensor:
+    """Return images ``(B, C, H, W)`` shifted by up to 4 pixels, half of them mirrored.
+
+    What comes in from outside has the batch's least value. The random numbers are those of torch's
+    global generator on the CPU.
+    """
+    batch, _, height, width = images.shape
+    down, right = torch.randint(2 * _SHIFT + 1, (2, batch, 1))
+    mirrored = torch.randint(2, (batch, 1)).bool()
+    rows, columns = torch.arange(height) + down, torch.arange(width).expand(batch, -1)
+    columns = torch.where(mirrored, columns.flip(1), columns) + right
+    wide = F.pad(images, [_SHIFT] * 4, value=float(images.min()))
+    every, rows, columns = (
+        at.to(images.device)
+        for at in (torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None])
+    )
+    return wide.permute(0, 2, 3, 1)[every, rows, columns].permute(0, 3, 1, 2).contiguous()
