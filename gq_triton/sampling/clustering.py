@@ -279,6 +279,16 @@ class GradientClustering:
         """
         rule = clustering_rule(self.n_clusters, [*self.layers])
         check(state, rule, "the saved GradientClustering")
+        for name, (inputs, outputs) in state["centres"].items():
+            weight: Any = self.layers[name].weight
+            (_, groups, rank, width), height = inputs.shape, outputs.shape[3]
+            fits = inputs.shape[:3] == outputs.shape[:3] and rank == self.rank
+            if not fits or groups * width * height != weight.numel():
+                raise ValueError(
+                    f"the saved GradientClustering does not fit: the centres of {name!r} must be "
+                    f"of rank {self.rank} and of a weight {tuple(weight.shape)}, got factors "
+                    f"{tuple(inputs.shape)} and {tuple(outputs.shape)}"
+                )
         device, fit, sizes = device_of(self.model), state["fit"], state["sizes"]
         self._passes.centres = {
             name: Centre(*(side.to(device, copy=True) for side in sides))

@@ -98,6 +98,11 @@ class Passes:
             size = len(next(iter(found.values())).inputs)
             if places is None:
                 places = torch.arange(begin, begin + size)
+            elif len(places) != size:
+                raise ValueError(
+                    f"the loader must keep every sample of a batch, got {size} of {len(places)}: "
+                    "look at its collate_fn"
+                )
             begin += size
             self.seen(size)
             yield Batch(places, found)
@@ -136,6 +141,8 @@ class Passes:
             labels.append(own)
             before = own if old is None else _labels_at(old, batch.places).to(device)
             sums += self._sums(distances, squares, own, before)
+        if samples is None and old is not None:
+            _check_as_many(sum(map(len, labels)), old)
         found = torch.zeros(samples or sum(map(len, labels)), dtype=torch.int64)
         if labels:  # a rank may have no sample
             found[torch.cat(places)] = torch.cat(labels).cpu()
@@ -194,12 +201,16 @@ class Passes:
     def update(self, source: Source | Batches, labels: Tensor, mean: bool = False) -> float | None:
         """Make new centres for the labels; return the squared norm of the mean gradient."""
         sums: dict[str, Sums] = {}
+        seen = 0
         for batch in self.batches(source.batches(None)):
+            seen += len(batch.places)
             own = _labels_at(labels, batch.places).to(device_of(self.model))
             for name, one in batch.factors.items():
                 if name not in sums:
                     sums[name] = Sums(self.rank, self.n_clusters, mean)
                 sums[name].add(one, own)
+        if source.samples is None:
+            _check_as_many(seen, labels)
         for one in sums.values():
             one.share(source.total)
         self.centres = {name: one.centre() for name, one in sums.items()}
@@ -232,11 +243,16 @@ def nobody(samples: int) -> None:
 
 def _labels_at(labels: Tensor, places: Tensor) -> Tensor:
     if int(places.max()) >= len(labels):
+        _check_as_many("more", labels)
+    return labels[places]
+
+
+def _check_as_many(seen: int | str, labels: Tensor) -> None:
+    if seen != len(labels):
         raise ValueError(
             f"the loader must yield the same samples in every pass, got {len(labels)} in one and "
-            "more in another"
+            f"{seen} in another"
         )
-    return labels[places]
 
 
 def _shuffled(samples: int, *name: object) -> Tensor:

@@ -127,6 +127,8 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         """
         places = torch.as_tensor(indices)
         wanted = places.to("cpu", torch.int64)
+        if places.is_floating_point() and places.numel():
+            raise ValueError(f"indices must be integers, got {places.dtype}")
         if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) >= self._samples):
             raise ValueError(
                 f"indices must be from 0 to {self._samples - 1}, got {int(wanted.min())} to "

@@ -16,6 +16,8 @@ from gq_triton.sampling.checks import count, number, raise_all
 from gq_triton.sampling.ranks import stream
 from gq_triton.sampling.scores import Loss, losses_of_samples
 from gq_triton.sampling.watch import evaluation_mode, run_model, scorer
+from gq_triton.saved.rules import Integer, Maybe, Record, check
+from gq_triton.saved.tensors import REAL_TYPES, TensorLike
 from gq_triton.variance.estimators import uniform
 from gq_triton.variance.frozen import Frozen, Random, undisturbed
 from gq_triton.variance.statistics import Moments, Running
@@ -76,10 +78,20 @@ class SVRG:
         self._left = 0  # steps before the next one
 
     def snapshot(self) -> None:
-        """Make the present model the anchor, in one pass over the samples that it is to know."""
-        self.anchor = Frozen(self.model, self.loss, self.dataset, evaluates=False)
+        """Make the present model the anchor, in one pass over the samples that it is to know.
+
+        Raises:
+            ValueError: its gradient is not finite; the anchor stays.
+        """
+        anchor = Frozen(self.model, self.loss, self.dataset, evaluates=False)
         with undisturbed():
-            self.mean = self.anchor.mean(self._indices())
+            mean = anchor.mean(self._indices())
+        if not bool(mean.isfinite().all()):
+            raise ValueError(
+                "the gradient of the dataset must be finite, got a NaN or an infinity: look at the "
+                "model's outputs and the loss"
+            )
+        self.anchor, self.mean = anchor, mean
         self._left = self._length()
         self.anchors += 1
 
@@ -128,14 +140,24 @@ class SVRG:
         """Load what ``state_dict`` returned, with tensors on any device.
 
         Raises:
-            ValueError: the state is of another model.
+            ValueError: the state is of another model, or was altered.
         """
-        mean = state["mean"]
-        if mean is not None and len(mean) != self.anchor.size:
-            raise ValueError(
-                f"the saved mean gradient must have the model's {self.anchor.size} parameters, got "
-                f"{len(mean)}"
+        own = self.anchor.model.state_dict()
+        tensors = {
+            name: TensorLike(
+                tuple(one.shape), REAL_TYPES if one.is_floating_point() else [one.dtype]
             )
+            for name, one in own.items()
+            if isinstance(one, Tensor)
+        }
+        rules = {
+            "anchor": Record(tensors, unknown="that this model lacks"),
+            "mean": Maybe(TensorLike((self.anchor.size,), finite=True)),
+            "anchors": Integer(),
+            "left": Integer(),
+        }
+        check(state, Record(rules), f"the saved {type(self).__name__}")
+        mean = state["mean"]
         self.anchor.model.load_state_dict(state["anchor"])
         self.mean = None if mean is None else mean.to(self.anchor.device, copy=True)
         self.anchors, self._left = state["anchors"], state["left"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,9 +10,23 @@ from torch import Tensor, nn
 
 from gq_triton.sampling.checks import number, raise_all
 from gq_triton.sampling.scores import Loss
+from gq_triton.saved.rules import ListOf, Maybe, Record, check, must
 from gq_triton.variance.anchored import SVRG
 
 __all__ = ["Katyusha"]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The rule of saved values of all parameters, in their order."""
+
+    shapes: tuple[torch.Size, ...]
+
+    def problems(self, value: Any, path: str) -> Iterator[str]:
+        """Yield a problem unless the value is a list of tensors of these shapes."""
+        found = value if isinstance(value, (list, tuple)) else [None]
+        if [getattr(one, "shape", None) for one in found] != list(self.shapes):
+            yield must(path, f"tensors of the model's {len(self.shapes)} parameters", value)
 
 
 class Katyusha(SVRG):
@@ -109,6 +124,8 @@ class Katyusha(SVRG):
         Raises:
             ValueError: as ``SVRG``.
         """
+        shapes = tuple(param.shape for param in self._params)
+        check(state, Record({"last": Maybe(ListOf(_Values(shapes), 2))}), "the saved Katyusha")
         super().load_state_dict(state)
         if state["last"] is None:
             self._x = self._z = None

@@ -2,14 +2,17 @@
 
 import io
 import itertools
+import runpy
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from gq_triton.sampling import GradientClustering, StratifiedBatchSampler
 from gq_triton.sampling.centres import Centre
@@ -288,6 +291,16 @@ def test_a_state_that_does_not_fit_is_refused():
     fit = {**state["fit"], "labels_": state["fit"]["labels_"] + 4}
     with pytest.raises(ValueError, match="labels_"):
         other.load_state_dict({**state, "fit": fit})
+    layers: list[Any] = [*model.children()]
+    wide = nn.Sequential(*layers[:2], nn.Linear(layers[2].in_features, 7, bias=False))
+    for other in (
+        GradientClustering(wide, n_clusters=4),
+        GradientClustering(model, None, 4, rank=2),
+    ):
+        with pytest.raises(ValueError, match="the centres of '2' must be of rank"):
+            other.load_state_dict(state)
+        assert not other._passes.centres
+    other = GradientClustering(model, n_clusters=4)
     empty = GradientClustering(model, n_clusters=4).state_dict()
     other.load_state_dict(empty)
     assert other.state_dict() == empty
@@ -312,6 +325,17 @@ def test_bad_arguments_are_refused(change, says):
         GradientClustering(task()[0], **change)
 
 
+class Changing:
+    """A loader with other numbers of batches when it is asked first and in later passes."""
+
+    def __init__(self, data, first, later):
+        self.data, self.counts = data, [first, first, first, later]
+
+    def __iter__(self):
+        count = self.counts[0] if len(self.counts) == 1 else self.counts.pop(0)
+        return iter([self.data[20 * n : 20 * n + 20] for n in range(count)])
+
+
 def test_bad_data_is_refused():
     model, data = task()
     clustering = GradientClustering(model, n_clusters=61)
@@ -325,6 +349,14 @@ def test_bad_data_is_refused():
         GradientClustering(model, rank=2).partial_fit(data.tensors)
     with pytest.raises(ValueError, match="got 10 > 4"):
         GradientClustering(model).partial_fit([t[:4] for t in data.tensors])
+    with pytest.raises(ValueError, match="targets must be classes from 0 to"):
+        GradientClustering(model).fit([(data.tensors[0], data.tensors[1] + 9)])
+    for first, later in ((3, 2), (2, 3), (2, 1)):
+        with pytest.raises(ValueError, match="the same samples in every pass, got"):
+            GradientClustering(model, n_clusters=4).fit(Changing(data, first, later))
+    fewer = DataLoader(data, 20, collate_fn=lambda rows: default_collate(rows[1:]))
+    with pytest.raises(ValueError, match="keep every sample of a batch, got 3 of 4: look at its"):
+        GradientClustering(model, n_clusters=4).fit(fewer)
     nn.init.constant_(next(model[2].parameters()), torch.nan)
     with pytest.raises(ValueError, match="gradients of all samples must be finite"):
         GradientClustering(model, n_clusters=2).fit(DataLoader(data, 20))
@@ -374,3 +406,12 @@ def test_an_a_step_takes_no_longer_than_a_backward_pass():
         loss.backward()
         backward.append(time.perf_counter() - begin)
     assert min(own) <= min(backward)
+
+
+@pytest.mark.slow
+def test_the_example_draws_figure_1(tmp_path, monkeypatch, capsys):
+    example = Path(__file__).resolve().parents[2] / "examples" / "gradient_clusters.py"
+    monkeypatch.setattr(sys, "argv", [str(example), str(tmp_path / "figure.png")])
+    runpy.run_path(str(example))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "variance over that of uniform batches: 0." in capsys.readouterr().out

@@ -293,6 +293,8 @@ def test_indices_of_no_sample_have_no_weight():
         sampler_of().weights([0, 10])
     with pytest.raises(ValueError, match="got -1"):
         sampler_of().weights(torch.tensor([-1]))
+    with pytest.raises(ValueError, match=r"indices must be integers, got torch.float32"):
+        sampler_of().weights(torch.tensor([0.5]))
 
 
 @pytest.mark.slow

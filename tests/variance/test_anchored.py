@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -298,5 +299,20 @@ def test_a_state_of_another_model_is_refused():
     other = SVRG(nn.Linear(3, 3).double(), "cross_entropy", data, every=1)
     other.snapshot()
     svrg = SVRG(model, "cross_entropy", data, every=1)
-    with pytest.raises(ValueError, match="must have the model's 31 parameters, got 12"):
-        svrg.load_state_dict(other.state_dict())
+    wrong: list[Any] = [other.state_dict(), {}, None, {**svrg.state_dict(), "left": -1}]
+    for state in wrong:
+        with pytest.raises(ValueError, match="the saved SVRG does not fit: "):
+            svrg.load_state_dict(state)
+    katyusha = Katyusha(model, "cross_entropy", data, every=1)
+    for last in ({}, {"last": [[torch.ones(2)], []]}):
+        with pytest.raises(ValueError, match="the saved Katyusha does not fit: "):
+            katyusha.load_state_dict({**svrg.state_dict(), **last})
+
+
+def test_an_anchor_whose_gradient_is_not_finite_is_refused():
+    model, data = small()
+    svrg = SVRG(model, "cross_entropy", data, every=1)
+    nn.init.constant_(next(model.parameters()), torch.nan)
+    with pytest.raises(ValueError, match="the gradient of the dataset must be finite"):
+        svrg.backward(*data[:2])
+    assert svrg.mean is None

@@ -125,14 +125,14 @@ def test_linear_regression_is_measured_by_its_own_loss(tmp_path):
     trajectory = Trajectory(plan, 3)
     training = Training(trajectory, load_task(trajectory, None))
     with torch.no_grad():
-        training.model.weight.zero_()
+        next(training.model.parameters()).zero_()
     training.run(tmp_path / "state.pt", lambda step: None)
     inputs, targets = training.data.tensors
     rows = -2 * targets[:, None].double() * inputs.double()
     expected = (rows - rows.mean(0)).square().mean().item() / 10
     first = {row["estimator"]: row for row in training.rows if row["step"] == 2}
     assert first["SG-B"]["average"] == pytest.approx(expected, rel=1e-5)
-    assert 0 < first["GC"]["average"] < 0.3 * expected  # half of the samples are five
+    assert 0 < first["GC"]["average"] < 0.6 * expected  # half of the samples are five
     assert len(inputs.unique(dim=0)) == 250
 
 
@@ -313,7 +313,7 @@ def test_images_are_measured_from_draws(tmp_path, monkeypatch):
         (["random-features", "--batch-size", "101"], "at most the 100 training samples, got 101"),
         (["random-features", "--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
         (["random-features", "--augment", "1"], "--augment needs images, and random-features"),
-        (["cifar10", "--task", "digits-hidden"], "digits-hidden cannot be measured: --augment"),
+        (["cifar10", "--task", "linear-regression"], "cannot be measured: --augment needs images"),
         (["random-features", "--task", "python-lm", "--mislabelled", "0.1"],
          "--mislabelled needs samples with a class, and python-lm has none"),
         (["random-features", "--appended", "1"], "argument --appended: expected 2 arguments"),
