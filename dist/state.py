@@ -26,6 +26,7 @@ from gq_triton.loss_scale import GradScale, ScalerWatch
 from gq_triton.names import bare, parameter_names
 from gq_triton.options import ClusterOptions, LawOptions, read, takes
 from gq_triton.queues import Queues
+from gq_triton.replayed import refuse_replay
 from gq_triton.saved.rules import COUNTER_LIMIT
 
 __all__ = ["GradQueueState"]
@@ -397,6 +398,10 @@ class GradQueueState:
             ValueError: a sparse gradient, or a parameter that the state does not know.
             RuntimeError: the ranks differ in options or queues.
         """
+        refuse_replay(
+            "the hook of gq_triton.dist counts steps and compares ranks in Python",
+            "call the step itself",
+        )
         names = self.buckets.names(bucket)
         ddp = self.ddp  # may be another module than in the last step
         self._begin_step(names, bucket.buffer().device)

@@ -1,6 +1,7 @@
 """The connection of a ``GradQueue`` to an optimizer: which one it may be, and its end."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -16,10 +17,15 @@ __all__ = [
     "WITHIN",
     "Added",
     "Handle",
+    "attached_to",
     "check_dense",
     "check_optimizer",
+    "note_attached",
     "own_parameters",
 ]
+
+# The plug-ins of each optimizer.
+_attached: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 
 class Handle:
@@ -33,6 +39,18 @@ class Handle:
         undo, self._undo = self._undo, None
         if undo is not None:
             undo()
+
+
+def note_attached(optimizer: Optimizer, queue: object) -> Callable[[], None]:
+    """Note that a plug-in serves an optimizer; return what ends that."""
+    queues = _attached.setdefault(optimizer, weakref.WeakSet())
+    queues.add(queue)
+    return lambda: queues.discard(queue)
+
+
+def attached_to(optimizer: Optimizer) -> list[Any]:
+    """Return the plug-ins that serve an optimizer."""
+    return list(_attached.get(optimizer, ()))
 
 
 def own_parameters(optimizer: Optimizer, known: Collection[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """A whole training step in one CUDA graph, for loops that are written by hand."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gq_triton.grad_queue import GradQueue
+from gq_triton.holders import Holders, Options
 from gq_triton.optim.base import GradQueueOptimizer
-from gq_triton.ring import local
+from gq_triton.replayed import to_be_replayed
 
 __all__ = ["CapturedStep", "cuda_graph"]
 
@@ -25,7 +26,7 @@ def cuda_graph(
     all that Python decides in the step is decided for good: branches, numbers, which parameters get
     gradients.
 
-    ``step`` zeroes the gradients, runs forward and backward pass and steps the optimizers, with
+    ``step`` zeroes the gradients, runs forward and backward passes and steps each optimizer, with
     ``scaler.scale``, ``scaler.step`` and ``scaler.update`` where a ``GradScaler`` is used. A
     scheduler steps outside. It can change the learning rate of ``GQSGD`` and ``GQAdamW``, which
     becomes a tensor on the device here. Optimizers of ``torch.optim`` need ``capturable=True`` and
@@ -33,6 +34,9 @@ def cuda_graph(
 
     Before every replay the host compares where parameters and state lie, and the options. If they
     lie elsewhere, as after loading a checkpoint, the next calls warm up and capture the step anew.
+    A step that needs Python every time is refused with a sentence: the hook of ``gq_triton.dist``,
+    ``fully_shard``, a compiled model with clusters, modules that run again for their clusters,
+    ``NoiseScale``, optimizers that count in Python.
 
     No step has been captured on a GPU yet: what a call copies, checks and replays was tested with a
     recording in place of the graph.
@@ -40,7 +44,7 @@ def cuda_graph(
     Args:
         step: takes a batch, takes one step, and returns tensors, such as the loss. Nothing that it
             does may make the host wait for the device.
-        *holders: the optimizers that ``step`` steps, and each ``GradQueue`` attached to them.
+        *holders: the optimizers that ``step`` steps. A ``GradQueue`` attached to one is found.
         warmup: how many steps come before the capture, at least 2: they make the state.
 
     Raises:
@@ -96,19 +100,16 @@ class CapturedStep:
         warmup: int,
         new_graph: Callable[[torch.device], Graph],
     ) -> None:
-        optimizers = [holder for holder in holders if isinstance(holder, Optimizer)]
-        if not optimizers:
-            raise ValueError("cuda_graph needs the optimizers that the step steps, got none")
         if warmup < 2:
             raise ValueError(f"warmup must be at least 2, got {warmup}: the steps make the state")
+        self._holders = Holders(holders)
         self._step, self._warmup = step, warmup
-        self._holders, self._optimizers = holders, optimizers
-        self._device = optimizers[0].param_groups[0]["params"][0].device
+        self._device = self._holders.optimizers[0].param_groups[0]["params"][0].device
         self._new_graph = new_graph
         self._calls = 0
         self._graph = new_graph(self._device)
         self._captured: _Capture | None = None
-        for optimizer in optimizers:
+        for optimizer in self._holders.optimizers:
             if isinstance(optimizer, GradQueueOptimizer):
                 _rates_on_device(optimizer, self._device)
             # The learning rate that was loaded is another tensor, wherever the state lies.
@@ -127,20 +128,24 @@ class CapturedStep:
             What the step returned. Tensors are copies, which the next step leaves alone.
 
         Raises:
-            RuntimeError: an option of an optimizer was changed after the capture.
+            RuntimeError: an option of an optimizer was changed after the capture, or the step does
+                something that no replay would do.
         """
         leaves, structure = tree_flatten((args, kwargs))
-        if self._captured is not None and self._captured.places != _places(self._holders):
+        self._holders.begin()
+        if self._captured is not None and self._captured.places != self._holders.places():
             self.reset()
-        if self._captured is None and self._calls < self._warmup:
+        if self._captured is None and self._calls >= self._warmup:
+            self._captured = self._capture(leaves, structure)
+        elif self._captured is None or not self._captured.take(leaves, structure):
             self._calls += 1
             return self._run(leaves, structure)
-        if self._captured is None:
-            self._captured = self._capture(leaves, structure)
-        elif not self._captured.take(leaves, structure):
+        if self._captured is None:  # the model runs otherwise from now on
             return self._run(leaves, structure)
-        self._captured.check_options(self._optimizers)
+        self._holders.check_options(self._captured.options)
         self._graph.replay()
+        self._captured.show()
+        self._holders.end()
         return tree_map(_copied, self._captured.result)
 
     @property
@@ -164,18 +169,30 @@ class CapturedStep:
 
     def _run(self, leaves: list[Any], structure: Any) -> Any:
         args, kwargs = tree_unflatten([_to(leaf, self._device) for leaf in leaves], structure)
-        return self._graph.warm_up(lambda: self._step(*args, **kwargs))
+        run = self._graph.warm_up
+        with to_be_replayed():
+            result = self._holders.watched(lambda: run(lambda: self._step(*args, **kwargs)))
+        self._holders.end()
+        return result
 
-    def _capture(self, leaves: list[Any], structure: Any) -> "_Capture":
+    def _capture(self, leaves: list[Any], structure: Any) -> "_Capture | None":
+        """Return the captured step; None where its Python would do other things the next time."""
         static = [_owned(leaf, self._device) for leaf in leaves]
         args, kwargs = tree_unflatten(static, structure)
-        options = [_options(optimizer) for optimizer in self._optimizers]
+        holders, run = self._holders, self._graph.capture
+        options, learned = holders.options(), holders.learned()
         try:
-            result = self._graph.capture(lambda: self._step(*args, **kwargs))
-        except BaseException:
+            with to_be_replayed():
+                result = holders.watched(lambda: run(lambda: self._step(*args, **kwargs)))
+        except BaseException as error:
             self.reset()  # what was begun cannot be captured into again
+            if isinstance(error, torch.AcceleratorError):
+                raise RuntimeError(_NOT_CAPTURED) from error
             raise
-        return _Capture(static, structure, result, options, _places(self._holders))
+        if holders.learned() != learned:
+            self._graph = self._new_graph(self._device)
+            return None
+        return _Capture(static, structure, result, options, holders.places(), holders.shown())
 
 
 class _Capture:
@@ -186,11 +203,12 @@ class _Capture:
         static: list[Any],
         structure: Any,
         result: Any,
-        options: list[list[dict[str, Any]]],
-        places: list[int],
+        options: Options,
+        places: list[Any],
+        show: Callable[[], None],
     ) -> None:
         self._static, self._structure = static, structure
-        self.result, self._options, self.places = result, options, places
+        self.result, self.options, self.places, self.show = result, options, places, show
 
     def take(self, leaves: list[Any], structure: Any) -> bool:
         """Copy arguments to where the graph reads them; return False if they do not fit."""
@@ -202,23 +220,6 @@ class _Capture:
             if isinstance(static, Tensor):
                 static.copy_(leaf, non_blocking=True)
         return True
-
-    def check_options(self, optimizers: Sequence[Optimizer]) -> None:
-        """Raise a RuntimeError if an option is another one than in the capture."""
-        for optimizer, before in zip(optimizers, self._options, strict=True):
-            for number, (group, now) in enumerate(zip(before, _options(optimizer), strict=False)):
-                for name, value in group.items():
-                    if not _same(now[name], value):
-                        raise RuntimeError(
-                            f"{name} of group {number} of {type(optimizer).__name__} was changed "
-                            "after the step was captured, which a replay cannot see: change a "
-                            "tensor on the device in place, or call reset() on the captured step"
-                        )
-            if len(before) != len(optimizer.param_groups):
-                raise RuntimeError(
-                    f"a group was added to {type(optimizer).__name__} after the step was captured: "
-                    "call reset() on the captured step"
-                )
 
 
 class _CudaGraph:
@@ -256,33 +257,6 @@ def _rates_on_device(optimizer: Optimizer, device: torch.device) -> None:
             group["lr"] = torch.as_tensor(rate, dtype=torch.float64).to(device, copy=True)
 
 
-def _places(holders: Sequence[Optimizer | GradQueue]) -> list[int]:
-    """Return the addresses of all parameters, states and rings."""
-    return [local(tensor).data_ptr() for holder in holders for tensor in _tensors(holder)]
-
-
-def _tensors(holder: Optimizer | GradQueue) -> Iterator[Tensor]:
-    if isinstance(holder, GradQueue):
-        yield from holder._tensors()
-        return
-    for group in holder.param_groups:
-        yield from group["params"]
-    for state in holder.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the options of every group: not what a scheduler keeps there too, nor the losses."""
-    names = optimizer.defaults
-    return [{name: group[name] for name in names} for group in optimizer.param_groups]
-
-
-def _same(now: Any, before: Any) -> bool:
-    if isinstance(now, Tensor) or isinstance(before, Tensor):
-        return now is before
-    return bool(now == before)
-
-
 def _fits(leaf: Any, static: Any) -> bool:
     if not isinstance(static, Tensor):
         return not isinstance(leaf, Tensor) and bool(leaf == static)
@@ -303,3 +277,10 @@ def _owned(leaf: Any, device: torch.device) -> Any:
 
 def _copied(result: Any) -> Any:
     return result.detach().clone() if isinstance(result, Tensor) else result
+
+
+_NOT_CAPTURED = (
+    "the step could not be captured, because something in it has the host wait for the device, as "
+    ".item(), print() and a GradScaler do with an optimizer that is not fused: move it out of the "
+    "step; the error above shows the line"
+)

@@ -16,6 +16,7 @@ from gq_triton.attachment import (
     Handle,
     check_dense,
     check_optimizer,
+    note_attached,
     own_parameters,
 )
 from gq_triton.claims import ATTACH, claim, release
@@ -177,6 +178,7 @@ class GradQueue:
         hook = optimizer.register_step_pre_hook(before_step)
         kind = type(optimizer).__name__
         self._serves.append(kind)
+        forget = note_attached(optimizer, self)
         self._grad_scale.scaler = grad_scaler
         restore = guard = None
         if self._clusters is not None:
@@ -186,6 +188,7 @@ class GradQueue:
 
         def undo() -> None:
             hook.remove()
+            forget()
             if restore is not None:
                 restore()
             if guard is not None:
@@ -298,7 +301,7 @@ class GradQueue:
     def labels_(self) -> Tensor | None:
         """The cluster of every sample of the last batch, ``(B,)`` int64; None if there is none."""
         groups = self._last_groups()
-        return None if groups is None else groups.labels
+        return None if groups is None else groups.labels.clone()  # a replay writes to that memory
 
     @property
     def cluster_sizes_(self) -> list[int] | None:
@@ -396,8 +399,10 @@ class GradQueue:
         self._clusters.backward(losses)
 
     def _tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors of the queue; after a load they are others."""
-        return self._queues.tensors()
+        """Yield the tensors that go on from step to step; after a load they are others."""
+        yield from self._queues.tensors()
+        if self._clusters is not None and self._clusters.kmeans is not None:
+            yield from self._clusters.kmeans.kept()
 
     def digest(self) -> str:
         """Return the SHA-256 of the queue: two digests are equal if all elements are."""

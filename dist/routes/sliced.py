@@ -42,6 +42,8 @@ class SlicedQueues(Queues):
         options: the options of the law.
     """
 
+    whole = False
+
     def __init__(
         self,
         params: Mapping[str, Tensor],

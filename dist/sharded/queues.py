@@ -50,6 +50,8 @@ class ShardedQueues(Queues):
         options: options of the law.
     """
 
+    whole = False
+
     def __init__(self, params: Mapping[str, Tensor], options: LawOptions) -> None:
         super().__init__(params, options)
         self._place = place_of(params)

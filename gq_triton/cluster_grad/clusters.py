@@ -34,6 +34,7 @@ from gq_triton.grouping.features import (
 from gq_triton.grouping.groups import Groups
 from gq_triton.grouping.kmeans import NOT_FINITE, KMeans
 from gq_triton.options import OUTPUT_GRADIENT, ClusterOptions
+from gq_triton.replayed import refuse_replay
 
 __all__ = ["INSTALLED", "Clusters"]
 
@@ -184,6 +185,8 @@ class Clusters:
                 f"{tuple(labels.shape)} of {labels.dtype}"
             )
         clusters, problem = self.n_clusters, None
+        if labels.device != step.features.device:
+            refuse_replay("the clusterer returns labels on the CPU", "return them on the device")
         if self.kmeans is None:
             labels, clusters, problem = self._checked(labels)
         else:

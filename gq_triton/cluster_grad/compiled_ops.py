@@ -113,7 +113,8 @@ def _operation(schema: str, function: Callable[..., Any], fake: Callable[..., An
     # torch.compile keeps graphs on disk by the names of their operations: one whose results get
     # other shapes, types or strides needs another name, or a graph of an older release is run.
     name = schema.partition("(")[0]
-    _library.define(schema)
+    # A CUDA graph (mode="reduce-overhead") would call the function once, and never in a replay.
+    _library.define(schema, tags=(torch.Tag.cudagraph_unsafe,))
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gq_triton::{name}", fake, lib=_library)
     return getattr(torch.ops.gq_triton, name).default

@@ -18,6 +18,11 @@ class GivenLabels:
     def __init__(self) -> None:
         self._next: Tensor | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether labels wait for a forward pass."""
+        return self._next is not None
+
     def set(self, labels: Tensor | Sequence[int], device: torch.device) -> None:
         """Keep the labels of the next batch.
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gq_triton.cluster_grad.accumulate import Accumulator
 from gq_triton.options import ClusterOptions
+from gq_triton.replayed import refuse_replay
 
 __all__ = ["backward"]
 
@@ -25,6 +26,9 @@ def backward(accumulator: Accumulator, losses: Tensor, options: ClusterOptions) 
     if step is None or losses.dim() != 1:
         raise ValueError(f"backward needs the losses (B,) of a forward pass of the model, got "
                          f"{tuple(losses.shape)}")  # fmt: skip
+    refuse_replay(
+        'mode="microbatch" reads the sizes of clusters on the host', 'take mode="one_backward"'
+    )
     accumulator.raw.begin_pass()
     params = [p for p in accumulator.params.values() if p.requires_grad]
     count = 1 if options.loss_reduction == "sum" else len(losses)

@@ -14,6 +14,7 @@ from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.site import Block, Site, UnknownRows, collector_of, new_number, site_of
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.features import pooled
+from gq_triton.replayed import refuse_replay
 from gq_triton.ring import flat
 
 __all__ = [
@@ -155,6 +156,8 @@ def param_grads(
         For each wanted parameter its gradient, or what the site returned for the sums; and whether
         these are gradients, because it is not known to which samples the rows belong.
     """
+    if traced:
+        refuse_replay("with clusters, a graph of torch.compile has the host wait", "do not compile")
     where, step = enter(token, site)
     step.traced = step.traced or traced
     try:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.cluster_grad.step import Step
+from gq_triton.replayed import refuse_replay
 
 __all__ = ["RawGradients"]
 
@@ -107,6 +108,11 @@ class RawGradients:
             masses = [(self._number, known.mass) for known in groups]
             forwards = [(self._number, step.groups.one_cluster) for step in fresh.steps]
             earlier = self.kept.get(name)
+            if earlier is not None and isinstance(fresh.goes_on, Tensor):
+                refuse_replay(
+                    "the host reads whether p.grad was zeroed between two backward passes",
+                    "zero it with set_to_none=True",
+                )
             if earlier is not None and bool(fresh.goes_on):
                 raw, masses = earlier + raw, self._masses[name] + masses
                 forwards = self._forwards[name] + forwards

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gq_triton.cluster_grad.later import Later
+from gq_triton.cluster_grad.layers.rows import add_rows_
 from gq_triton.cluster_grad.sink import Taken
 from gq_triton.cluster_grad.site import Block
 from gq_triton.grouping.groups import Groups
@@ -90,12 +91,26 @@ class Weigh:
         """Weight the cluster means of the rows of a table that were looked up."""
         samples = len(groups.labels)
         labels = groups.labels[:, None].expand(samples, len(where) // samples).reshape(-1)
+        if not self._queues.whole:
+            return self._take_table(name, groups, where, labels, grads)
         values = self._queues.combine_rows(
             name, grads, where, labels, inverse_shares=groups.inverse_shares,
             mixture=groups.mixture, sigma_scales=groups.sigma_scales,
             grad_scale=self._grad_scale(),
         )  # fmt: skip
         return self._taken(name, *values)
+
+    def _take_table(
+        self, name: str, groups: Groups, where: Tensor, labels: Tensor, grads: Tensor
+    ) -> Taken:
+        """Weight the cluster means of all rows of a table of whose ring a part is here."""
+        height, width = self._leaves[name].shape
+        dtype = torch.promote_types(grads.dtype, torch.float32)
+        # One row more than the table has, for lookups that do not count.
+        sums = grads.new_zeros(groups.n_clusters * (height + 1), width, dtype=dtype)
+        add_rows_(sums, labels * (height + 1) + where, grads.to(dtype))
+        sums = sums.view(groups.n_clusters, height + 1, width)[:, :height].flatten(1)
+        return self.take(name, groups, iter([(0, height * width, sums)]), dtype)
 
     def take_whole(self, name: str, groups: Groups, grad: Tensor) -> Taken:
         """Weight a gradient as the mean of one cluster, the whole batch."""

@@ -126,6 +126,10 @@ class Groups:
             raise ValueError(self.problem[1])
         return [end - begin for begin, end in itertools.pairwise(known)]
 
+    def renew(self) -> None:
+        """Forget the sizes that were read: a replay has written other groups to this memory."""
+        vars(self).pop("sizes", None)
+
     @cached_property
     def _in_order(self) -> bool:
         """Whether samples on the CPU already lie in the order of their clusters."""

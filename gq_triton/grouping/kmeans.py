@@ -13,7 +13,7 @@ Shapes: B samples, F features, K clusters, T candidates per k-means++ draw, M = 
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -242,6 +242,12 @@ class KMeans:
             x, frame, finite = standardise(features, self.nonfinite == "zero")
             labels = assign(x, frame.enter(centers))[0]
             return labels if finite is None else torch.where(finite, labels, 0)
+
+    def kept(self) -> Iterator[Tensor]:
+        """Yield the tensors that go on from fit to fit; after a load they are others."""
+        for name in ("cluster_centers_", "nonfinite_"):
+            if hasattr(self, name):
+                yield getattr(self, name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the centres (None before a fit) and the generator's state, for a resumed run."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gq_triton.options import LawOptions
+from gq_triton.replayed import refuse_replay
 
 __all__ = ["effective_length", "length_of", "new_losses", "record_loss"]
 
@@ -18,6 +19,10 @@ def new_losses(window: int, longest: int, device: torch.device) -> Tensor:
 
 def record_loss(losses: Tensor, loss: Tensor | float) -> Tensor:
     """Return the history with ``loss`` as its newest entry, without waiting for the device."""
+    if not isinstance(loss, Tensor) or loss.device != losses.device:
+        refuse_replay(
+            "record_loss gets a number of the host, which would stay the same", "give the tensor"
+        )
     if not isinstance(loss, Tensor):
         # As a number of a launch: a copy from the host's memory could not be replayed.
         return torch.cat([losses.new_full((1,), float(loss)), losses[:-1]])

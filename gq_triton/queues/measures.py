@@ -1,6 +1,6 @@
 """Metrics: the weights of the last step in numbers for the user."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ class LastStep:
             self._batches.clear()
         parts = statistics if isinstance(statistics, list) else [statistics]
         self._batches[names] = parts, owners
+
+    def shown(self) -> Callable[[], None]:
+        """Return what makes the present step the last one again."""
+        batches = dict(self._batches)
+
+        def again() -> None:
+            self._batches = dict(batches)
+
+        return again
 
     def _tables(self) -> list[Tensor]:
         """Return the statistics of each batch in float64."""

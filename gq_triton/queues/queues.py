@@ -18,7 +18,6 @@ from gq_triton.queues.losses import length_of, new_losses, record_loss
 from gq_triton.queues.measures import LastStep, measures, measures_by_name
 from gq_triton.queues.saved import SHAPE_OPTIONS, digests, saved_rule
 from gq_triton.ring import (
-    capturing,
     fill_ring,
     flat,
     in_use,
@@ -46,11 +45,10 @@ class Queues:
         options: options of the law.
     """
 
-    def __init__(
-        self,
-        params: Mapping[str, Tensor],
-        options: LawOptions,
-    ) -> None:
+    # Whether a parameter's ring is here as a whole, not a part of it and statistics of the rest.
+    whole = True
+
+    def __init__(self, params: Mapping[str, Tensor], options: LawOptions) -> None:
         self.params = dict(params)
         self.options = options
         self._queue: dict[str, Tensor] = {}
@@ -394,12 +392,11 @@ class Queues:
         # Loaded losses may lie on another device.
         losses = earlier.to(loss.device) if isinstance(loss, Tensor) else earlier
         recorded = record_loss(losses, loss)
-        if capturing(recorded.device):  # a replay finds the losses where they are now
-            if self._losses is not losses:
-                refuse_capture("a history of losses", recorded.device)
+        if self._losses is losses:  # a replay finds the losses where they are now
             losses.copy_(recorded)
-            return
-        self._losses = recorded
+        else:
+            refuse_capture("a history of losses", recorded.device)
+            self._losses = recorded
         in_use(earlier, losses)
 
     def effective_length(
@@ -505,9 +502,11 @@ class Queues:
             yield name, queue, self._queued[name]
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors of the rings and counters that this rank holds."""
+        """Yield the tensors of the rings, counters and losses that this rank holds."""
         yield from self._queue.values()
         yield from self._queued.values()
+        if self._losses is not None:
+            yield self._losses
 
     def shared_digests(self) -> dict[str, bytes]:
         """Return the digests, by name, of the state that all ranks must share: here all of it."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton.options import shown
+from gq_triton.replayed import refuse_replay
 from gq_triton.sampling.checks import count, number, raise_all
 from gq_triton.sampling.ranks import stream
 from gq_triton.sampling.scores import Loss, losses_of_samples
@@ -23,6 +24,8 @@ from gq_triton.variance.frozen import Frozen, Random, undisturbed
 from gq_triton.variance.statistics import Moments, Running
 
 __all__ = ["SCSG", "SVRG", "AnchoredBatches"]
+
+_COUNTS = "Python counts the steps before the next anchor"
 
 
 class SVRG:
@@ -108,6 +111,7 @@ class SVRG:
         Returns:
             The batch's mean loss, without a graph.
         """
+        refuse_replay(_COUNTS, "call the step itself")
         if not self._left:
             self.snapshot()
         self._left -= 1

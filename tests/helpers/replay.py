@@ -5,6 +5,7 @@ numbers, branches, addresses. Unlike a capture the recording also runs the step 
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import interpreter
+
+from gq_triton.captured import CapturedStep
+
+# Files of the package whose small tensors, numbers of passes and layers, are the host's own.
+ON_HOST = "cluster_grad/passes.py", "cluster_grad/site.py"
 
 
 def _memory(value: Any) -> Any:
@@ -79,3 +85,39 @@ class Recording(TorchDispatchMode):
             for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+def captured(loop: Any, warmup: int = 3, log: list[str] | None = None) -> CapturedStep:
+    """Return a captured step whose graph is a recording, which undoes what the recording ran.
+
+    Args:
+        loop: has the step, ``holders()``, and ``tensors()``: all that a step changes, apart from
+            gradients.
+        warmup: as for ``cuda_graph``.
+        log: gets a word for every step, capture and replay.
+    """
+    noted: list[str] = [] if log is None else log
+
+    class Stand:
+        def __init__(self, device: torch.device) -> None:
+            self.recording = Recording(on_host=ON_HOST)
+
+        def warm_up(self, run: Callable[[], Any]) -> Any:
+            noted.append("step")
+            return run()
+
+        def capture(self, run: Callable[[], Any]) -> Any:
+            noted.append("capture")
+            before = [tensor.detach().clone() for tensor in loop.tensors()]
+            with self.recording():
+                result = run()
+            with torch.no_grad():
+                for tensor, value in zip(loop.tensors(), before, strict=True):
+                    tensor.copy_(value)
+            return result
+
+        def replay(self) -> None:
+            noted.append("replay")
+            self.recording.replay()
+
+    return CapturedStep(loop.step, loop.holders(), warmup, Stand)

@@ -26,8 +26,7 @@ PLACES = {
 HOUSE = "gq_triton"
 BASE = {
     "names", "extras", "options", "law", "layer_sums", "loss_scale", "ring", "saved", "claims",
-    "describe", "wrappers", "aside", "float8",
-    "rounding",
+    "describe", "wrappers", "aside", "float8", "replayed", "rounding",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
@@ -35,6 +34,7 @@ DOORS = {HOUSE, "cuda_graph", "grad_queue", "optim", "dist", "dist.routes", "dis
 BELOW = {"cluster_grad", "cluster_grad.layers", "cluster_grad.standins"} | QUEUES
 MAY = {
     "aside": set(),
+    "replayed": set(),
     "names": set(),
     "claims": set(),
     "describe": {"options", "ring"},
@@ -74,7 +74,8 @@ MAY = {
     },
     "optim": QUEUES,
     "attachment": {"optim"},
-    "captured": {"grad_queue", "optim"},
+    "captured": {"grad_queue", "holders", "optim"},
+    "holders": {"attachment", "cluster_grad", "grad_queue", "optim"},
     "grad_queue": {"attachment", "dist.sharded"} | BELOW,
     "dist": {"dist.routes", "dist.state"} | BELOW,
     "dist.state": {"dist", "dist.routes"} | BELOW,

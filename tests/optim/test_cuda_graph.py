@@ -1,14 +1,18 @@
 """What a captured step copies, checks and replays, with a recording in place of the graph."""
 
+import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from kernel_cases import INTERPRETED, QUIET
 from optim_cases import PAIR, assert_same, both_optimizers, snapshot
-from replay import Recording
+from replay import captured
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gq_triton import GradQueue, cuda_graph
 from gq_triton.captured import CapturedStep
@@ -19,9 +23,9 @@ pytestmark = [
 ]
 LENGTH = 3
 CASES = {
-    "plain": {},
-    "effective length": {"loss_window": 2, "min_queue_length": 2},
-    "loss scaler": {"scaled": True},
+    "plain": ("adamw", {}),
+    "match_norm": ("sgd", {"match_norm": True}),
+    "losses, scaled": ("sgd", {"loss_window": 2, "min_queue_length": 2, "scaled": True}),
 }
 
 
@@ -61,34 +65,6 @@ class Loop:
         yield from filter(torch.is_tensor, vars(self.scaler).values())
 
 
-def captured(loop, warmup=3, log=None):
-    """Return a captured step whose graph is a recording, which undoes what the recording ran."""
-
-    class Stand:
-        def __init__(self, device):
-            self.recording = Recording()
-
-        def warm_up(self, run):
-            (log if log is not None else []).append("step")
-            return run()
-
-        def capture(self, run):
-            (log if log is not None else []).append("capture")
-            before = [tensor.detach().clone() for tensor in loop.tensors()]
-            with self.recording():
-                result = run()
-            with torch.no_grad():
-                for tensor, value in zip(loop.tensors(), before, strict=True):
-                    tensor.copy_(value)
-            return result
-
-        def replay(self):
-            (log if log is not None else []).append("replay")
-            self.recording.replay()
-
-    return CapturedStep(loop.step, loop.holders(), warmup, Stand)
-
-
 class PlugInLoop(Loop):
     """The same with torch's SGD and a queue."""
 
@@ -117,15 +93,19 @@ def without_rates(loop):
 
 
 @pytest.mark.slow
-@both_optimizers
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_a_captured_loop_is_the_loop(variant, options):
-    ours, twin = Loop(variant, **options), Loop(variant, **options)
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_loop_is_the_loop(case):
+    """20 replays are 20 steps; a scheduler changes the rate in place, and one step is skipped."""
+    kind, options = CASES[case]
+    ours, twin = Loop(PAIR[kind], **options), Loop(PAIR[kind], **options)
     step, losses, expected = captured(ours), [], []
-    for number in range(7):
+    for number in range(23 if case == "plain" else 7):
         assert step.captured == (number > 3)
-        losses.append(step(batch(number))["loss"])
-        expected.append(twin.step(batch(number))["loss"].detach())
+        x = batch(number)
+        if "scaled" in options and number == 5:
+            x[0] = torch.inf
+        losses.append(step(x)["loss"])
+        expected.append(twin.step(x)["loss"].detach())
         for loop in (ours, twin):
             loop.schedule.step()
         assert_same(without_rates(ours), without_rates(twin))
@@ -226,3 +206,96 @@ def test_wrong_arguments_are_named(monkeypatch):
         cuda_graph(loop.step)
     with pytest.raises(ValueError, match="warmup must be at least 2, got 1"):
         cuda_graph(loop.step, loop.optimizer, warmup=1)
+
+
+class Plain:
+    """A loop in plain torch whose step does what it is told."""
+
+    def __init__(self, optimizer: Callable[..., Any] = torch.optim.SGD, **options: Any):
+        self.model = nn.Linear(4, 1)
+        self.optimizer: Any = optimizer(self.model.parameters(), lr=0.1, **options)
+        self.schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
+        self.calls, self.every = 0, 1
+        self.inside: Callable[[], Any] = lambda: None
+
+    def step(self, x):
+        self.optimizer.zero_grad()
+        loss = self.model(x).square().mean()
+        loss.backward()
+        self.calls += 1
+        if self.calls % self.every == 0:
+            self.optimizer.step()
+        self.inside()
+        return loss
+
+    def holders(self):
+        return (self.optimizer,)
+
+    def tensors(self):
+        yield from self.model.parameters()
+
+
+class Counts(torch.optim.SGD):
+    """It keeps a number in the place that ``keep`` names."""
+
+    keep = "group"
+
+    def step(self, closure=None):
+        super().step()
+        param = self.param_groups[0]["params"][0]
+        if self.keep == "group":
+            self.param_groups[0]["count"] = self.param_groups[0].get("count", 0) + 1
+        elif self.keep == "state":
+            self.state[param]["count"] = self.state[param].get("count", 0) + 1
+        else:
+            self.state[param]["count"] = torch.zeros((), device="meta")
+
+
+def test_what_only_python_changes_is_refused():
+    counting = [Plain(type("Counts", (Counts,), {"keep": keep})) for keep in ("group", "state")]
+    elsewhere, seldom, stepped = (
+        Plain(type("Counts", (Counts,), {"keep": "meta"})),
+        Plain(),
+        Plain(),
+    )
+    seldom.every = 2
+    stepped.inside = stepped.schedule.step
+    ours = Plain(PAIR["adamw"].build, backend="torch")
+    ours.inside = ours.schedule.step
+    for loop, sentence in [
+        (counting[0], "Counts keeps count as a number of Python"),
+        (counting[1], "Counts keeps count as a number of Python"),
+        (elsewhere, "Counts keeps count on meta, where no replay changes it"),
+        (seldom, "a call stepped SGD 0 times, and a replay repeats one call"),
+        (stepped, "SGD keeps lr as a number of Python"),
+        (ours, "the learning rate changes within the step"),
+    ]:
+        step = captured(loop)
+        for _ in range(2):
+            with contextlib.suppress(RuntimeError):
+                step(batch(0))
+        with pytest.raises(RuntimeError, match=sentence):
+            step(batch(0))
+
+
+def test_hooks_and_frozen_parameters_are_captured_anew():
+    """Another plug-in, or a parameter that trains no more: the graph would not see it."""
+    loop, log = Plain(), []
+    step = captured(loop, warmup=2, log=log)
+    for number in range(9):
+        if number == 3:
+            loop.model.bias.requires_grad_(False)
+        if number == 6:
+            queue = GradQueue(loop.model, backend="triton")
+            queue.attach(loop.optimizer)
+        step(batch(number))
+    once = ["step", "step", "capture", "replay"]
+    assert log == 3 * once
+
+
+def test_parameters_that_are_divided_are_refused():
+    mesh = torch.distributed.device_mesh.DeviceMesh("cpu", [0], _init_backend=False, _rank=0)
+    shard = DTensor.from_local(torch.ones(2), mesh, run_check=False)
+    optimizer = torch.optim.SGD([nn.Parameter(shard)])
+    with pytest.raises(ValueError, match="no parameters that are divided among processes"):
+        CapturedStep(print, [optimizer], 2, Mock())

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole
-from gq_triton.cluster_grad.layers.rows import accumulation_type, launches_cost, samples
+from gq_triton.cluster_grad.layers.rows import (
+    accumulation_type,
+    add_rows_,
+    launches_cost,
+    samples,
+)
 from gq_triton.cluster_grad.site import Call, Family, Site, UnknownRows
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.groups import Groups
@@ -73,7 +78,7 @@ def _row_sums(groups: Groups, rows: Tensor, where: Tensor, count: int) -> Tensor
     shape = groups.n_clusters, count, rows.shape[2]
     sums = rows.new_zeros(shape, dtype=accumulation_type(rows.dtype))
     target = where + groups.labels[:, None] * count
-    sums.view(-1, shape[2]).index_add_(0, target.flatten(), rows.flatten(0, 1).to(sums.dtype))
+    add_rows_(sums.view(-1, shape[2]), target.flatten(), rows.flatten(0, 1).to(sums.dtype))
     return sums
 
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from gq_triton.cluster_grad.site import UnknownRows
 from gq_triton.grouping.groups import Groups
 
-__all__ = ["accumulation_type", "check_rows", "launches_cost", "rounds_to_tf32", "samples"]
+__all__ = [
+    "accumulation_type",
+    "add_rows_",
+    "check_rows",
+    "launches_cost",
+    "rounds_to_tf32",
+    "samples",
+]
 
 
 def samples(tensor: Tensor, groups: Groups, layer: str) -> Tensor:
@@ -37,6 +44,18 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
 def launches_cost(tensor: Tensor) -> bool:
     """Return whether operations on a tensor are launches, each of which costs the host time."""
     return tensor.device.type != "cpu"
+
+
+def add_rows_(sums: Tensor, where: Tensor, rows: Tensor) -> None:
+    """Add rows ``(n, N)`` to the rows ``where`` of ``(V, N)``, in an order that is always the same.
+
+    On a GPU ``index_add_`` adds in the order of arrival. The operation of indexing's own backward
+    pass sorts by row, and the host checks no index.
+    """
+    if launches_cost(sums):
+        torch.ops.aten._index_put_impl_(sums, [where], rows, accumulate=True, unsafe=True)
+    else:
+        sums.index_add_(0, where, rows)
 
 
 def rounds_to_tf32(operation: Literal["matmul", "conv"]) -> bool:

@@ -25,6 +25,7 @@ from gq_triton.cluster_grad.layers.noise import Noise, random_state
 from gq_triton.cluster_grad.layers.run import OPAQUE, Run, dim_of, known_of, leads, out_dim
 from gq_triton.cluster_grad.site import SITE, Call, Family, Site, UnknownRows, site_of
 from gq_triton.cluster_grad.step import Step
+from gq_triton.replayed import refuse_replay
 
 __all__ = ["SLICES", "parameters_of"]
 
@@ -43,6 +44,10 @@ def _versions(module: nn.Module) -> list[int]:
 def _forward(module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
     """Run a module so that its backward pass knows the gradients by cluster."""
     run, originals = _begun(module, site_of(call[1]), args, kwargs)
+    refuse_replay(
+        f"{type(module).__name__} runs again for each cluster, whose sizes the host reads",
+        "see report(), and call the step itself",
+    )
     site, batch = run.site, run.batch
     shown = known_of(site)
     if shown.in_parts:

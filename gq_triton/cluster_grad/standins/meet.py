@@ -14,7 +14,7 @@ from gq_triton.cluster_grad import passes
 from gq_triton.cluster_grad.compiled_ops import autocast_of, exact, param_grads, traced_whole, use
 from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
-from gq_triton.cluster_grad.layers.rows import accumulation_type
+from gq_triton.cluster_grad.layers.rows import accumulation_type, add_rows_, launches_cost
 from gq_triton.cluster_grad.site import Block, Call, Family, Site, UnknownRows, site_of
 from gq_triton.cluster_grad.standins.origin import OTHER, Origin, Root
 from gq_triton.cluster_grad.step import Step
@@ -113,10 +113,12 @@ def _give_table(
     rows, contiguous = param.shape[0], param.is_contiguous()
     few = contiguous and rows > where.numel() and site.used_once(step, 0)
     touched = None
-    if few:
+    if few and not launches_cost(sums):  # the host would wait for the number of touched rows
         touched, where = where.unique(return_inverse=True)
         rows = len(touched)
-    table = sums.new_zeros(len(sums), rows, sums.shape[2]).index_add_(1, where, sums)
+    table = sums.new_zeros(len(sums), rows, sums.shape[2])
+    place = where + rows * torch.arange(len(sums), device=where.device)[:, None]
+    add_rows_(table.view(-1, sums.shape[2]), place.flatten(), sums.flatten(0, 1))
     if padding is not None and touched is not None:
         table.masked_fill_((touched == padding)[None, :, None], 0)
     elif padding is not None:

@@ -17,6 +17,7 @@ from gq_triton.cluster_grad.copies import recorded
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.names import bare, is_divided, parameter_names
 from gq_triton.options import shown
+from gq_triton.replayed import refuse_replay
 from gq_triton.saved.rules import check
 from gq_triton.variance.noise.groups import MeterClusters
 from gq_triton.variance.noise.lag import Momentum
@@ -184,6 +185,7 @@ class NoiseScale:
         self._depth += 1
         if self._depth > 1 or in_backward() or recorded():
             return
+        refuse_replay("NoiseScale counts forward passes in Python", "call remove() on the meter")
         self.step += 1
         measured = self.step % self._every == 0
         if measured and not self._clusters.installed:
