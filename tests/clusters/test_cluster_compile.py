@@ -10,7 +10,7 @@ from cluster_cases import GPT, MLP, Block, Judge, ResNet, ViT
 from torch import nn
 from torch._dynamo.utils import counters
 
-from gq_triton.cluster_grad import passes
+from gq_triton.cluster_grad import compiled_ops, passes
 
 pytestmark = pytest.mark.slow
 F64 = torch.float64
@@ -233,3 +233,10 @@ def test_rows_in_two_dimensions_are_not_believed_to_be_in_order():
     report = judge.queue.report()
     assert report["experts.0.weight"].startswith("whole batch")
     assert report["head.weight"] == "clusters (Linear)"
+
+
+def test_no_cuda_graph_holds_an_operation_of_this_package():
+    """``mode="reduce-overhead"`` captures parts of a graph, and a replay would not call them."""
+    operations = [value for name, value in vars(compiled_ops).items() if name.endswith("_op")]
+    assert len(operations) == 7
+    assert all(torch.Tag.cudagraph_unsafe in operation.tags for operation in operations)

@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gq_triton import GradQueue
-from gq_triton.cluster_grad.layers import conv, embedding, linear
+from gq_triton.cluster_grad.layers import conv, embedding, linear, rows
+from gq_triton.cluster_grad.standins import meet
+from gq_triton.queues import Queues
 
 F64 = torch.float64
 pytestmark = QUIET
@@ -27,7 +29,7 @@ FREE = {
 @pytest.fixture
 def launches_cost(monkeypatch):
     """Make the CPU run the code for devices where each launch costs the host time."""
-    for module in (linear, conv, embedding):
+    for module in (linear, conv, embedding, rows, meet):
         monkeypatch.setattr(module, "launches_cost", lambda tensor: True)
 
 
@@ -140,15 +142,21 @@ INTERPRETED_ONLY = pytest.mark.skipif(not INTERPRETED, reason="Kernels are compi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "backend", [None, "torch", pytest.param("triton", marks=[INTERPRETED_ONLY, *QUIET])]
+    "backend",
+    [None, "torch", "of a part", pytest.param("triton", marks=[INTERPRETED_ONLY, *QUIET])],
 )
-def test_a_table_with_more_rows_than_lookups(request, backend):
+def test_a_table_with_more_rows_than_lookups(request, monkeypatch, backend):
     """Only the rows that were looked up are weighted. The padding row gets no gradient.
 
-    With a backend the lookups are those of a device where launches cost.
+    With a backend the lookups are those of a device where launches cost; a rank that holds a part
+    of the ring sums them for the whole table.
     """
     if backend is not None:
         request.getfixturevalue("launches_cost")
+    if backend == "of a part":
+        monkeypatch.setattr(Queues, "whole", False)
+        monkeypatch.setattr(Queues, "combine_rows", None)
+        backend = "torch"
 
     class Table(nn.Module):
         def __init__(self):

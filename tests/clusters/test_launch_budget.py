@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import INTERPRETED
-from meta_steps import budget, step_of, text_case, watched, watching
+from meta_steps import budget, next_symbol, step_of, text_case, watched, watching
 
 import gq_triton
 from gq_triton import GQSGD, GQAdamW
@@ -91,6 +91,35 @@ def test_reads_of_clusters(options):
     assert set(step.copies) <= COPIES
 
 
+class Tables(torch.nn.Module):
+    """A tied table, and one of positions with more rows than any batch has."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = torch.nn.Embedding(9, 4), torch.nn.Embedding(20, 4)
+        self.features, self.head = torch.nn.LayerNorm(4), torch.nn.Linear(4, 9, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens):
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.head(self.features(self.tokens(tokens) + self.positions(places)))
+
+
+def test_rows_of_tables_are_added_up_in_one_order(monkeypatch):
+    """``index_add_`` would add in the order of arrival, and ``unique`` have the host wait."""
+
+    def refuse(*args):
+        raise AssertionError("no order")
+
+    with torch.device("meta"):
+        model, symbols = Tables(), torch.zeros(4, 8, dtype=torch.int64)
+    step = step_of(model, (symbols, symbols), next_symbol, n_clusters=2, features="features")
+    monkeypatch.setattr(torch.Tensor, "index_add_", refuse)
+    seen = watched(step)
+    assert not seen.reads
+    assert seen.launches["cluster_grad/layers/rows.py:add_rows_"] == 2
+
+
 def zeroing(model):
     """Return an optimizer that zeroes gradients in place."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -147,7 +176,6 @@ ALLOWED = {
     ("kernels/combine_all.py", "tolist"),
     # On the CPU.
     ("cluster_grad/layers/embedding.py", "unique"),
-    # To be removed.
     ("cluster_grad/standins/meet.py", "unique"),
 }
 
