@@ -60,8 +60,9 @@ class ImportanceLoader:
     global generator is read.
 
     *Several processes.* Under ``torch.distributed`` every epoch divides the dataset at random, each
-    rank draws from its own part, and ``tau`` is the mean over the ranks (one message of two numbers
-    per step), so that all ranks score in the same steps. The batch is ``batch_size`` per rank.
+    rank draws from its own part, and ``tau`` is the mean over the ranks (one message of three
+    numbers per step), so that all ranks score in the same steps. The batch is ``batch_size`` per
+    rank.
 
     *Worker processes* read ahead, so what a step reads was decided as many steps ago as there are
     batches under way, ``num_workers * prefetch_factor``.
