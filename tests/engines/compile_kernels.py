@@ -8,19 +8,23 @@ compiled. No GPU is needed. ``test_kernel_compile.py`` checks the lines that
 
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
-from collections import Counter
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from kernel_lines import (
+    Record,
+    Wanted,
+    compile_for_all,
+    keys_of,
+    line_of,
+    options_of,
+    source_of,
+)
 from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from gq_triton.kernels import adamw, finite, lloyd, push, sgd, statistics, sums, weigh
 from gq_triton.kernels.combine import CHUNK as COMBINE_CHUNK
@@ -399,97 +403,34 @@ def _weight_case(arch, dtype, tile, constants):
     }  # fmt: skip
 
 
-def source_of(kernel: triton.JITFunction, types: dict, constants: dict) -> ASTSource:
-    """Return a kernel for arguments; those that are neither typed nor named are None.
-
-    A type ends in ``:16`` where a launch finds the argument divisible by 16, as in triton's tools.
-    """
-    unused = [name for name in kernel.arg_names if name not in types]
-    hints = {name: text.partition(":") for name, text in types.items()}
-    signature = {name: hints.get(name, ("constexpr",))[0] for name in kernel.arg_names}
-    divisible = [["tt.divisibility", 16]]
-    attributes = {
-        (at,): divisible for at, name in enumerate(signature) if types.get(name, "").endswith(":16")
-    }
-    return ASTSource(kernel, signature, {name: constants.get(name) for name in unused}, attributes)
-
-
-def compile_for_all(source: ASTSource, case: str, constants: dict, folder: str):
-    """Yield each architecture that compiles a case, and the kernel compiled for it.
-
-    The intermediate language that Triton's front end makes is the same for all of them. It is made
-    for the first, which saves a sixth of the time.
-    """
-    path = Path(folder, f"{source.name}.ttir")
+def wanted_of(case: str, constants: dict) -> Wanted:
+    """Return the architectures that compile a case."""
     one = constants.get("arch", None if EVERY_CASE or case in USUAL else "sm_90")
     targets = TARGETS if one is None else {one: TARGETS[one]}
-    for arch, target in targets.items():
-        warps = 4 if constants.get("CHUNK") is None else THREADS // target.warp_size
-        warps = sums.NUM_WARPS if "PART" in constants else warps
-        options = {"num_warps": constants.get("num_warps", warps)}
-        if "num_stages" in constants:
-            options["num_stages"] = constants["num_stages"]
-        first = arch == next(iter(targets))
-        compiled = triton.compile(source if first else str(path), target=target, options=options)
-        if first:
-            path.write_text(compiled.asm["ttir"])
-        yield arch, compiled
-
-
-def dumped(cubin: bytes, what: str) -> str:
-    """Return what NVIDIA's cuobjdump says of a cubin."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), what, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Return registers, stack and shared memory of a cubin, and how many loops use the stack.
-
-    Memory is in bytes.
-    """
-    text = dumped(cubin, "--dump-resource-usage")
-    found = {n: int(re.findall(rf"{n}:(\d+)", text)[-1]) for n in ("REG", "STACK", "SHARED")}
-    return found | {"STACK_LOOPS": stack_loops(cubin) if found["STACK"] else 0}
-
-
-def stack_loops(cubin: bytes) -> int:
-    """Return how many loops of a cubin access its stack."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", dumped(cubin, "-sass"))
-    code = [(int(address, 16), instruction) for address, instruction in lines]
-    targets = [(at, re.search(r"\bBRA\b.* 0x([0-9a-f]+)", instruction)) for at, instruction in code]
-    loops = [(int(to[1], 16), at) for at, to in targets if to and int(to[1], 16) < at]
-    uses = [at for at, instruction in code if re.match(r".*\b(LDL|STL)", instruction)]
-    return sum(any(first <= at <= last for at in uses) for first, last in loops)
+    return {arch: (target, options_of(constants, target)) for arch, target in targets.items()}
 
 
 def main() -> None:
-    """Print one JSON line per kernel, case and architecture."""
+    """Print one JSON line per kernel, case and architecture.
+
+    With ``--record`` every kernel is compiled, and recorded. `make test-all` compiles all, too.
+    """
+    recording, record, written = "--record" in sys.argv, Record(), {}
+    known = {} if recording or EVERY_CASE else record.lines
     with tempfile.TemporaryDirectory() as folder:
         for name, case, kernel, types, constants in cases():
-            source = source_of(kernel, types, constants)
-            for arch, compiled in compile_for_all(source, case, constants, folder):
-                line = line_of(name, case, arch, compiled, constants.get("BLOCK"))
-                sys.stdout.write(json.dumps(line) + "\n")
-
-
-def line_of(name: str, case: str, arch: str, compiled, block: int | None) -> dict[str, object]:
-    """Return what is printed of a compiled kernel; ``block`` elements make up a block of it."""
-    line: dict[str, object] = {"kernel": name, "case": case, "arch": arch}
-    lines = re.findall(r"tt\.(?:load|store) .*", compiled.asm["ttgir"])
-    layouts = re.findall(rf"tensor<{block}x!tt\.ptr<\w+>, (#\w+)>", "".join(lines))
-    line["layouts"] = len(set(layouts))
-    if "cubin" in compiled.asm:
-        line |= resources(compiled.asm["cubin"])
-        ptx = compiled.asm["ptx"]
-        line["accesses"] = Counter(re.findall(r"(?:ld|st)\.global[\w.:]*", ptx))
-        line["products"] = Counter(re.findall(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync", ptx))
-        # Bytes of each copy from global to shared memory.
-        line["copies"] = Counter(re.findall(r"cp\.async\.c[ag]\.[^;]*\], (0x\w+), ", ptx))
-    return line
+            source, wanted = source_of(kernel, types, constants), wanted_of(case, constants)
+            keys = keys_of(source, wanted) if recording or record.lines else {}
+            lines = {arch: known[key] for arch, key in keys.items() if key in known}
+            if len(lines) < len(wanted):
+                compiled = compile_for_all(source, wanted, folder)
+                lines = {arch: line_of(one, constants.get("BLOCK")) for arch, one in compiled}
+            for arch, line in lines.items():
+                about = {"kernel": name, "case": case, "arch": arch, "key": keys.get(arch)}
+                sys.stdout.write(json.dumps(about | line) + "\n")
+            written |= {keys[arch]: line for arch, line in lines.items()} if keys else {}
+    if recording:
+        record.write(written)
 
 
 if __name__ == "__main__":

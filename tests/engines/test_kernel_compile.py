@@ -153,7 +153,9 @@ def kernel(out):
 CHANGES = f"""
 import importlib, json, linecache, os, sys
 from pathlib import Path
+sys.path.append({str(SCRIPT.parent)!r})
 import triton
+from kernel_lines import keys_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -163,9 +165,11 @@ for factor in ("3.0", "5.0", "3.0"):
     linecache.clearcache()
     sys.modules.pop("changing", None)
     source = ASTSource(importlib.import_module("changing").kernel, {{"out": "*fp32"}}, {{}})
-    ptx = triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+    target = GPUTarget("cuda", 80, 32)
+    ptx = triton.compile(source, target=target).asm["ptx"]
     kept = len(os.listdir(os.environ["TRITON_CACHE_DIR"]))
-    print(json.dumps(["0f40400000" in ptx, "0f40A00000" in ptx, kept]))  # 3.0 and 5.0
+    keys = [keys_of(source, {{"sm_80": (target, {{"num_warps": n}})}})["sm_80"] for n in (4, 8)]
+    print(json.dumps(["0f40400000" in ptx, "0f40A00000" in ptx, kept, *keys]))  # 3.0 and 5.0
 """
 
 
@@ -175,4 +179,21 @@ def test_a_kernel_whose_helper_changed_is_compiled_anew_and_kept(tmp_path):
     found = [
         json.loads(line) for line in lines_of(script, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     ]
-    assert found == [[True, False, 1], [False, True, 2], [True, False, 2]]
+    assert [one[:3] for one in found] == [[True, False, 1], [False, True, 2], [True, False, 2]]
+    # So it is with the record: the same code has the same key, another one and other options not.
+    first, second, third = (one[3:] for one in found)
+    assert first == third
+    assert len({*first, *second}) == 4
+
+
+@pytest.mark.rare
+@pytest.mark.skipif(os.environ.get("GQ_TRITON_EVERY_CASE") != "1", reason="nothing is recorded")
+def test_kernels_compile_to_what_is_recorded():
+    """make test-all compiles all kernels; elsewhere those that are recorded are not compiled."""
+    recorded = json.loads(SCRIPT.with_name("kernel_lines.json").read_text())["lines"]
+    about = ("kernel", "case", "arch", "key")
+    known = [entry for entry in compiled() if entry["key"] in recorded]
+    for entry in known:
+        line = {name: value for name, value in entry.items() if name not in about}
+        assert line == recorded[entry["key"]], entry
+    assert known
