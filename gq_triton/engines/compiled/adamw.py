@@ -17,8 +17,10 @@ from gq_triton.engines.compiled.law import (
     TILE,
     exact,
     fuses,
+    in_bytes,
     law_arguments,
     ring_arguments,
+    ring_of,
     typed,
     weight_of,
 )
@@ -30,18 +32,23 @@ __all__ = ["gqadamw_"]
 
 
 @cache
-def _adamw_kernel(used: int) -> Callable[..., Any]:
-    weight = weight_of(used)
+def _adamw_kernel(used: int, narrow: bool) -> Callable[..., Any]:
+    weight, (open_tile, compared, put) = weight_of(used), ring_of(narrow)
 
     @exact()
     def kernel(start, stop, ring, stride, slots, slot, grad, unscale, p, m, v, law, update):
         sign, keep, new1, beta2, new2, inverse_correction, eps, step_size = update
         for tile in range(start, stop, TILE):
             end = min(tile + TILE, stop)
+            rows, width, origin = open_tile(ring, stride, slots, tile, end)
             for i in range(tile, end):
                 j = np.uint64(i)
                 x = grad[j] * unscale
-                g = sign * x * weight(ring, stride, slots, slot, j, x, law)
+                g = (
+                    sign
+                    * x
+                    * weight(rows, width, slots, slot, np.uint64(i - origin), compared(x), law)
+                )
                 first = m[j] + new1 * (g - m[j])
                 second = beta2 * v[j] + new2 * g * g
                 m[j] = first
@@ -49,9 +56,7 @@ def _adamw_kernel(used: int) -> Callable[..., Any]:
                 p[j] = p[j] * keep - step_size * (
                     first / (np.sqrt(second) * inverse_correction + eps)
                 )
-            for i in range(tile, end):
-                j = np.uint64(i)
-                ring[np.uint64(slot * stride) + j] = grad[j] * unscale
+            put(ring, stride, slots, slot, tile, end, grad, unscale)
 
     return kernel
 
@@ -95,7 +100,7 @@ def gqadamw_(
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         turn = Turn(queue, queued[index], accept[index], law)
         moments = exp_avgs[index], exp_avg_sqs[index]
-        if not fuses(turn, unscale, param, grad, queue, *moments):
+        if not fuses(turn, unscale, queue, param, grad, *moments):
             one = slice(index, index + 1)
             state = queues[one], queued[one], exp_avgs[one], exp_avg_sqs[one], steps[one]
             own = None if accepted is None else accepted[one]
@@ -115,8 +120,9 @@ def gqadamw_(
             law_arguments(kind, law.rho, used),
             typed(kind, hyper),
         )
+        kernel = _adamw_kernel(used, in_bytes(queue))
         for start, stop in chunks(param.numel()):
-            jobs.append(partial(_adamw_kernel(used), start, stop, *arguments))
+            jobs.append(partial(kernel, start, stop, *arguments))
         counters.append(queued[index])
     run(jobs)
     count_(counters)

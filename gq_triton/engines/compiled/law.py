@@ -5,29 +5,55 @@ Shape legend: L = queue slots, E = effective length, P = elements of one paramet
 
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from gq_triton.engines.compiled.bytes import open_bytes, put_bytes, rounded
+from gq_triton.engines.compiled.jit import exact, sums
 from gq_triton.engines.eager.law import Turn
+from gq_triton.float8 import BYTE, slots
 from gq_triton.law import VARIANCE_FLOOR
 
 __all__ = [
-    "DTYPES", "TILE", "exact", "exact_scale", "fuses", "law_arguments", "ring_arguments",
-    "spread_of", "sums", "typed", "weight_of",
+    "DTYPES", "TILE", "exact", "exact_scale", "fuses", "in_bytes", "law_arguments",
+    "ring_arguments", "ring_of", "spread_of", "sums", "typed", "weight_of",
 ]  # fmt: skip
 
 # Elements of one tile: all are updated, then all are queued while their gradients are still in L1.
 TILE = 2048
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
-# No reassociation: (q - b) - s must be computed as written for a constant queue to be constant.
-exact = partial(numba.njit, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
-sums = partial(numba.njit, nogil=True, error_model="numpy", fastmath=True)
+
+@exact()
+def _open(ring, stride, slots, tile, end):
+    return ring, stride, 0
+
+
+@exact()
+def _put(ring, stride, slots, slot, tile, end, grad, unscale):
+    for i in range(tile, end):
+        j = np.uint64(i)
+        ring[np.uint64(slot * stride) + j] = grad[j] * unscale
+
+
+@exact()
+def _as_it_is(x):
+    return x
+
+
+def ring_of(narrow: bool) -> tuple[Callable[..., Any], ...]:
+    """Return how loops read, compare with and write a ring of a wide type, or one in bytes.
+
+    Returns:
+        ``rows, stride, origin = open(ring, stride, slots, tile, end)``: the gradients of a tile,
+        and the element with which they begin; ``compared(x)``, a gradient as it is compared;
+        ``put(ring, stride, slots, slot, tile, end, grad, unscale)``.
+    """
+    return (open_bytes, rounded, put_bytes) if narrow else (_open, _as_it_is, _put)
 
 
 @cache
@@ -77,12 +103,21 @@ def weight_of(used: int) -> Callable[..., Any]:
     return weight
 
 
-def fuses(turn: Turn, unscale: float, *tensors: Tensor) -> bool:
-    """Return whether the compiled pass takes these tensors: the law acts, one known type."""
+def fuses(turn: Turn, unscale: float, queue: Tensor, *tensors: Tensor) -> bool:
+    """Return whether the compiled pass takes these tensors: the law acts, one known type.
+
+    A queue in bytes fits tensors of float32.
+    """
     dtype = tensors[0].dtype
     known = dtype in DTYPES and all(tensor.dtype == dtype for tensor in tensors)
-    dense = all(tensor.is_contiguous() for tensor in tensors)
+    known &= queue.dtype == dtype or (in_bytes(queue) and dtype == torch.float32)
+    dense = all(tensor.is_contiguous() for tensor in (queue, *tensors))
     return known and dense and exact_scale(unscale) and bool(turn.rows) and tensors[0].numel() > 0
+
+
+def in_bytes(queue: Tensor) -> bool:
+    """Return whether a ring is in bytes."""
+    return queue.dtype == BYTE
 
 
 def exact_scale(unscale: float) -> bool:
@@ -96,8 +131,7 @@ def exact_scale(unscale: float) -> bool:
 
 def ring_arguments(turn: Turn, queue: Tensor) -> tuple[Any, ...]:
     """Return a ring as one dimension, the stride of its rows, their number, and the slot."""
-    slots, stride = queue.shape
-    return queue.view(-1).numpy(), stride, slots, turn.slot
+    return queue.view(-1).numpy(), queue.shape[1], slots(queue), turn.slot
 
 
 @lru_cache(maxsize=64)

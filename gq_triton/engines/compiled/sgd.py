@@ -17,8 +17,10 @@ from gq_triton.engines.compiled.law import (
     TILE,
     exact,
     fuses,
+    in_bytes,
     law_arguments,
     ring_arguments,
+    ring_of,
     typed,
     weight_of,
 )
@@ -30,27 +32,26 @@ __all__ = ["gqsgd_"]
 
 
 @cache
-def _sgd_kernel(used: int, has_momentum: bool, nesterov: bool) -> Callable[..., Any]:
-    weight = weight_of(used)
+def _sgd_kernel(used: int, has_momentum: bool, nesterov: bool, narrow: bool) -> Callable[..., Any]:
+    weight, (open_tile, compared, put) = weight_of(used), ring_of(narrow)
 
     @exact()
     def kernel(start, stop, ring, stride, slots, slot, grad, unscale, p, buf, law, update):
         sign, decay, momentum, damped, lr = update
         for tile in range(start, stop, TILE):
             end = min(tile + TILE, stop)
+            rows, width, origin = open_tile(ring, stride, slots, tile, end)
             for i in range(tile, end):
                 j = np.uint64(i)
                 x = grad[j] * unscale
-                g = x * weight(ring, stride, slots, slot, j, x, law)
+                g = x * weight(rows, width, slots, slot, np.uint64(i - origin), compared(x), law)
                 g = sign * g + decay * p[j]
                 if has_momentum:
                     m = momentum * buf[j] + damped * g
                     buf[j] = m
                     g = g + momentum * m if nesterov else m
                 p[j] -= lr * g
-            for i in range(tile, end):
-                j = np.uint64(i)
-                ring[np.uint64(slot * stride) + j] = grad[j] * unscale
+            put(ring, stride, slots, slot, tile, end, grad, unscale)
 
     return kernel
 
@@ -93,7 +94,7 @@ def gqsgd_(
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         turn = Turn(queue, queued[index], accept[index], law)
         buffer = param if momentum_buffers is None else momentum_buffers[index]
-        if first or not fuses(turn, unscale, param, grad, queue, buffer):
+        if first or not fuses(turn, unscale, queue, param, grad, buffer):
             one = slice(index, index + 1)
             buffers = None if momentum_buffers is None else momentum_buffers[one]
             own = None if accepted is None else accepted[one]
@@ -102,7 +103,8 @@ def gqsgd_(
             )
             continue
         kind, used = DTYPES[param.dtype], len(turn.rows)
-        kernel = _sgd_kernel(used, momentum_buffers is not None, nesterov)
+        moving = momentum_buffers is not None
+        kernel = _sgd_kernel(used, moving, nesterov, in_bytes(queue))
         tensors = grad.numpy(), kind(unscale), param.numpy(), buffer.numpy()
         arguments = (
             *ring_arguments(turn, queue),

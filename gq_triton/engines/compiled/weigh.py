@@ -17,8 +17,10 @@ from gq_triton.engines.compiled.law import (
     TILE,
     exact,
     fuses,
+    in_bytes,
     law_arguments,
     ring_arguments,
+    ring_of,
     sums,
     weight_of,
 )
@@ -49,8 +51,8 @@ def _tile_sums(grad, weights, count, unscale, low, high, out):
 
 
 @cache
-def _weigh_kernel(used: int) -> Callable[..., Any]:
-    weight = weight_of(used)
+def _weigh_kernel(used: int, narrow: bool) -> Callable[..., Any]:
+    weight, (open_tile, compared, put) = weight_of(used), ring_of(narrow)
 
     @exact()
     def kernel(start, stop, ring, stride, slots, slot, grad, unscale, out, law):
@@ -58,16 +60,15 @@ def _weigh_kernel(used: int) -> Callable[..., Any]:
         weights = np.empty(TILE, grad.dtype)
         for tile in range(start, stop, TILE):
             count = min(TILE, stop - tile)
+            rows, width, origin = open_tile(ring, stride, slots, tile, tile + count)
             for i in range(count):
-                j = np.uint64(tile + i)
-                x = grad[j] * unscale
-                weights[i] = weight(ring, stride, slots, slot, j, x, law)
+                x = compared(grad[np.uint64(tile + i)] * unscale)
+                at = np.uint64(tile + i - origin)
+                weights[i] = weight(rows, width, slots, slot, at, x, law)
             _tile_sums(grad[tile : tile + count], weights, count, unscale, low, high, out)
+            put(ring, stride, slots, slot, tile, tile + count, grad, unscale)
             for i in range(count):
-                j = np.uint64(tile + i)
-                g = grad[j]
-                ring[np.uint64(slot * stride) + j] = g * unscale
-                grad[j] = g * weights[i]
+                grad[np.uint64(tile + i)] *= weights[i]
 
     return kernel
 
@@ -87,14 +88,15 @@ def weigh_(
     partials: list[tuple[int, list[Any]]] = []
     for index, (grad, queue) in enumerate(zip(grads, queues, strict=True)):
         turn = Turn(queue, queued[index], accept[index], law)
-        if not fuses(turn, unscale, grad, queue):
+        if not fuses(turn, unscale, queue, grad):
             one = slice(index, index + 1)
             own = None if accepted is None else accepted[one]
             statistics[one] = eager.weigh_(grads[one], queues[one], queued[one], own, law)
             continue
         kind = DTYPES[grad.dtype]
         used = len(turn.rows)
-        kernel, bounds = _weigh_kernel(used), law_arguments(kind, law.rho, used)
+        kernel = _weigh_kernel(used, in_bytes(queue))
+        bounds = law_arguments(kind, law.rho, used)
         ring, g = ring_arguments(turn, queue), grad.numpy()
         sums = [np.zeros(5) for _ in chunks(grad.numel())]
         partials.append((index, sums))
