@@ -50,7 +50,7 @@ def _encoded(x, inverse):
 
 @exact()
 def open_bytes(ring, stride, slots, tile, end):
-    """Return the gradients of a tile in float32, the stride of their rows, and the first element."""
+    """Return the gradients of a tile in float32, the stride of their rows, and where they begin."""
     count, last = end - tile, slots * stride
     rows, scale = np.empty(slots * count, np.float32), np.empty(count, np.float32)
     exponents = ring[last + tile : last + end]
