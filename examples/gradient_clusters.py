@@ -22,7 +22,7 @@ for _ in range(10):  # a boundary that still has something to learn
     optimizer.step()
 
 data = torch.utils.data.TensorDataset(points, labels)
-clustering = GradientClustering(model, n_clusters=4, max_iter=10)
+clustering = GradientClustering(model, n_clusters=4)
 clustering.fit(torch.utils.data.DataLoader(data, batch_size=10))
 print("samples of each cluster:", clustering.cluster_sizes_.tolist())
 print(f"variance over that of uniform batches: {clustering.objective_ / clustering.uniform_:.2f}")
@@ -48,8 +48,8 @@ for k, colour in enumerate(colours):
     steps = torch.autograd.grad(loss, [model.weight, model.bias])
     moved = (value - step for value, step in zip((weight, bias), steps, strict=True))
     panel.plot(*boundary(*moved), color=colour, linestyle="--", label=f"{int(own.sum())} samples")
-panel.set(xlim=(-4, 4), ylim=(-4, 4), title="Boundary after a step of length 1 along each mean")
-panel.legend(frameon=False, loc="lower left", fontsize=8)
+panel.set(xlim=(-4, 4), ylim=(-4, 4), title="Boundary after a step (rate 1) along each mean")
+panel.legend(loc="lower left", fontsize=8)
 out = sys.argv[1] if len(sys.argv) > 1 else "gradient_clusters.png"
 figure.savefig(out)
 print("written to", out)
