@@ -5,6 +5,7 @@ Every change is made to two optimizers: one keeps its plans, the other forgets t
 
 import copy
 import gc
+import pickle
 from weakref import ref
 
 import pytest
@@ -136,6 +137,10 @@ def other_numbers(optimizer):
     optimizer.param_groups[0].update(lr=0.3, rho=1.5, weight_decay=0.2, maximize=True)
 
 
+def rate_as_a_tensor(optimizer):
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.3)
+
+
 def momentum_off(optimizer):
     if "momentum" in optimizer.param_groups[0]:
         optimizer.param_groups[0]["momentum"] = 0.0
@@ -145,7 +150,7 @@ CHANGES = [
     new_data, other_memory_order, same_memory_other_order, new_state, new_storage_of_state,
     one_counter, no_state, half_of_the_state, loaded, wider_queue, shorter_queue_in_place,
     another_group, groups_in_another_order, parameters_in_another_order, other_numbers,
-    momentum_off,
+    rate_as_a_tensor, momentum_off,
 ]  # fmt: skip
 
 
@@ -265,6 +270,19 @@ def test_parameters_of_every_memory_order_share_plans(variant, plans):
         ends.append(snapshot(optimizer))
         assert forgets or len(plans) <= 2
     assert_same(*ends)
+
+
+@both_optimizers
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_steps_with_its_own_tensors(variant, copied):
+    params = leaves()
+    optimizer = variant.build(params, queue_length=2, backend="torch")
+    train(optimizer, params, 4)
+    twin, before = copied(optimizer), snapshot(optimizer)
+    train(twin, members(twin), 2, start=4)
+    assert_same(snapshot(optimizer), before)
+    train(optimizer, params, 2, start=4)
+    assert_same(snapshot(twin), snapshot(optimizer))
 
 
 @both_optimizers

@@ -143,5 +143,26 @@ def test_tables_of_a_capture_are_copied_from_pinned_memory_that_is_kept(monkeypa
     del launch._captured[kept:]
 
 
+def test_a_table_is_made_once_for_each_set_of_addresses():
+    """It is found whether it was the last or an earlier one; the one that was used least goes."""
+    made, cache = [], {}
+
+    def table(key):
+        def rows():
+            made.append(key)
+            return [(1, 0, 16)]
+
+        return launch.tables(torch.device("cpu"), (key,), cache, rows, lambda _: True)
+
+    first, second = table("first"), table("second")
+    assert table("second") is second
+    assert table("first") is first
+    for key in range(launch._CACHE_SIZE - 1):
+        table(key)
+    assert table("first") is first
+    assert table("second") is not second
+    assert made == ["first", "second", *range(launch._CACHE_SIZE - 1), "second"]
+
+
 def test_capturable_is_taken():
     GQAdamW(parameters(), capturable=True)
