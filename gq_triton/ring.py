@@ -16,6 +16,7 @@ __all__ = [
     "capturing",
     "fill_ring",
     "flat",
+    "flat_gradient",
     "in_use",
     "least_over",
     "local",
@@ -129,6 +130,8 @@ def mean_over_ranks(loss: Tensor | float, param: Tensor) -> Tensor | float:
 def rows(queue: Tensor) -> Tensor:
     """Return a ring ``(L, *shape)`` as a view ``(L, P)``, each row in memory order."""
     if queue.is_contiguous():
+        if queue.dim() == 2:
+            return queue
         return queue.view(queue.shape[0], -1) if queue.numel() else queue.reshape(len(queue), 0)
     size = (queue.shape[0], queue[0].numel())
     return queue.as_strided(size, (queue.stride(0), 1), queue.storage_offset())
@@ -170,6 +173,12 @@ def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
         return tensor.view(-1)
     permuted = tensor.permute(_memory_order(like))
     return permuted.contiguous().view(-1)  # reshape may return a strided view
+
+
+def flat_gradient(grad: Tensor, param: Tensor) -> Tensor:
+    """Return ``flat(grad, like=param)``; a gradient that is flat itself."""
+    already = grad.dim() == 1 and grad.is_contiguous() and not grad.requires_grad
+    return grad if already else flat(grad, like=param)
 
 
 def shaped(rows: Tensor, like: Tensor) -> Tensor:

@@ -165,11 +165,8 @@ def combine_all(
 
 def _by_parameter(partials: Tensor, numels: tuple[int, ...], order: list[int]) -> list[Tensor]:
     """Return the rows of each parameter: the launches have them in the order of their tables."""
-    found, begin = {}, 0
-    for index in order:
-        end = begin + triton.cdiv(numels[index], CHUNK)
-        found[index] = partials[begin:end]
-        begin = end
+    sizes = [-(-numels[index] // CHUNK) for index in order]
+    found = dict(zip(order, partials.split(sizes), strict=True))
     return [found[index] for index in range(len(numels))]
 
 

@@ -4,7 +4,7 @@
 Timing would run a kernel several times, and its result, other tiles, would change from run to run.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -108,6 +108,7 @@ def precision_of(dtype: torch.dtype, tf32: bool, device: Device) -> str:
     return "tf32" if tf32 and dtype == torch.float32 and not device.amd else "ieee"
 
 
+@lru_cache(maxsize=1024)
 def tile_of(
     dtype: torch.dtype, precision: str, height: int, width: int, products: int, rows: int,
     clusters: int, device: Device,
@@ -149,6 +150,7 @@ def tile_of(
     return Tile(outputs, inputs, block, 8 if large else 4, stages, splits)
 
 
+@lru_cache(maxsize=1024)
 def strip_of(channels: int, products: int, rows: int, clusters: int, device: Device) -> Tile:
     """Return the tile for products of one column each, which are added up element by element.
 

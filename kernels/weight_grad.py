@@ -70,7 +70,7 @@ class _Window(NamedTuple):
 
 def _check(dy: Tensor, x: Tensor, order: Tensor, offsets: Tensor, out: Tensor) -> None:
     """Raise ValueError unless the types and sizes of all tensors fit each other."""
-    wide = torch.promote_types(dy.dtype, torch.float32)
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     if dy.dtype != x.dtype or dy.dtype not in TRITON_DTYPE or out.dtype != wide:
         raise ValueError(
             f"both factors must share one of {', '.join(map(str, TRITON_DTYPE))}, and out must be "
@@ -108,8 +108,9 @@ def _channels_first(dy: Tensor, x: Tensor) -> bool:
     """
     if dy.itemsize < 4 or dy.numel() + x.numel() > MOST_NARROW:
         return False
-    firsts = [tensor.mT for tensor in (dy, x)]
-    return all(map(_is_whole, firsts)) and not all(map(_is_whole, (dy, x)))
+    if _is_whole(dy) and _is_whole(x):
+        return False
+    return all(_is_whole(tensor.mT) for tensor in (dy, x))
 
 
 def _launch(

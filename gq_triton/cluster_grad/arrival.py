@@ -26,8 +26,11 @@ __all__ = ["as_before", "by_sample", "is_ordered", "order_of", "samples_first"]
 _ROW_BY_ROW = (LINEAR, CONV1D, LAYER_NORM, RMS_NORM)
 
 
-def order_of(x: Tensor, own: Converted) -> str:
-    """Return the other order in which a layer's input has its rows; empty if it has none."""
+def order_of(x: Tensor, own: Converted) -> tuple[str, bool | None]:
+    """Return the other order in which a layer's input has its rows; empty if it has none.
+
+    The second result is that of ``is_ordered`` for an input without another order, if it was found.
+    """
     collector, family = own.collector, own.family
     module: Any = own.module
     # Layers that work on the last dimensions take samples in any other one.
@@ -35,19 +38,22 @@ def order_of(x: Tensor, own: Converted) -> str:
     if collector.batch_dim:
         kept = 2 if family is EMBEDDING else kept
         second = family in (EMBEDDING, *_ROW_BY_ROW) and kept > 1
-        return SECOND if second and x.shape[1] == collector.batch else ""
+        return SECOND if second and x.shape[1] == collector.batch else "", None
     if torch.compiler.is_compiling() or family is EMBEDDING:
-        return ""
+        return "", None
     by_row = family in _ROW_BY_ROW and kept > 1
     if not x.requires_grad:
         turned = by_row and x.shape[1] == collector.batch and not is_ordered(x, collector)
         # The memory of an input of the model shows which dimension is which.
-        return SECOND if turned and collector.inputs.get(x.data_ptr()) == x.stride(1) else ""
+        turned = turned and collector.inputs.get(x.data_ptr()) == x.stride(1)
+        return SECOND if turned else "", None
     # A checkpointed segment, which runs again in the backward pass, shows no order there.
-    if saving_hooks() is not None or in_backward() or is_ordered(x, collector):
-        return ""
+    if saving_hooks() is not None or in_backward():
+        return "", None
+    if is_ordered(x, collector):
+        return "", True
     order = other_order(x, collector.batch, collector.trusted)
-    return "" if order == SECOND and not by_row else order
+    return ("", False) if order == SECOND and not by_row else (order, None if order else False)
 
 
 def samples_first(x: Tensor, order: str, batch: int) -> Tensor:

@@ -48,8 +48,9 @@ class Sums:
         self._ops: Engine = engine(dy.device, backend)
         self._dy, self._x, self._mean, self._rstd = dy, x, mean, rstd
         self.order, self.offsets, self._images = order, offsets, images
-        self.dtype = torch.promote_types(dy.dtype, torch.float32)
-        if x is not None:
+        wide = dy.dtype in (torch.float32, torch.float64)
+        self.dtype = dy.dtype if wide else torch.promote_types(dy.dtype, torch.float32)
+        if x is not None and x.dtype != dy.dtype:
             self.dtype = torch.promote_types(self.dtype, x.dtype)
         self._sums: tuple[Tensor, Tensor | None] | None = None
         # What waits to be formed, and how often its memory had been written to.

@@ -22,7 +22,7 @@ from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.registry import Layer, is_called
 from gq_triton.cluster_grad.outside import CALLED_OUTSIDE, is_outside, joined
 from gq_triton.cluster_grad.passes import OUTSIDE, in_backward
-from gq_triton.cluster_grad.site import SITE, Collector
+from gq_triton.cluster_grad.site import SITE, Collector, parameters_of
 from gq_triton.cluster_grad.standins.origin import SAME, Origin, Root, saving_hooks
 from gq_triton.cluster_grad.standins.standin import StandIn, plain, stand_in
 
@@ -86,7 +86,7 @@ def _given_or_own(module: nn.Module, own: Converted, token: Tensor, args: Any, k
     ``functional_call`` does so. What they are computed from has its gradient from autograd.
     """
     whole = own.site is not None and own.site.runs_whole
-    if all(isinstance(param, nn.Parameter) for param in module.parameters(recurse=whole)):
+    if all(isinstance(param, nn.Parameter) for param in parameters_of(module, whole)):
         return _converted(module, own, token, args, kwargs)
     return _unchanged(module, own, args, kwargs)
 
@@ -114,7 +114,7 @@ def _in_family(module: nn.Module, own: Converted, token: Tensor, args: Any, kwar
     if site.input_name in kwargs:
         args = (*args, kwargs.pop(site.input_name))
     x = args[0] if args else None
-    order = order_of(x, own) if isinstance(x, Tensor) else ""
+    order, known = order_of(x, own) if isinstance(x, Tensor) else ("", None)
     if isinstance(x, Tensor):
         x = samples_first(x, order, collector.batch)
         if own.family is EMBEDDING and not order and not by_sample(x, collector):
@@ -125,11 +125,12 @@ def _in_family(module: nn.Module, own: Converted, token: Tensor, args: Any, kwar
     if not graded:
         out = _unchanged(module, own, args, kwargs)
     else:
-        ordered = not isinstance(x, Tensor) or is_ordered(x, collector)
-        if not ordered:
+        if known is None:
+            known = not isinstance(x, Tensor) or is_ordered(x, collector)
+        if not known:
             unordered(collector.clock, token, site.key)
         out = site.family.forward(module, (token, site.key), *args, **kwargs)
-        if ordered and not torch.compiler.is_compiling() and out.grad_fn is not None:
+        if known and not torch.compiler.is_compiling() and out.grad_fn is not None:
             collector.trusted.add((out.grad_fn, out.output_nr))
     return as_before(out, order, collector.batch)
 
@@ -148,7 +149,7 @@ def _as_whole(module: nn.Module, own: Converted, token: Tensor, args: Any, kwarg
 def _trains(module: nn.Module, own: Converted) -> bool:
     """Return whether a parameter of the module itself needs a gradient."""
     whole = own.attends or (own.site is not None and own.site.runs_whole)
-    return any(param.requires_grad for param in module.parameters(recurse=whole))
+    return any(param.requires_grad for param in parameters_of(module, whole))
 
 
 def _unchanged(module: nn.Module, own: Converted, args: Any, kwargs: Any) -> Any:

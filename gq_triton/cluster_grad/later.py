@@ -183,8 +183,10 @@ def _memory(tensor: Tensor) -> Tensor:
     """Return the memory of a dense tensor, flat.
 
     Autograd takes a gradient into ``p.grad`` without a copy only if nobody else holds the tensor. A
-    view holds its base, so this is no view.
+    view holds its base, so this is none, or one of ``data``, which is none.
     """
+    if tensor.is_contiguous():
+        return tensor.data if tensor.dim() == 1 else tensor.data.view(-1)
     return tensor.new_empty(0).set_(tensor.untyped_storage(), 0, (tensor.numel(),), (1,))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gq_triton.cluster_grad.passes import step_of
-from gq_triton.cluster_grad.site import Collector
+from gq_triton.cluster_grad.site import Collector, number_of
 from gq_triton.cluster_grad.step import Step
 
 __all__ = ["CALLED_OUTSIDE", "is_outside", "joined"]
@@ -66,7 +66,7 @@ def _behind(inputs: Iterable[Any]) -> tuple[Tensor | None, Step | None]:
         if call is None:
             stack += [parent for parent, _ in node.next_functions]
         else:
-            found[int(call[0])] = call[0]
+            found[number_of(call[0])] = call[0]
     if stack or len(found) != 1:
         return None, None
     (token,) = found.values()

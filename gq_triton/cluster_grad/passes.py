@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from gq_triton.cluster_grad.forming import Sums
-from gq_triton.cluster_grad.site import Block, Site, UnknownRows, collector_of, new_number, site_of
+from gq_triton.cluster_grad.site import (
+    Block,
+    Site,
+    UnknownRows,
+    collector_of,
+    new_number,
+    number_of,
+    numbered,
+    site_of,
+)
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.features import pooled
 from gq_triton.replayed import refuse_replay
@@ -50,30 +59,30 @@ def in_backward() -> bool:
 
 def step_of(token: Tensor) -> Step | None:
     """Return the step of a forward pass; None if its graph is gone."""
-    return _steps.get(int(token))
+    return _steps.get(number_of(token))
 
 
 def begin(clock: Tensor, session: int) -> Tensor:
     """Start the step of a forward pass and return its token; a recomputation keeps its step."""
     alive = collector_of(session)
     token = alive.token
-    last = None if token is None else _steps.get(int(token))
+    last = None if token is None else step_of(token)
     # A reentrant checkpoint around the whole model hides the forward pass, which then runs without
     # gradients. The last known step belongs to an older pass in that case, and is complete.
     goes_on = last is not None and (last.known_groups is None or last.finishing)
     if token is not None and in_backward() and goes_on:
         return token.clone()
-    # Whatever the default device is: the host reads the number in every layer.
-    token = torch.tensor(new_number(), device="cpu")
-    step = _steps[int(token)] = alive.new_step()
+    number = new_number()
+    token = numbered(number)
+    step = _steps[number] = alive.new_step()
     step.hidden = in_backward()
-    weakref.finalize(token, _steps.pop, int(token))
+    weakref.finalize(token, _steps.pop, number)
     return token
 
 
 def end(clock: Tensor, token: Tensor) -> None:
     """End the forward pass: a layer called from here on belongs to no step."""
-    step = _steps.get(int(token))
+    step = step_of(token)
     if step is not None:
         step.open = False
 
@@ -84,7 +93,7 @@ def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:
     A segment under a reentrant checkpoint runs without gradients first. That run is counted, and
     the recomputation in the backward pass is not.
     """
-    step, where = _steps.get(int(token)), site_of(site)
+    step, where = step_of(token), site_of(site)
     assert where is not None
     if in_backward() and not (step is not None and step.hidden):
         return
@@ -97,14 +106,14 @@ def use(clock: Tensor, token: Tensor, site: Tensor, graded: bool) -> None:
 
 def unordered(clock: Tensor, token: Tensor, site: Tensor) -> None:
     """Note that a layer saw rows of which it is not known to which samples they belong."""
-    step = _steps.get(int(token))
+    step = step_of(token)
     if step is not None:
-        step.unordered.add(int(site))
+        step.unordered.add(number_of(site))
 
 
 def capture(clock: Tensor, token: Tensor, features: Tensor, channels_first: bool) -> None:
     """Keep the features ``(B, ...)`` of a step's samples."""
-    step = _steps.get(int(token))
+    step = step_of(token)
     if step is not None and step.open and (step.hidden or not in_backward()):
         features = _samples_first(features, step)
         step.features = pooled(features.detach(), channels_first)
@@ -113,7 +122,7 @@ def capture(clock: Tensor, token: Tensor, features: Tensor, channels_first: bool
 
 def watch(grad: Tensor, token: Tensor) -> Tensor:
     """Keep the gradient at the model's output as the features of the step's samples; return it."""
-    step = _steps[int(token)]
+    step = _steps[number_of(token)]
     if step.known_groups is None:
         samples = _samples_first(grad, step)
         step.features = pooled(samples.detach(), channels_first=grad.dim() > 3)
@@ -131,7 +140,7 @@ def enter(token: Tensor, site: Tensor) -> tuple[Site, Step]:
     Raises:
         RuntimeError: the plug-in was removed.
     """
-    where, step = site_of(site), _steps.get(int(token))
+    where, step = site_of(site), step_of(token)
     if where is None or step is None:
         raise RuntimeError("the handle of this GradQueue was removed: run the forward pass anew")
     # Layers that this backward pass recomputes from here on belong to this step.
@@ -161,7 +170,7 @@ def param_grads(
     where, step = enter(token, site)
     step.traced = step.traced or traced
     try:
-        if int(site) in step.unordered:
+        if number_of(site) in step.unordered:
             raise UnknownRows(f"{where.name or 'the model'} saw rows in no known order")
         if step.groups is not None and step.mismatch:
             raise UnknownRows(step.mismatch)

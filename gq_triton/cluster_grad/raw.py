@@ -131,6 +131,10 @@ class RawGradients:
 
         Backward passes through one forward pass, those of several losses, count once.
         """
+        known = [*self._masses.values(), *(self._forwards.get(name, []) for name in self.kept)]
+        numbers = {number for passes in known for number, _ in passes}
+        if len(numbers) < 2:
+            return len(numbers)
         # A parameter may be reached by one of the passes only.
         forwards = [forward for name in self.kept for forward in self._forwards.get(name, [])]
         most = min(len({number for number, _ in forwards}), len({id(f) for _, f in forwards}))

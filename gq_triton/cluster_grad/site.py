@@ -25,6 +25,9 @@ __all__ = [
     "UnknownRows",
     "collector_of",
     "new_number",
+    "number_of",
+    "numbered",
+    "parameters_of",
     "site_of",
 ]
 
@@ -161,13 +164,14 @@ class Site:
     ) -> None:
         self.collector, self.name, self.module, self.family = collector, name, module, family
         self.attributes = tuple(name for name in attributes if _holds(module, name))
+        self._places = [name.rpartition(".")[::2] for name in self.attributes]
         # What the family knows of the module or of a call besides its tensors.
         self.options: Any = None
         # The name of the input in the module's own forward().
         self.input_name = [*inspect.signature(type(module).forward).parameters, "", ""][1]
         # A tensor is an input of a compiled graph, so layers of one kind share their graph.
-        self.key = torch.tensor(next(_numbers), device="cpu")
-        _sites[int(self.key)] = self
+        self.key = numbered(next(_numbers))
+        _sites[number_of(self.key)] = self
 
     @property
     def runs_whole(self) -> bool:
@@ -180,8 +184,9 @@ class Site:
 
     def param(self, position: int) -> Tensor:
         """Return the parameter at a position."""
-        path, _, attribute = self.attributes[position].rpartition(".")
-        param = self.module.get_submodule(path)._parameters[attribute]
+        path, attribute = self._places[position]
+        owner = self.module.get_submodule(path) if path else self.module
+        param = owner._parameters[attribute]
         assert param is not None
         return param
 
@@ -228,6 +233,29 @@ def _holds(module: nn.Module, attribute: str) -> bool:
     return module.get_submodule(path)._parameters.get(name) is not None
 
 
+def parameters_of(module: nn.Module, whole: bool) -> Iterable[Tensor]:
+    """Return ``module.parameters(recurse=whole)``, which takes long to find a module's own."""
+    if whole or torch.compiler.is_compiling():
+        return module.parameters(recurse=whole)
+    return [param for param in module._parameters.values() if param is not None]
+
+
+def numbered(number: int) -> Tensor:
+    """Return a number as a tensor on the CPU, whatever the default device is.
+
+    The tensor remembers the number as an attribute: the host reads it many times in every layer.
+    """
+    key: Any = torch.tensor(number, device="cpu")
+    key._gq_number = number
+    return key
+
+
+def number_of(key: Tensor) -> int:
+    """Return the number that a tensor holds; a compiled graph has tensors that remember none."""
+    number = getattr(key, "_gq_number", None)
+    return int(key) if number is None else number
+
+
 def new_number(collector: Collector | None = None) -> int:
     """Return a new number; ``collector_of`` finds the collector by it."""
     number = next(_numbers)
@@ -243,4 +271,4 @@ def collector_of(number: int) -> Collector:
 
 def site_of(key: Tensor) -> Site | None:
     """Return the site that has a key; None if its plug-in was removed."""
-    return _sites.get(int(key))
+    return _sites.get(number_of(key))

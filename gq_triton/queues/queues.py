@@ -19,7 +19,7 @@ from gq_triton.queues.measures import LastStep, measures, measures_by_name
 from gq_triton.queues.saved import SHAPE_OPTIONS, digests, saved_rule
 from gq_triton.ring import (
     fill_ring,
-    flat,
+    flat_gradient,
     in_use,
     least_over,
     local,
@@ -254,7 +254,7 @@ class Queues:
             [rows(local(self._queue[name])) for name in names],
             [self._queued[name] for name in names],
             weighted,
-            [flat(mean, like=self.params[name]) for name, mean in zip(names, raw, strict=True)],
+            [flat_gradient(mean, self.params[name]) for name, mean in zip(names, raw, strict=True)],
             self._law(device, grad_scale),
             inverse_shares=inverse_shares,
             mixture=mixture,
@@ -316,7 +316,7 @@ class Queues:
             names, finite = self._known_finite(batch, raw)
             self.push_batch(
                 names,
-                [flat(raw[name], like=self.params[name]) for name in names],
+                [flat_gradient(raw[name], self.params[name]) for name in names],
                 [statistics[name] for name in names],
                 grad_scale=grad_scale,
                 found_inf=found_inf,

@@ -52,20 +52,15 @@ def small(vocabulary=16, length=8):
     [(GQSGD, {"momentum": 0.9}), (GQAdamW, {}), (GQAdamW, {"match_norm": True}),
      (GQAdamW, {"queue_dtype": torch.bfloat16})],
 )  # fmt: skip
-def test_optimizers_have_the_host_wait_for_nothing(kind, options):
+def test_optimizers_launch_little_and_have_the_host_wait_for_nothing(kind, options):
+    """Flags of all gradients are made and cleared; the update counts its own steps."""
     model, batch, loss, _ = small()
     optimizer = kind(model.parameters(), lr=1e-3, backend="triton", **options)
     step = watched(step_of(model, batch, loss, optimizer=optimizer))
     assert not step.reads
     assert not step.copies
-
-
-@pytest.mark.parametrize("kind", [GQSGD, GQAdamW])
-def test_launches_of_an_optimizers_step(kind):
-    """Flags of all gradients are made and cleared; the update counts its own steps."""
-    model, batch, loss, _ = small()
-    optimizer = kind(model.parameters(), lr=1e-3, backend="triton")
-    step = watched(step_of(model, batch, loss, optimizer=optimizer))
+    if "match_norm" in options:
+        return
     name = kind.__name__.lower()
     own = {place: n for place, n in step.launches.items() if place != "the model"}
     update = f"kernels/{name.removeprefix('gq')}.py:{name}_"

@@ -49,10 +49,11 @@ def _by_position(
     groups = step.groups
     check_rows(grad, groups, site.name)
     batch, columns = groups.labels.numel(), site.param(0).numel()
-    dy, x = (t.reshape(batch, -1, columns) for t in (grad, x))
+    if grad.dim() != 3 or grad.shape[::2] != (batch, columns):
+        grad, x = (t.reshape(batch, -1, columns) for t in (grad, x))
     known = {name: _wide(value).reshape(batch, -1) for name, value in statistics.items()}
     sums = Sums(
-        site.collector.backend, dy, groups.order, groups.offsets, x=x, mean=known.get("mean"),
+        site.collector.backend, grad, groups.order, groups.offsets, x=x, mean=known.get("mean"),
         rstd=known["rstd"],
     )  # fmt: skip
     return _given(site, step, wanted, sums)
@@ -92,6 +93,8 @@ def _widened(tensor: Tensor, grad: Tensor) -> Tensor:
 
     Tensors are saved in the type they came in, which takes less memory.
     """
+    if tensor.dtype == grad.dtype:
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, grad.dtype))
 
 

@@ -20,11 +20,16 @@ __all__ = [
     "samples",
 ]
 
+# The usual types, for which torch need not be asked.
+_NARROW = {torch.float16, torch.bfloat16, torch.float32}
+
 
 def samples(tensor: Tensor, groups: Groups, layer: str) -> Tensor:
     """Return ``(B, T, N)`` from ``(B, ..., N)``, or from rows ``(B T, N)`` in order of samples."""
     check_rows(tensor, groups, layer)
     batch = groups.labels.numel()
+    if tensor.dim() == 3 and len(tensor) == batch:
+        return tensor
     # T is computed: reshape cannot infer it for a layer without inputs, whose rows are empty.
     return tensor.reshape(batch, tensor.shape[:-1].numel() // batch, tensor.shape[-1])
 
@@ -38,7 +43,7 @@ def check_rows(tensor: Tensor, groups: Groups, layer: str) -> None:
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which sums of numbers of a type are formed: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float32 if dtype in _NARROW else torch.promote_types(dtype, torch.float32)
 
 
 def launches_cost(tensor: Tensor) -> bool:
