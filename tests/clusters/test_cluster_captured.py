@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """A clustered step that is replayed, as a CUDA graph does it: no Python runs in between."""
 
 from collections.abc import Callable
@@ -129,6 +130,7 @@ def test_replays_are_steps(as_on_a_gpu, case):
         same(ours, twin)
     whole = ["step", "step", "capture", "replay", "replay", "step", "replay"]
     assert log == whole[: number_of_steps + 1]
+    assert not step._graph.recording.dangling()
 
 
 class Cheap:

@@ -98,7 +98,7 @@ def test_launches_reads_and_copies_under_fully_shard(two_ranks, monkeypatch):
                 monkeypatch.setattr(module, "_get_device_handle", lambda *args: torch.cpu)
     monkeypatch.setattr(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
     mesh, x = init_device_mesh("cpu", (2,)), torch.empty(8, 6, device="meta")
-    model = fully_shard(small(), mesh=mesh)
+    model: Any = fully_shard(small(), mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
     queue = GradQueue(model, backend="triton", **CLUSTERS)
     queue.attach(optimizer)

@@ -5,6 +5,8 @@ numbers, branches, addresses. Unlike a capture the recording also runs the step 
 """
 
 import contextlib
+import gc
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -74,6 +76,28 @@ class Recording(TorchDispatchMode):
 
         with mock.patch.object(interpreter.GridExecutor, "__call__", launch), self:
             yield self
+
+    def dangling(self) -> list[str]:
+        """Return what reads or writes memory that existed before and that nobody else holds now.
+
+        A graph holds the memory of its own tensors alone: this memory may be another tensor's.
+        """
+        made, outside, here = set[int](), dict[int, str](), Counter[int]()
+        for call, args, kwargs, result in self._calls:
+            for place, values in enumerate((tree_leaves((args, kwargs)), tree_leaves(result))):
+                for value in values:
+                    if not isinstance(value, Tensor):
+                        continue
+                    key = value.untyped_storage()._cdata
+                    here[key] += 1
+                    if place == 0 and key not in made:
+                        outside.setdefault(key, f"{call} of {tuple(value.shape)}")
+                    elif key not in outside:
+                        made.add(key)
+        gc.collect()
+        count: Any = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
+        # One more holds it: the object by which Python was just shown the storage.
+        return [what for key, what in outside.items() if count(key) <= here[key] + 1]
 
     @torch.no_grad()
     def replay(self) -> None:

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """What a captured step copies, checks and replays, with a recording in place of the graph."""
 
 import contextlib
@@ -10,7 +11,7 @@ import pytest
 import torch
 from kernel_cases import INTERPRETED, QUIET
 from optim_cases import PAIR, assert_same, both_optimizers, snapshot
-from replay import captured
+from replay import Recording, captured
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -110,6 +111,16 @@ def test_a_captured_loop_is_the_loop(case):
             loop.schedule.step()
         assert_same(without_rates(ours), without_rates(twin))
     assert_same(losses, expected)
+    assert not step._graph.recording.dangling()
+
+
+def test_memory_that_is_freed_after_a_capture_is_seen():
+    kept, dropped, recording = torch.ones(3), torch.ones(3), Recording()
+    with recording():
+        _ = (kept + 1) * dropped
+    assert not recording.dangling()
+    del dropped
+    assert recording.dangling() == ["aten.mul.Tensor of (3,)"]
 
 
 def test_what_does_not_fit_runs_as_it_is():
