@@ -33,10 +33,11 @@ class Shares:
         self._rows = {name: row for row, name in enumerate(names)}
         self._mine, self._unit, self._sum = mine, unit, mine.clone()
         self._work = dist.all_reduce(self._sum, group=group, async_op=True)
+        self._own: Tensor | None = None
 
-    def given(self, column: int) -> dict[str, Tensor]:
+    def given(self, column: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return by name the factors, 0-d, for this rank's gradients before the addition."""
-        factors = (self._mine[:, column] / self._unit[column]).unbind()
+        factors = (self._mine[:, column] / self._unit[column]).to(dtype).unbind()
         return dict(zip(self._rows, factors, strict=True))
 
     def correct_(self, names: Sequence[str], grads: Sequence[Tensor], column: int) -> None:
@@ -52,13 +53,16 @@ class Shares:
         factors = torch.where(total > 0, self._unit[column] / total, 1.0)
         if factors.device.type == "cpu" and bool((factors == 1).all()):
             return
+        typed = {dtype: factors.to(dtype) for dtype in {grad.dtype for grad in grads}}
         for row, grad in zip(rows, grads, strict=True):
-            grad.mul_(factors[row].to(grad.dtype))
+            grad.mul_(typed[grad.dtype][row])
 
     def own(self, name: str) -> Tensor:
         """Return this rank's share in a parameter's weighted and raw gradient, ``(2,)``."""
-        mine, total = self._mine[self._rows[name]], self._total()[self._rows[name]]
-        return torch.where(total > 0, mine / total, 0.0)
+        if self._own is None:
+            total = self._total()
+            self._own = torch.where(total > 0, self._mine / total, 0.0)
+        return self._own[self._rows[name]]
 
     def _total(self) -> Tensor:
         if self._work is not None:

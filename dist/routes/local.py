@@ -195,9 +195,9 @@ class LocalClusters:
             shares: the shares of the clustered ones; None where there are none.
         """
         even = 1.0 / dist.get_world_size(self._context.group)
-        weighted = {} if shares is None else shares.given(0)
+        weighted = {} if shares is None else shares.given(0, slices[0].dtype)
         for name, piece in zip(names, slices, strict=True):
-            piece.mul_(weighted[name].to(piece.dtype) if name in weighted else even)
+            piece.mul_(weighted.get(name, even))
 
     def raw_bucket(self, names: Sequence[str], like: Tensor, shares: Shares) -> Tensor:
         """Return the raw gradients of a bucket, flat, times this rank's share.
@@ -209,7 +209,7 @@ class LocalClusters:
             like: the bucket's buffer.
             shares: the shares of this rank.
         """
-        params, given = self._queues.params, shares.given(1)
+        params, given = self._queues.params, dict[torch.dtype, dict[str, Tensor]]()
         dtype = wire_type(self._queues.options.queue_dtype, like.dtype)
         sizes = [params[name].numel() for name in names]
         bucket = self._buffers.get(
@@ -221,7 +221,9 @@ class LocalClusters:
                 piece.zero_()
             else:
                 grad = flat(grad, like=params[name])
-                share = given[name].to(grad.dtype)
+                if grad.dtype not in given:
+                    given[grad.dtype] = shares.given(1, grad.dtype)
+                share = given[grad.dtype][name]
                 if grad.dtype == piece.dtype:
                     torch.mul(grad, share, out=piece)
                 else:
@@ -238,12 +240,12 @@ class LocalClusters:
             shares: the shares of this rank.
         """
         seen = self._sink.statistics.pop(name, None)
-        table = torch.zeros(1, 5, dtype=torch.float64, device=raw.device)
-        table[0, 0], table[0, 1] = raw, weighted
-        if seen is not None:
-            table[0, 2:] = seen[:, 2:].sum(dim=0) * shares.own(name)[1]
+        if seen is None:
+            weights = raw.new_zeros(3)
+        else:
+            weights = seen[:, 2:].sum(dim=0) * shares.own(name)[1]
             in_use(seen)
-        return table
+        return torch.cat([raw.view(1), weighted.view(1), weights.double()])[None]
 
     def match_norm_(self, grad: Tensor, table: Tensor, raw: Tensor, weighted: Tensor) -> None:
         """Give a weighted gradient the norm of the raw one where ``match_norm`` asks for it."""

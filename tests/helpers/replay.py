@@ -90,7 +90,9 @@ class Recording(TorchDispatchMode):
                         continue
                     key = value.untyped_storage()._cdata
                     here[key] += 1
-                    if place == 0 and key not in made:
+                    # What torch.tensor() makes of numbers is the host's own.
+                    fresh = getattr(call, "__name__", "") == "lift_fresh.default"
+                    if place == 0 and key not in made and not fresh:
                         outside.setdefault(key, f"{call} of {tuple(value.shape)}")
                     elif key not in outside:
                         made.add(key)
