@@ -186,7 +186,7 @@ def _write(out: Path, theme: str, run: Run) -> None:
     name = f"{facts['date']}_{run.device.type}_{theme}"
     files: dict[str, Any] = {
         f"{name}.csv": as_csv(run.lines, facts).encode(),
-        f"{name}.png": roofline(title, run.lines) if theme == "optimizer" else None,
+        f"{name}.png": _picture(facts, run) if theme == "optimizer" else None,
     }
     text = [f"# {theme}", "", _facts(facts), "", inspect.getdoc(THEMES[theme].module) or "", "",
             f"`gq-triton bench --device {run.device.type} --only {theme}`", "",
@@ -200,6 +200,11 @@ def _write(out: Path, theme: str, run: Run) -> None:
             with whole_file(out / file) as target:
                 target.write(content)
     console.print(f"written to {out}: {', '.join(n for n, c in files.items() if c)}")
+
+
+def _picture(facts: dict[str, str], run: Run) -> bytes | None:
+    title = f"optimizer steps, {facts['device']}, torch {facts['torch']}, {facts['date']}"
+    return roofline(title + (" (--quick)" if run.small else ""), run.lines)
 
 
 def _facts(facts: dict[str, Any]) -> str:

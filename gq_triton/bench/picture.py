@@ -34,9 +34,9 @@ def roofline(title: str, lines: Sequence[Line]) -> bytes | None:
     least, most = 0.1, 2 * peak / copy
     panel.plot([least, peak / copy, most], [least * copy, peak, peak], color="#8A8A8A")
     panel.annotate(f"copy, {copy:.3g} GB/s", (least, least * copy), color="#5A5A5A", rotation=0,
-                   xytext=(4, 10), textcoords="offset points", fontsize=9)  # fmt: skip
+                   xytext=(14, -3), textcoords="offset points", fontsize=9)  # fmt: skip
     panel.annotate(f"float32 product, {peak:.3g} GFLOP/s", (most, peak), color="#5A5A5A",
-                   ha="right", xytext=(0, -12), textcoords="offset points", fontsize=9)  # fmt: skip
+                   ha="right", xytext=(0, 6), textcoords="offset points", fontsize=9)  # fmt: skip
     models = list(dict.fromkeys(line.case.rpartition(",")[0] for line in points))
     steps = list(dict.fromkeys(line.step for line in points))
     for line in points:
@@ -63,5 +63,8 @@ def _with_palette(figure: Any) -> bytes:
 
     drawn, content = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
-    Image.open(drawn).convert("RGB").quantize(64).save(content, format="png", optimize=True)
+    # The usual method merges the few points of one colour with those of another.
+    covering = Image.Quantize.MAXCOVERAGE
+    few = Image.open(drawn).convert("RGB").quantize(64, method=covering)
+    few.save(content, format="png", optimize=True)
     return content.getvalue()
