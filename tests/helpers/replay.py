@@ -98,8 +98,10 @@ class Recording(TorchDispatchMode):
                         made.add(key)
         gc.collect()
         count: Any = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
-        # One more holds it: the object by which Python was just shown the storage.
-        return [what for key, what in outside.items() if count(key) <= here[key] + 1]
+        # The object by which Python was shown a storage may hold it, too.
+        probe = torch.ones(1)
+        shown = count(probe.untyped_storage()._cdata) - 1
+        return [what for key, what in outside.items() if count(key) <= here[key] + shown]
 
     @torch.no_grad()
     def replay(self) -> None:
