@@ -39,6 +39,9 @@ def test_a_kept_study_can_be_asked_for_again(path):
     [
         ("python-lm-beta1", ("adamw", "gq-adamw-clusters"), 128, "-.021 [-.126, +.087]"),
         ("python-lm-beta1-fixed", ("adamw", "gq-adamw-clusters"), 128, "+.158 [+.138, +.185]"),
+        ("python-lm-sgd", ("sgdm", "gq-sgdm-clusters"), 128, "-.023 [-.138, +.071]"),
+        ("bursts-rho10", ("gq-sgdm", "sgdm"), 32, "+.016 [+.009, +.023]"),
+        ("fashion-1024", ("gq-sgdm", "sgdm"), 1024, "-.014 [-.018, -.011]"),
         ("python-lm-all", ("adamw", "gq-adamw-clusters"), 128, "+.158 [+.105, +.232]"),
         ("python-lm-400", ("adamw", "gq-adamw"), 64, "-.038 [-.050, -.027]"),
         ("longtail", ("gq-sgdm", "sgdm"), 256, "-.014 [-.022, -.007]"),
