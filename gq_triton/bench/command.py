@@ -48,8 +48,8 @@ class Theme(NamedTuple):
 
 THEMES = {
     "kmeans": Theme(kmeans.measure, (CHECKS["kmeans"],), 10, kmeans),
-    "hook": Theme(hook.hook, (partial(ranks_agree, wrap="ddp"),), 90, hook),
     "fsdp2": Theme(hook.fsdp2, (partial(ranks_agree, wrap="fsdp"),), 40, hook),
+    "hook": Theme(hook.hook, (partial(ranks_agree, wrap="ddp"),), 90, hook),
     "clusters": Theme(clusters.measure, (CHECKS["sums"], CHECKS["clusters"]), 140, clusters),
     "optimizer": Theme(optimizer.measure, (CHECKS["optimizers"],), 150, optimizer),
 }

@@ -97,15 +97,20 @@ def _ranks(run: Run, part: str, wrap: str, work: Work, ranks: int) -> None:
             run.lines.append(Line(part, case, note=found))
             return
         file = Path(folder, "found.json")
-        on_ranks(ranks, _measure, wrap, work, run.device.type, run.turns, str(file))
+        # Four ranks on two cores take twice as long: those with clusters are left out there.
+        crowded = not run.on_gpu and ranks > 2
+        names = [name for name in CASES[wrap] if not (crowded and "n_clusters=4" in name)]
+        on_ranks(ranks, _measure, wrap, names, work, run.device.type, run.turns, str(file))
         times, memory, wire = json.loads(file.read_text())
-        lines = run.note(part, case, "ms", dict(zip(CASES[wrap], times, strict=True)))
+        lines = run.note(part, case, "ms", dict(zip(names, times, strict=True)))
         for line, kept, bytes_sent in zip(lines, memory, wire, strict=True):
             line.more |= {"held per rank, MiB": kept / 2**20}
             line.more |= {"sent per rank, MiB": bytes_sent / 2**20}
 
 
-def _measure(rank: int, wrap: str, work: Work, kind: str, turns: int, file: str) -> None:
+def _measure(
+    rank: int, wrap: str, names: list[str], work: Work, kind: str, turns: int, file: str
+) -> None:
     """Time the cases on one rank; rank 0 writes the result."""
     device, group = torch.device(kind), None
     if kind == "cuda":
@@ -123,8 +128,7 @@ def _measure(rank: int, wrap: str, work: Work, kind: str, turns: int, file: str)
         tokens = torch.randint(256, (2, work.batch, 128), device=device)
         batch = tokens[0], tokens[1]
     made = [
-        make_step(copy.deepcopy(model), options, batch, group, wrap)
-        for options in CASES[wrap].values()
+        make_step(copy.deepcopy(model), CASES[wrap][name], batch, group, wrap) for name in names
     ]
     steps = [step for step, _ in made]
     for step, holder in made:
