@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "BYTE", "EXPONENT_HIGH", "FLOAT8", "LARGEST", "convert", "decode", "encode", "replace_",
-    "ring_rows", "significant", "slots", "stored_type", "wire_type",
+    "BYTE", "EXPONENT_HIGH", "FLOAT8", "LARGEST", "convert", "decode", "encode", "narrowed",
+    "replace_", "ring_rows", "significant", "slots", "stored_type", "wire_type",
 ]  # fmt: skip
 
 # The value of queue_dtype, and the type of the ring's tensor.
@@ -77,11 +77,22 @@ def significant(x: Tensor) -> Tensor:
 
     Numbers beyond ``LARGEST`` become that number.
     """
-    x = x.clamp(-LARGEST, LARGEST).to(torch.float32)
+    x = x.to(torch.float32).clamp(-LARGEST, LARGEST)  # float16 does not take these bounds
     bits = x.view(torch.int32)
     half = (1 << (_DROPPED - 1)) - 1
     bits = bits + half + ((bits >> _DROPPED) & 1)
     return (bits & -(1 << _DROPPED)).view(torch.float32)
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers in a floating type, clamped to that type's finite range.
+
+    An infinity in a ring would make every weight NaN for L steps.
+    """
+    largest = torch.finfo(dtype).max
+    if largest < torch.finfo(x.dtype).max:
+        x = x.clamp(-largest, largest)
+    return x.to(dtype)
 
 
 def decode(ring: Tensor) -> Tensor:
@@ -120,7 +131,7 @@ def replace_(ring: Tensor, slot: int, row: Tensor) -> None:
 
 
 def convert(ring: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a ring in another type; one that has the type as it is.
+    """Return a ring in another type, within its range; one that has the type as it is.
 
     Args:
         ring: ``(L, *)``, or ``(L + 1, *)`` in bytes.
@@ -129,7 +140,7 @@ def convert(ring: Tensor, dtype: torch.dtype) -> Tensor:
     if ring.dtype == dtype:
         return ring
     rows = decode(ring) if ring.dtype == BYTE else ring
-    return encode(rows) if dtype == BYTE else rows.to(dtype)
+    return encode(rows) if dtype == BYTE else narrowed(rows, dtype)
 
 
 def _exponent(largest: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gq_triton.float8 import BYTE, significant
+from gq_triton.float8 import BYTE, narrowed, significant
 from gq_triton.options import check_rho
 
 __all__ = [
@@ -153,15 +153,9 @@ def compute_type(grad: Tensor, queue: Tensor) -> torch.dtype:
 def to_queue(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a gradient rounded to the queue's type, clamped to that type's finite range.
 
-    An infinity in the ring would make every weight NaN for L steps. For a ring in bytes the result
-    is float32.
+    For a ring in bytes the result is float32.
     """
-    if dtype == BYTE:
-        return significant(grad)
-    if torch.finfo(dtype).max < torch.finfo(grad.dtype).max:
-        largest = torch.finfo(dtype).max
-        grad = grad.clamp(-largest, largest)
-    return grad.to(dtype)
+    return significant(grad) if dtype == BYTE else narrowed(grad, dtype)
 
 
 def accepted(

@@ -22,14 +22,14 @@ __all__ = ["counter_rule", "filled", "losses_rule", "ring_rule", "twin_rule"]
 
 
 def ring_rule(param: Tensor, length: int) -> Rule:
-    """Return the rule of a ring: ``(length, *param.shape)`` of a real type, no NaN; or bytes.
+    """Return the rule of a ring: ``(length, *param.shape)`` of a real type, finite; or bytes.
 
-    Infinity passes: a finite gradient may round to infinity in a queue of a narrower type.
+    No queue holds an infinity: gradients are clamped to its type's range.
     """
     held = ring_rows(length, BYTE)
     in_bytes = TensorLike((held, *param.shape), (BYTE,), sharding=_sharding(param, held))
     return _Ring(
-        TensorLike((length, *param.shape), nan=False, sharding=_sharding(param, length)),
+        TensorLike((length, *param.shape), finite=True, sharding=_sharding(param, length)),
         Also(in_bytes, _exponents),
     )
 

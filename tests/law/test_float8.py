@@ -68,6 +68,13 @@ def test_numbers_beyond_the_range_are_the_largest():
     assert significant(torch.tensor([3e38, -math.inf, 1e300]).double()).tolist() == [
         LARGEST, -LARGEST, LARGEST,
     ]  # fmt: skip
+    assert significant(torch.tensor([65504.0, math.inf, -0.1]).half()).tolist() == [
+        65536.0, LARGEST, -51 / 512,
+    ]  # fmt: skip
+    # Nor does another type of queue get an infinity, from bytes or from a wider type.
+    rows = torch.tensor([[1e6, math.inf, -(2.0**70), -1.0]])
+    for ring in (rows, encode(rows)):
+        assert convert(ring, torch.float16).tolist() == [[65504.0, 65504.0, -65504.0, -1.0]]
     ring = encode(torch.tensor([[LARGEST, 0.0], [1.0, 0.0]]))
     assert int(ring[-1].max()) == EXPONENT_HIGH
     assert decode(ring).tolist() == [[LARGEST, 0.0], [0.0, 0.0]]
@@ -232,3 +239,11 @@ def test_checkpoints_convert():
     state["queue"]["bias"][-1] = 255
     with pytest.raises(ValueError, match="exponents of a queue in bytes must be at most 253"):
         narrow.load_state_dict(state)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_parameters_of_16_bits_have_a_queue_in_bytes(backend):
+    for dtype in (torch.float16, torch.bfloat16):
+        params = small_parameters(dtype)
+        train(GQSGD(params, 0.1, queue_length=2, queue_dtype="float8", backend=backend), params, 4)
+        assert all(bool(param.isfinite().all()) for param in params)

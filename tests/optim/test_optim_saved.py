@@ -84,7 +84,7 @@ class Possible:
         if name == "momentum_buffer":
             return value is REMOVED or value is None or is_dense(value, shape)
         if name == "queue":
-            return is_dense(value, (LENGTH, *shape)) and not bool(value.isnan().any())
+            return is_dense(value, (LENGTH, *shape)) and bool(value.isfinite().all())
         if name == "queued":
             right = is_dense(value, (), (torch.int64,)) and is_count(value)
             return right and int(value) <= int(state.get("step", 2**53))

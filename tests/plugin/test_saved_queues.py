@@ -20,8 +20,8 @@ def make_model():
 def possible_queue(params):
     """Return a function that tells whether a run of the same model could have saved a value.
 
-    The rings have the shape of their parameter and a type that a queue may have. They hold no NaN,
-    because a gradient that is not finite is never queued; a finite one may round to an infinity.
+    The rings have the shape of their parameter and a type that a queue may have. They are finite,
+    because a gradient that is not is never queued, and others are clamped to that type.
     The counters are at least 0 and below 2**53, which float64 holds exactly. A loss may be any
     number.
     """
@@ -30,7 +30,7 @@ def possible_queue(params):
         match path:
             case ("queue", name) if name in params:
                 shape = LENGTH, *params[name].shape
-                return is_dense(value, shape) and not bool(value.isnan().any())
+                return is_dense(value, shape) and bool(value.isfinite().all())
             case ("queued", name) if name in params:
                 return is_dense(value, (), (torch.int64,)) and 0 <= int(value) < 2**53
             case ("losses",):
