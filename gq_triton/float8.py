@@ -22,7 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "BYTE", "EXPONENT_HIGH", "FLOAT8", "LARGEST", "convert", "decode", "encode", "narrowed",
-    "replace_", "ring_rows", "significant", "slots", "stored_type", "wire_type",
+    "replace_", "ring_bytes", "ring_rows", "significant", "slots", "stored_type", "wire_type",
 ]  # fmt: skip
 
 # The value of queue_dtype, and the type of the ring's tensor.
@@ -65,6 +65,11 @@ def wire_type(queue_dtype: torch.dtype | str | None, own: torch.dtype) -> torch.
 def ring_rows(length: int, dtype: torch.dtype) -> int:
     """Return the rows of a ring's tensor for ``length`` gradients."""
     return length + 1 if dtype == BYTE else length
+
+
+def ring_bytes(length: int, dtype: torch.dtype) -> int:
+    """Return the bytes that a ring's tensor takes for each element of the parameter."""
+    return ring_rows(length, dtype) * dtype.itemsize
 
 
 def slots(ring: Tensor) -> int:

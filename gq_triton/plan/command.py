@@ -73,8 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _costs(setup: Setup, machine: Machine, world: int) -> list[Cost]:
-    narrow = (False, True) if any(p.itemsize > 2 for p in setup.shapes.parameters) else (False,)
-    found = [cost(way, setup, machine, world, n) for way in WAYS for n in narrow]
+    found = [cost(way, setup, machine, world, queue) for way in WAYS for queue in setup.queues]
     return [c for c in found if c is not None]
 
 

@@ -1,8 +1,9 @@
 """What the ranks send in a step, unit by unit, and how much of it no computing hides."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from gq_triton.float8 import wire_type
 from gq_triton.plan import formulas
 from gq_triton.plan.machine import Machine, Message
 from gq_triton.plan.shapes import Parameter, Shapes, buckets
@@ -53,7 +54,7 @@ def ddp(
     shapes: Shapes,
     world: int,
     *,
-    q: int | None = None,
+    queue: formulas.Queue = None,
     clusters: bool = False,
     sliced: bool = False,
 ) -> Exchange:
@@ -62,7 +63,7 @@ def ddp(
     Args:
         shapes: the model's.
         world: W.
-        q: bytes of an element of the queue; None takes the parameter's.
+        queue: the queue's type.
         clusters: whether each rank clusters its samples.
         sliced: whether the queue is in slices.
     """
@@ -71,7 +72,7 @@ def ddp(
         elements = sum(p.numel for p in bucket)
         padded = -(-elements // world) * world
         size = bucket[0].itemsize
-        raw = q or size
+        raw = wire_type(queue, bucket[0].dtype).itemsize
         sent = [Message(size * elements, 2, world)]
         cut = Message(formulas.votes(bucket, world), 2, world)
         if clusters:
@@ -94,7 +95,7 @@ def fsdp(
     shards: int,
     copies: int = 1,
     *,
-    q: int | None = None,
+    queue: formulas.Queue = None,
     clusters: bool = False,
     end: Sequence[int] = (),
     everywhere: Sequence[int] = (),
@@ -105,15 +106,15 @@ def fsdp(
         shapes: the model's.
         shards: ranks that divide a parameter.
         copies: ranks that have the same shard.
-        q: bytes of an element of the queue; None takes the parameter's.
+        queue: the queue's type.
         clusters: whether each rank clusters its samples.
         end: payloads that are added up over the shards after the backward pass.
         everywhere: payloads that are added up over all ranks then.
     """
 
-    def padded(unit: Sequence[Parameter], size: int | None = None) -> int:
+    def padded(unit: Sequence[Parameter], size: Callable[[Parameter], int]) -> int:
         """Return the bytes of a unit's shards, each as large as the largest."""
-        return shards * sum(p.shard(shards) * (size or p.itemsize) for p in unit)
+        return shards * sum(p.shard(shards) * size(p) for p in unit)
 
     def divided(nbytes: int) -> list[Message]:
         scattered = [Message(nbytes, 1, shards)]
@@ -123,13 +124,14 @@ def fsdp(
     found = Exchange([], [])
     for number, unit in enumerate(shapes.units):
         elements = sum(p.numel for p in unit)
-        parameters = Message(padded(unit), 1, shards)
+        whole = padded(unit, lambda p: p.itemsize)
+        parameters = Message(whole, 1, shards)
         found.forward.append(Stage(elements, before=[parameters]))
         # The model itself stays whole after its forward pass.
-        stage = Stage(elements, before=[parameters] if number else [], after=divided(padded(unit)))
+        stage = Stage(elements, before=[parameters] if number else [], after=divided(whole))
         if clusters:
-            stage.before.append(Message(padded(unit, formulas.STATISTIC), 1, shards))
-            stage.after += divided(padded(unit, q))
+            stage.before.append(Message(padded(unit, lambda _: formulas.STATISTIC), 1, shards))
+            stage.after += divided(padded(unit, lambda p: wire_type(queue, p.dtype).itemsize))
         found.backward.insert(0, stage)
     found.end = [Message(nbytes, 2, shards) for nbytes in (*end, *everywhere)]
     if copies > 1:

@@ -1,19 +1,24 @@
 """The arithmetic of Grad Queue: bytes that are held, read and written, and sent.
 
-Letters: L rows of a queue, K clusters, W ranks; g and q are the bytes of an element of a gradient
-(and of a parameter) and of a queue. ``kernels/README.md`` and ``docs/distributed.md`` say the same
-in words.
+Letters: L gradients of a queue, K clusters, W ranks; g is the bytes of an element of a gradient
+(and of a parameter). A queue is told by the option ``queue_dtype``, a ring by the type of its
+tensor: ``gq_triton.float8`` says what a ring of that type takes. ``kernels/README.md`` and
+``docs/distributed.md`` say the same in words.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate
 
+import torch
+
+from gq_triton.float8 import BYTE, ring_bytes, stored_type
 from gq_triton.plan.shapes import Bucket, Parameter
 
 __all__ = [
     "FIGURES",
     "SHARES",
     "STATISTIC",
+    "Queue",
     "arriving",
     "clustered",
     "combined",
@@ -32,6 +37,8 @@ __all__ = [
     "weighed",
 ]
 
+# The option queue_dtype; None takes the parameter's type.
+Queue = torch.dtype | str | None
 # Mean and 1 / sigma of an element, each in float32. (float64 tensors have twice as much.)
 STATISTIC = 8
 # The figures of a parameter that metrics() adds up, five float64 numbers; and what a rank's samples
@@ -52,24 +59,30 @@ def optimizer(name: str, g: int) -> int:
     return (2 + moments(name)) * g + (1 + moments(name)) * g
 
 
-def law(length: int, q: int) -> int:
-    """Return what ``GQSGD`` and ``GQAdamW`` add to the step: L rows are read, one is written."""
-    return length * q + q
+def _written(length: int, ring: torch.dtype) -> int:
+    """Return the bytes that a push writes: a row, but all of a ring in bytes."""
+    return ring_bytes(length if ring == BYTE else 1, ring)
 
 
-def weighed(length: int, g: int, q: int) -> int:
+def law(length: int, ring: torch.dtype) -> int:
+    """Return what ``GQSGD`` and ``GQAdamW`` add to the step: the ring is read, and a push."""
+    return ring_bytes(length, ring) + _written(length, ring)
+
+
+def weighed(length: int, g: int, ring: torch.dtype) -> int:
     """Return the bytes of a gradient that is weighted in place and queued (``weigh_``)."""
-    return g + length * q + g + q
+    return g + g + law(length, ring)
 
 
-def pushed(g: int, q: int) -> int:
-    """Return the bytes of a raw gradient that is queued (``push_``)."""
-    return g + q
+def pushed(length: int, g: int, ring: torch.dtype) -> int:
+    """Return the bytes of a raw gradient that is queued (``push_``); bytes are read before."""
+    read = ring_bytes(length, ring) if ring == BYTE else 0
+    return g + read + _written(length, ring)
 
 
-def statistics(length: int, q: int) -> int:
+def statistics(length: int, ring: torch.dtype) -> int:
     """Return the bytes of mean and 1 / sigma of a ring (``queue_statistics``)."""
-    return length * q + STATISTIC
+    return ring_bytes(length, ring) + STATISTIC
 
 
 def combined(clusters: int, g: int, read: int) -> int:
@@ -78,7 +91,7 @@ def combined(clusters: int, g: int, read: int) -> int:
     Args:
         clusters: K.
         g: bytes of an element of a sum.
-        read: bytes of the ring's rows, or of the statistics in their place.
+        read: bytes of the ring, or of the statistics in their place.
     """
     return (clusters - 1) * g + clusters * g + read + 2 * g
 
@@ -86,26 +99,26 @@ def combined(clusters: int, g: int, read: int) -> int:
 # --- held per rank
 
 
-def queue_whole(params: Sequence[Parameter], length: int, q: int | None) -> int:
+def queue_whole(params: Sequence[Parameter], length: int, queue: Queue) -> int:
     """Return the bytes of a queue that every rank has whole.
 
     Args:
         params: the parameters.
         length: L.
-        q: bytes of an element of the queue; None takes the parameter's.
+        queue: its type.
     """
-    return sum(length * p.numel * (q or p.itemsize) for p in params)
+    return queue_sharded(params, 1, length, queue)
 
 
-def queue_sliced(divided: Sequence[Bucket], world: int, length: int, q: int | None) -> int:
+def queue_sliced(divided: Sequence[Bucket], world: int, length: int, queue: Queue) -> int:
     """Return the bytes of a rank's slices of a queue (``shard_queue=True``), bucket by bucket."""
-    slices = [(-(-sum(p.numel for p in b) // world), q or b[0].itemsize) for b in divided]
-    return sum(length * elements * size for elements, size in slices)
+    slices = [(-(-sum(p.numel for p in b) // world), b[0].dtype) for b in divided]
+    return sum(n * ring_bytes(length, stored_type(queue, own)) for n, own in slices)
 
 
-def queue_sharded(params: Sequence[Parameter], ranks: int, length: int, q: int | None) -> int:
+def queue_sharded(params: Sequence[Parameter], ranks: int, length: int, queue: Queue) -> int:
     """Return the bytes of the queue of the largest shards (FSDP2, HSDP)."""
-    return sum(length * p.shard(ranks) * (q or p.itemsize) for p in params)
+    return sum(p.shard(ranks) * ring_bytes(length, stored_type(queue, p.dtype)) for p in params)
 
 
 def clustered(divided: Sequence[Bucket], world: int) -> int:

@@ -5,6 +5,7 @@ from io import BytesIO
 from typing import Any
 
 from gq_triton.plan.machine import Machine
+from gq_triton.plan.report import queue_name
 from gq_triton.plan.ways import Cost
 
 __all__ = ["draw"]
@@ -18,6 +19,8 @@ _GRAY = "#8A8A8A"
 def draw(title: str, costs: Sequence[Cost], machine: Machine) -> bytes:
     """Return a picture as PNG, of queues in the parameters' type.
 
+    Dotted curves show the memory with the type of the queue that takes the least.
+
     Args:
         title: its title.
         costs: the costs of every way at every number of GPUs.
@@ -28,8 +31,11 @@ def draw(title: str, costs: Sequence[Cost], machine: Machine) -> bytes:
     figure = Figure(figsize=(13, 5.4), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=12)
     memory, waits, overhead = figure.subplots(1, 3)
-    wide = [c for c in costs if not c.narrow]
+    wide = [c for c in costs if c.queue_dtype is None]
+    small = [c for c in costs if c.queue_dtype == costs[-1].queue_dtype is not None]
     _curves(memory, wide, lambda c: c.held / 2**30)
+    if small:
+        _curves(memory, small, lambda c: c.held / 2**30, dotted=True)
     memory.axhline(machine.capacity / 2**30, color=_GRAY, linestyle="--")
     end = max(c.world for c in wide), machine.capacity / 2**30
     memory.annotate("capacity", end, color=_GRAY, ha="right", va="bottom", fontsize=9)
@@ -41,24 +47,27 @@ def draw(title: str, costs: Sequence[Cost], machine: Machine) -> bytes:
     for panel in (memory, waits, overhead):
         _finish(panel, sorted({c.world for c in wide}))
     handles, labels = memory.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    said = "queue in the model's type" + (f"; dotted: {queue_name(small[0])}" if small else "")
+    figure.legend(handles, labels, title=said, loc="outside lower center", ncols=4, frameon=False)
     content = BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     return content.getvalue()
 
 
-def _curves(panel: Any, costs: Sequence[Cost], value: Callable[[Cost], float]) -> None:
+def _curves(
+    panel: Any, costs: Sequence[Cost], value: Callable[[Cost], float], dotted: bool = False
+) -> None:
     for number, name in enumerate(dict.fromkeys(c.way.name for c in costs)):
         mine = [c for c in costs if c.way.name == name]
         line = "--" if mine[0].way.law == "plug-in" else "-"  # often on the optimizer's curve
         panel.plot(
             [c.world for c in mine],
             [value(c) for c in mine],
-            label=name,
+            label=None if dotted else name,
             color=_COLOURS[number],
-            marker=_MARKERS[number],
+            marker=None if dotted else _MARKERS[number],
             markersize=5,
-            linestyle=line,
+            linestyle=":" if dotted else line,
             alpha=0.85,
         )
 

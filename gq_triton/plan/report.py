@@ -5,9 +5,9 @@ import io
 from collections.abc import Sequence
 
 from gq_triton.plan.machine import Machine
-from gq_triton.plan.ways import Cost, Setup, Way
+from gq_triton.plan.ways import QUEUES, Cost, Setup, Way
 
-__all__ = ["best", "recommendation", "rows", "table"]
+__all__ = ["best", "queue_name", "recommendation", "rows", "table"]
 
 _GIB = 2**30
 _HEAD = ("way", "queue", "queue GiB", "all GiB", "sent GiB", "exposed ms", "step ms", "overhead")
@@ -26,18 +26,21 @@ def table(costs: Sequence[Cost], machine: Machine) -> str:
     return "\n".join(text)
 
 
-def _type(c: Cost) -> str:
-    return "bfloat16" if c.narrow else "model's"
+def queue_name(c: Cost) -> str:
+    """Return what the table calls the queue's type."""
+    if c.queue_dtype is None:
+        return "model's"
+    return str(c.queue_dtype).removeprefix("torch.")
 
 
 def _named(c: Cost) -> str:
-    return "bfloat16" if c.narrow else "the model's type"
+    return "the model's type" if c.queue_dtype is None else queue_name(c)
 
 
 def _line(c: Cost, too_large: bool) -> tuple[str, ...]:
     star = "*" if too_large else ""
     return (
-        c.way.name, _type(c), f"{(c.queue + c.beside) / _GIB:.3g}",
+        c.way.name, queue_name(c), f"{(c.queue + c.beside) / _GIB:.3g}",
         f"{star}{c.held / _GIB:.3g}", f"{c.sent / _GIB:.3g}",
         f"{1000 * c.exposed:.3g}", f"{1000 * c.step:.4g}", f"{100 * c.overhead:.2f} %",
     )  # fmt: skip
@@ -52,18 +55,17 @@ def rows(costs: Sequence[Cost]) -> str:
     writer.writerow(["gpus", "way", "queue_dtype", *names])
     for c in costs:
         figures = [f"{getattr(c, name):.6g}" for name in names]
-        writer.writerow([c.world, c.way.name, _type(c), *figures])
+        writer.writerow([c.world, c.way.name, queue_name(c), *figures])
     return text.getvalue()
 
 
 def best(costs: Sequence[Cost], machine: Machine) -> Cost | None:
-    """Return the way with the shortest step of those that fit; a wide queue goes before a narrow.
+    """Return the way with the shortest step of those that fit.
 
-    The narrow one is rounded, so it is recommended only where no wide one fits.
+    A type of the queue is recommended only where none fits that rounds less.
     """
     fitting = [c for c in costs if c.held <= machine.capacity]
-    wide = [c for c in fitting if not c.narrow]
-    return min(wide or fitting, key=lambda c: (c.step, c.held), default=None)
+    return min(fitting, key=lambda c: (QUEUES.index(c.queue_dtype), c.step, c.held), default=None)
 
 
 def recommendation(costs: Sequence[Cost], setup: Setup, machine: Machine) -> str:
@@ -93,7 +95,11 @@ def recommendation(costs: Sequence[Cost], setup: Setup, machine: Machine) -> str
 
 def _code(way: Way, chosen: Cost, setup: Setup) -> list[str]:
     options = [f"queue_length={setup.length}"]
-    options += ["queue_dtype=torch.bfloat16"] if chosen.narrow else []
+    if chosen.queue_dtype is not None:
+        quoted = isinstance(chosen.queue_dtype, str)
+        options.append(
+            f'queue_dtype="{chosen.queue_dtype}"' if quoted else f"queue_dtype={chosen.queue_dtype}"
+        )
     if way.clusters:
         options = [f"n_clusters={setup.clusters}", 'features="LAYER"', *options]
     if way.sliced:

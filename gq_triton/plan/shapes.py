@@ -22,10 +22,15 @@ _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a model: its shape and the bytes of an element."""
+    """A parameter of a model: its shape and type."""
 
     shape: tuple[int, ...]
-    itemsize: int
+    dtype: torch.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of an element."""
+        return self.dtype.itemsize
 
     @property
     def numel(self) -> int:
@@ -80,11 +85,11 @@ def shapes_of(name: str, model: nn.Module) -> Shapes:
     for module in (*largest, model):
         new = [p for p in module.parameters() if p.requires_grad and p not in seen]
         seen.update(new)
-        units.append([Parameter(tuple(p.shape), p.element_size()) for p in new])
+        units.append([Parameter(tuple(p.shape), p.dtype) for p in new])
     *blocks, root = units
     if not seen:
         raise Refusal(f"{name} must have parameters to train, and has none")
-    order = [Parameter(tuple(p.shape), p.element_size()) for p in model.parameters() if p in seen]
+    order = [Parameter(tuple(p.shape), p.dtype) for p in model.parameters() if p in seen]
     return Shapes(name, [root, *(block for block in blocks if block)], order)
 
 
@@ -95,15 +100,15 @@ def _count(params: Iterable[nn.Parameter]) -> int:
 def buckets(params: Iterable[Parameter]) -> list[Bucket]:
     """Return DDP's buckets in the order in which they are reduced: the last layers come first."""
     found: list[Bucket] = []
-    open_: dict[int, Bucket] = {}
-    limits: dict[int, int] = {}
+    open_: dict[torch.dtype, Bucket] = {}
+    limits: dict[torch.dtype, int] = {}
     for param in reversed(list(params)):
-        bucket = open_.setdefault(param.itemsize, [])
+        bucket = open_.setdefault(param.dtype, [])
         bucket.append(param)
-        limit = limits.setdefault(param.itemsize, _FIRST_BUCKET)
+        limit = limits.setdefault(param.dtype, _FIRST_BUCKET)
         if sum(p.numel * p.itemsize for p in bucket) >= limit:
-            found.append(open_.pop(param.itemsize))
-            limits[param.itemsize] = _BUCKET
+            found.append(open_.pop(param.dtype))
+            limits[param.dtype] = _BUCKET
     return found + list(open_.values())
 
 

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from gq_triton.float8 import FLOAT8, ring_bytes, stored_type
 from gq_triton.plan import formulas
 from gq_triton.plan.exchange import ddp, exposed, fsdp
 from gq_triton.plan.machine import Machine
 from gq_triton.plan.shapes import Parameter, Shapes, buckets
 
-__all__ = ["WAYS", "Cost", "Setup", "Way", "cost"]
+__all__ = ["QUEUES", "WAYS", "Cost", "Setup", "Way", "cost"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ WAYS = (
 )
 
 
+# The types of a queue, as ``queue_dtype`` takes them: each rounds more than those before it.
+QUEUES: tuple[formulas.Queue, ...] = None, torch.bfloat16, FLOAT8
+
+
 @dataclass(frozen=True)
 class Setup:
     """What is trained, and how.
@@ -61,6 +68,16 @@ class Setup:
     length: int
     clusters: int
 
+    @property
+    def queues(self) -> list[formulas.Queue]:
+        """The types of a queue of which each takes less than those before it."""
+        found: dict[int, formulas.Queue] = {}
+        for queue in QUEUES:
+            size = formulas.queue_whole(self.shapes.parameters, self.length, queue)
+            if size < min(found, default=size + 1):
+                found[size] = queue
+        return list(found.values())
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -68,7 +85,7 @@ class Cost:
 
     Attributes:
         way: the way.
-        narrow: whether the queue is bfloat16; False says that it has the parameters' type.
+        queue_dtype: the queue's type, one of ``QUEUES``.
         world: W.
         queue: bytes of the queue.
         beside: bytes of the statistics that stand for the queue of other ranks.
@@ -83,7 +100,7 @@ class Cost:
     """
 
     way: Way
-    narrow: bool
+    queue_dtype: formulas.Queue
     world: int
     queue: float
     beside: float
@@ -107,7 +124,9 @@ class Cost:
         return self.queue + self.beside + self.state
 
 
-def cost(way: Way, setup: Setup, machine: Machine, world: int, narrow: bool) -> Cost | None:
+def cost(
+    way: Way, setup: Setup, machine: Machine, world: int, queue_dtype: formulas.Queue
+) -> Cost | None:
     """Return what a way costs, or None where it does not exist.
 
     One GPU divides nothing. HSDP keeps a copy of the model per node: it needs several whole nodes.
@@ -120,11 +139,10 @@ def cost(way: Way, setup: Setup, machine: Machine, world: int, narrow: bool) -> 
     if way.wrap == "hsdp" and (world <= machine.per_node or world % machine.per_node):
         return None
     shapes = setup.shapes
-    q = 2 if narrow else None
     shards = {"ddp": 1, "fsdp2": world, "hsdp": machine.per_node}[way.wrap]
     if way.wrap == "ddp":
-        plain, ours = (ddp(shapes, world), ddp(shapes, world, q=q, sliced=way.sliced,
-                                               clusters=way.clusters))  # fmt: skip
+        plain = ddp(shapes, world)
+        ours = ddp(shapes, world, queue=queue_dtype, sliced=way.sliced, clusters=way.clusters)
     else:
         number = len(shapes.parameters)
         copies = world // shards
@@ -133,22 +151,22 @@ def cost(way: Way, setup: Setup, machine: Machine, world: int, narrow: bool) -> 
         figures = [formulas.FIGURES * number]
         end = [number, *(figures if way.law == "plug-in" and not way.clusters else [])]
         everywhere = [*figures, formulas.SHARES] if way.clusters else []
-        ours = fsdp(shapes, shards, copies, q=q, clusters=way.clusters, end=end,
-                    everywhere=everywhere)  # fmt: skip
-    moved = _moved(way, setup, q, world, shards)
+        ours = fsdp(shapes, shards, copies, queue=queue_dtype, clusters=way.clusters,
+                    end=end, everywhere=everywhere)  # fmt: skip
+    moved = _moved(way, setup, queue_dtype, world, shards)
     each = 2 + formulas.moments(setup.optimizer)
     stepped = _over(shapes.parameters, shards,
-                    lambda g: formulas.optimizer(setup.optimizer, g))  # fmt: skip
+                    lambda p: formulas.optimizer(setup.optimizer, p.itemsize))  # fmt: skip
     waits = [exposed(exchange, machine) for exchange in (ours, plain)]
     common = machine.compute + stepped / machine.memory
-    queue, beside = _held(way, setup, q, world, shards)
+    queue, beside = _held(way, setup, queue_dtype, world, shards)
     return Cost(
         way,
-        narrow,
+        queue_dtype,
         world,
         queue,
         beside,
-        state=_over(shapes.parameters, shards, lambda g: each * g),
+        state=_over(shapes.parameters, shards, lambda p: each * p.itemsize),
         moved=moved,
         sent=ours.sent,
         sent_plain=plain.sent,
@@ -159,40 +177,52 @@ def cost(way: Way, setup: Setup, machine: Machine, world: int, narrow: bool) -> 
     )
 
 
-def _over(params: Sequence[Parameter], shards: int, each: Callable[[int], float]) -> float:
-    """Return the sum of bytes per element over the largest shards, by the bytes of an element."""
-    return sum(p.shard(shards) * each(p.itemsize) for p in params)
+def _over(params: Sequence[Parameter], shards: int, each: Callable[[Parameter], float]) -> float:
+    """Return the sum over the largest shards of all elements' bytes, of which ``each`` tells."""
+    return sum(p.shard(shards) * each(p) for p in params)
 
 
-def _held(way: Way, setup: Setup, q: int | None, world: int, shards: int) -> tuple[int, int]:
+def _held(
+    way: Way, setup: Setup, queue: formulas.Queue, world: int, shards: int
+) -> tuple[int, int]:
     """Return the bytes of the queue, and of statistics beside it."""
     params, length = setup.shapes.parameters, setup.length
     if way.wrap != "ddp":
         beside = formulas.arriving(setup.shapes.units, shards) if way.clusters else 0
-        return formulas.queue_sharded(params, shards, length, q), beside
+        return formulas.queue_sharded(params, shards, length, queue), beside
     if not way.sliced:
-        return formulas.queue_whole(params, length, q), 0
+        return formulas.queue_whole(params, length, queue), 0
     divided = buckets(params)
     beside = formulas.clustered(divided, world) if way.clusters else 0
-    return formulas.queue_sliced(divided, world, length, q), beside
+    return formulas.queue_sliced(divided, world, length, queue), beside
 
 
-def _moved(way: Way, setup: Setup, q: int | None, world: int, shards: int) -> float:
+def _moved(way: Way, setup: Setup, queue: formulas.Queue, world: int, shards: int) -> float:
     """Return the bytes that the law reads and writes, the read for finiteness among them."""
     params, length = setup.shapes.parameters, setup.length
     mine = 1 / world if way.sliced else 1.0
+
+    def stepped(p: Parameter) -> float:
+        return p.itemsize + formulas.law(length, stored_type(queue, p.dtype))
+
+    def weighed(p: Parameter) -> float:
+        ring = stored_type(queue, p.dtype)
+        return p.itemsize + formulas.weighed(length, p.itemsize, ring)
+
     if way.law == "optimizer":
-        return _over(params, shards, lambda g: g + formulas.law(length, q or g))
+        return _over(params, shards, stepped)
     if not way.clusters:
-        return mine * _over(params, shards, lambda g: g + formulas.weighed(length, g, q or g))
+        return mine * _over(params, shards, weighed)
     divided = way.sliced or way.wrap != "ddp"
 
-    def weighted(g: int) -> float:
-        read = formulas.STATISTIC if divided else length * (q or g)
-        return formulas.combined(setup.clusters, g, read)
+    def weighted(p: Parameter) -> float:
+        ring = stored_type(queue, p.dtype)
+        read = formulas.STATISTIC if divided else ring_bytes(length, ring)
+        return formulas.combined(setup.clusters, p.itemsize, read)
 
-    def queued(g: int) -> float:
-        own = formulas.statistics(length, q or g) if divided else 0
-        return g + formulas.pushed(g, q or g) + own
+    def queued(p: Parameter) -> float:
+        ring = stored_type(queue, p.dtype)
+        own = formulas.statistics(length, ring) if divided else 0
+        return p.itemsize + formulas.pushed(length, p.itemsize, ring) + own
 
     return _over(params, 1, weighted) + mine * _over(params, shards, queued)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gq_triton import GQSGD, GradQueue
 from gq_triton.dist import register
 from gq_triton.dist.routes.clustered_sliced import ClusteredSlices
+from gq_triton.plan.formulas import Queue
 from gq_triton.plan.machine import Machine
 from gq_triton.plan.shapes import shapes_of
 from gq_triton.plan.ways import WAYS, Cost, Setup, Way, cost
@@ -77,7 +78,7 @@ def in_turn(features: Tensor) -> Tensor:
 
 
 def counted(
-    way: Way | None, wrap: str, per_node: int, narrow: bool = False
+    way: Way | None, wrap: str, per_node: int, queue_dtype: Queue = None
 ) -> tuple[int, int, float]:
     """Return the bytes of queue and statistics on this rank, and those that it sends in a step.
 
@@ -85,7 +86,7 @@ def counted(
         way: the way; None is plain training.
         wrap: that of the way.
         per_node: ranks of a node.
-        narrow: whether the queue is bfloat16.
+        queue_dtype: the queue's type.
     """
     torch.manual_seed(0)
     model = Net(wrap == "ddp")
@@ -98,8 +99,11 @@ def counted(
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
         for module in (model.blocks[0], model.blocks[2], model):
             fully_shard(module, mesh=mesh)
-    options: dict[str, Any] = {"queue_length": LENGTH, "backend": "torch"}
-    options |= {"queue_dtype": torch.bfloat16} if narrow else {}
+    options: dict[str, Any] = {
+        "queue_length": LENGTH,
+        "queue_dtype": queue_dtype,
+        "backend": "torch",
+    }
     clusters = (
         {"n_clusters": CLUSTERS, "features": "features", "clusterer": in_turn}
         if way and way.clusters
@@ -144,19 +148,19 @@ MACHINE = Machine(1e12, 1e11, 1e11, 1e-6, PER_NODE, 0.1, 2**36)
 BY_NAME = {way.name: way for way in WAYS}
 
 
-def planned(name: str, world: int, narrow: bool = False) -> Cost:
+def planned(name: str, world: int, queue_dtype: Queue = None) -> Cost:
     way = BY_NAME[name]
     with torch.device("meta"):
         shapes = shapes_of("net", Net(way.wrap == "ddp"))
     clusters = CLUSTERS if way.clusters else 0
-    found = cost(way, Setup(shapes, "sgd", LENGTH, clusters), MACHINE, world, narrow)
+    found = cost(way, Setup(shapes, "sgd", LENGTH, clusters), MACHINE, world, queue_dtype)
     assert found is not None
     return found
 
 
-def check_as_planned(rank: int, name: str, narrow: bool = False) -> None:
-    plan = planned(name, dist.get_world_size(), narrow)
-    held, beside, sent = counted(plan.way, plan.way.wrap, PER_NODE, narrow)
+def check_as_planned(rank: int, name: str, queue_dtype: Queue = None) -> None:
+    plan = planned(name, dist.get_world_size(), queue_dtype)
+    held, beside, sent = counted(plan.way, plan.way.wrap, PER_NODE, queue_dtype)
     # The shards and slices of later ranks may be smaller.
     assert held == plan.queue or (rank > 0 and held < plan.queue)
     assert beside == (plan.beside if plan.way.wrap == "ddp" else 0)

@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from gq_triton.commands.cli import main
+from gq_triton.float8 import BYTE, FLOAT8, ring_bytes
 from gq_triton.plan import formulas
 from gq_triton.plan.command import main as plan
 from gq_triton.plan.exchange import Exchange, Stage, exposed
 from gq_triton.plan.machine import Machine, Message
 from gq_triton.plan.report import best, recommendation
 from gq_triton.plan.shapes import Parameter, Shapes, shapes_of
-from gq_triton.plan.ways import WAYS, Setup, cost
+from gq_triton.plan.ways import QUEUES, WAYS, Setup, cost
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = Machine(1e12, 1e11, 5e10, 0.0, 8, 0.3, 2**36)
@@ -115,18 +117,21 @@ def test_bytes_per_element_are_those_of_the_kernels_page():
     page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
 
     lines = re.findall(
-        r"^\| `(\w+)`(?:, momentum)? \|.*= (\d+) \|.*= (\d+) \| (.+) \|$", page, re.M
+        r"^\| `(\w+)`(?:, momentum)? \|" + 3 * r"[^|]*= (\d+) \|" + r" (.+) \|$", page, re.M
     )
-    said = {kernel: (int(wide), int(narrow), plain) for kernel, wide, narrow, plain in lines}
+    said = {kernel: ([*map(int, by_type)], plain) for kernel, *by_type, plain in lines}
     sgd, adamw = (formulas.optimizer(name, 4) for name in ("sgd", "adamw"))
-    wide, narrow = (formulas.law(5, q) for q in (4, 2))
+    rings = torch.float32, torch.bfloat16, BYTE
     assert said == {
-        "weigh_": (formulas.weighed(5, 4, 4), formulas.weighed(5, 4, 2), "-"),
-        "gqsgd_": (sgd + wide, sgd + narrow, str(sgd)),
-        "gqadamw_": (adamw + wide, adamw + narrow, str(adamw)),
+        "push_": ([formulas.pushed(5, 4, ring) for ring in rings], "-"),
+        "weigh_": ([formulas.weighed(5, 4, ring) for ring in rings], "-"),
+        "gqsgd_": ([sgd + formulas.law(5, ring) for ring in rings], str(sgd)),
+        "gqadamw_": ([adamw + formulas.law(5, ring) for ring in rings], str(adamw)),
     }
-    # 4 K + 20 + 8 with the ring; the K - 1 sums that are written before are not the kernel's.
-    assert formulas.combined(8, 4, 5 * 4) - 7 * 4 == 4 * 8 + 20 + 8
+    read = re.findall(r"4 K \+ (\d+) \+ 8", page)
+    assert [*map(int, read)] == [ring_bytes(5, ring) for ring in rings]
+    # The K - 1 sums that are written before are not the kernel's.
+    assert formulas.combined(8, 4, 20) - 7 * 4 == 4 * 8 + 20 + 8
 
 
 def test_units_are_the_blocks_and_the_rest_is_the_models_own():
@@ -141,7 +146,7 @@ def test_units_are_the_blocks_and_the_rest_is_the_models_own():
 
 
 def test_a_shard_of_few_rows_is_as_large_as_a_row():
-    param = Parameter((10, 3), 4)
+    param = Parameter((10, 3), torch.float32)
     assert [param.shard(ranks) for ranks in (1, 3, 10, 16384)] == [30, 12, 3, 3]
 
 
@@ -169,10 +174,10 @@ def test_copies_of_a_shard_share_the_network_of_their_node():
 
 
 def at(world, numel=10**9, capacity=2.0**36, clusters=0):
-    block = [Parameter((numel // 10_000, 10_000), 4)]
+    block = [Parameter((numel // 10_000, 10_000), torch.float32)]
     setup = Setup(Shapes("m", [block], block), "adamw", 5, clusters)
     machine = Machine(1e12, 1e11, 5e10, 1e-6, 8, 0.3, capacity)
-    costs = [cost(way, setup, machine, world, n) for way in WAYS for n in (False, True)]
+    costs = [cost(way, setup, machine, world, q) for way in WAYS for q in QUEUES]
     return [c for c in costs if c is not None], setup, machine
 
 
@@ -180,18 +185,32 @@ def test_the_quickest_way_that_fits_is_recommended():
     costs, setup, machine = at(8)
     chosen = best(costs, machine)
     assert chosen is not None
-    assert chosen.step == min(c.step for c in costs if not c.narrow)
+    assert chosen.step == min(c.step for c in costs if c.queue_dtype is None)
     assert "--standalone --nproc-per-node=8" in recommendation(costs, setup, machine)
 
 
-def test_a_narrow_queue_is_recommended_only_where_no_other_fits():
-    costs, _, machine = at(1, capacity=16e9 + 11e9)  # states 16 GB, queue 20 or 10 GB
-    chosen = best(costs, machine)
-    assert chosen is not None
-    assert chosen.narrow
+def test_a_queue_that_rounds_is_recommended_only_where_none_fits_that_rounds_less():
+    for gigabytes, queue in ((11e9, torch.bfloat16), (7e9, FLOAT8)):
+        costs, setup, machine = at(1, capacity=16e9 + gigabytes)  # queue 20, 10 or 6 GB
+        chosen = best(costs, machine)
+        assert chosen is not None
+        assert chosen.queue_dtype == queue
+        said = recommendation(costs, setup, machine)
+    assert "queue in float8: " in said
+    assert 'queue_length=5, queue_dtype="float8")' in said
     costs, setup, machine = at(1, capacity=16e9)
     assert best(costs, machine) is None
     assert recommendation(costs, setup, machine).startswith("Nothing fits: ")
+
+
+def test_a_queue_type_is_planned_where_it_takes_less():
+    for dtype, length, queues in (
+        (torch.float32, 5, [*QUEUES]),
+        (torch.bfloat16, 5, [None, FLOAT8]),
+        (torch.float32, 1, [None, torch.bfloat16]),
+    ):
+        block = [Parameter((3, 4), dtype)]
+        assert Setup(Shapes("m", [block], block), "sgd", length, 0).queues == queues
 
 
 def test_ways_exist_where_they_mean_something():

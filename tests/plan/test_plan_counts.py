@@ -6,8 +6,9 @@ from plan_counts import check_as_planned, pretended
 from torch import nn
 from torch._C._distributed_c10d import _compute_bucket_assignment_by_size
 
+from gq_triton.float8 import FLOAT8
 from gq_triton.plan.shapes import buckets, shapes_of
-from gq_triton.plan.ways import WAYS
+from gq_triton.plan.ways import QUEUES, WAYS
 
 
 def rare(*values):
@@ -15,24 +16,19 @@ def rare(*values):
 
 
 @pytest.mark.parametrize(
-    ("name", "world"),
+    ("name", "world", "queue_dtype"),
     [
-        ("FSDP2, GQ optimizer", 64),
-        ("HSDP, plug-in", 8),
-        ("DDP hook, clusters, slices", 8),
-        *(rare(way.name, 8) for way in WAYS if way.name != "DDP, GQ optimizer"),
-        *(rare(way.name, 16384) for way in WAYS if way.wrap != "ddp"),
+        ("FSDP2, GQ optimizer", 64, FLOAT8),
+        ("HSDP, plug-in", 8, None),
+        ("HSDP, clusters", 8, torch.bfloat16),
+        ("DDP hook, clusters, slices", 8, FLOAT8),
+        *(rare(way.name, 8, queue) for way in WAYS[1:] for queue in QUEUES),
+        *(rare(way.name, 16384, None) for way in WAYS if way.wrap != "ddp"),
     ],
 )
-def test_pretended_ranks_hold_and_send_what_is_planned(name, world):
+def test_pretended_ranks_hold_and_send_what_is_planned(name, world, queue_dtype):
     with pretended(world):
-        check_as_planned(0, name)
-
-
-@pytest.mark.parametrize("name", ["HSDP, clusters", rare("DDP hook, clusters")])
-def test_a_narrow_queue_is_sent_as_it_is_stored(name):
-    with pretended(8):
-        check_as_planned(0, name, True)
+        check_as_planned(0, name, queue_dtype)
 
 
 # In the gate test_dist_shard.py runs one of these, on ranks that it has started anyway.
