@@ -17,6 +17,7 @@ from typing import Any
 from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.protocol import Cell, missing
 from gq_triton.study.design.trial import Record, Trial
+from gq_triton.study.run.pace import Pace
 from gq_triton.study.run.records import Store
 
 __all__ = ["resources", "run_study"]
@@ -84,6 +85,7 @@ class _Run:
         self.running: dict[str, Any] = {}
         self.ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.limited = client.cluster is None  # workers elsewhere say what they have
+        self.pace, self.behind = Pace(), False  # of looks for trials that can start
 
     def go(self, note: Callable[[str], None]) -> None:
         """Run until no trial is missing."""
@@ -93,8 +95,12 @@ class _Run:
             finished = self._finished()
             for future in finished:
                 self._take(future)
+            self.behind |= bool(finished)
+            if self.behind and (not self.running or not self.pace.wait):
+                with self.pace.taken():
+                    self._submit()
+                self.behind = False
             if finished:
-                self._submit()
                 waiting = False
             elif not waiting and self._nobody():
                 waiting = True
@@ -127,7 +133,8 @@ class _Run:
     def _finished(self) -> list[tuple[str, Any]]:
         """Return the futures that finished, after a wait for the first; none after a long one."""
         try:
-            found = [self.ready.get(timeout=_LOOK)]
+            wait = min(_LOOK, self.pace.wait) if self.behind else _LOOK
+            found = [self.ready.get(timeout=wait)]
         except queue.Empty:
             if self.client.status == "closed":
                 raise Refusal(_LOST) from None

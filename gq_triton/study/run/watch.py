@@ -9,12 +9,14 @@ from gq_triton.study.design.protocol import Cell, progress
 from gq_triton.study.design.study_file import CONFIG, write_toml
 from gq_triton.study.design.trial import Record
 from gq_triton.study.run.board import Board
+from gq_triton.study.run.pace import Pace
 from gq_triton.study.run.records import Store
 from gq_triton.study.run.runner import run_study
 
 __all__ = ["watch"]
 
 INTERRUPTED, FAILED = 130, 1  # exit status after Ctrl-C, and after a worker or rank was lost
+_NEAR = 100  # trials left from which on their number is counted after each
 
 
 def watch(
@@ -52,9 +54,15 @@ def watch(
             board.note(f"{finished} of {total} trials were finished before")
         if damaged:
             board.note(f"{damaged} files in {store.folder} hold no whole record: their trials run")
+        pace = Pace()
 
         def done(record: Record) -> None:
-            board.done(record, *progress(cells, store))
+            nonlocal finished, total
+            finished += 1
+            if not pace.wait or total - finished < _NEAR:
+                with pace.taken():
+                    finished, total = progress(cells, store)
+            board.done(record, finished, total)
             track(record)
 
         try:
