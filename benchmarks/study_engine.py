@@ -174,7 +174,7 @@ def measure_workers() -> None:
 
 def main() -> None:
     """Measure."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="What the engine of studies costs.")
     parser.add_argument("--only", choices=["trials", "workers"])
     parser.add_argument("--pretend", metavar="ADDRESS", help=argparse.SUPPRESS)
     given = parser.parse_args()

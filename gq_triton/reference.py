@@ -69,7 +69,7 @@ def scarcity_weight(
 
 def stored(grad: Tensor, dtype: torch.dtype | str) -> Tensor:
     """Return what a queue of ``dtype`` keeps of a finite gradient: rounded, and still finite."""
-    if dtype == "float8":
+    if isinstance(dtype, str):
         return float8(grad)
     largest = torch.finfo(dtype).max
     return grad.double().clamp(-largest, largest).to(dtype)

@@ -34,8 +34,8 @@ DOORS = {
     GradQueueState: ON_RANKS,
     register: ON_RANKS,
 }
-# Keywords of a door itself, which torch.optim has too.
-SWITCHES = {"maximize", "foreach", "differentiable", "fused"}
+# Keywords of a door itself: those that torch.optim has too, and how its update is rounded.
+SWITCHES = {"maximize", "foreach", "differentiable", "fused", "stochastic_rounding"}
 OWN = {GQSGD: {"dampening", *SWITCHES}, GQAdamW: {"capturable", *SWITCHES}}
 
 

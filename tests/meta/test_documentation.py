@@ -151,7 +151,10 @@ def keywords(function):
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Files that stand on no page as a whole, and what runs them.
-ELSEWHERE = {"own_script.py": "tests/study/test_study_told.py"}
+ELSEWHERE = {
+    "own_script.py": "tests/study/test_study_told.py",
+    "gradient_clusters.py": "tests/sampling/test_gradient_clustering.py",
+}
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
