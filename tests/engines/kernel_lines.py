@@ -4,7 +4,8 @@
 What a kernel compiles to follows from the code that Triton's front end makes of it, the target, the
 options and Triton's version. ``kernel_lines.json`` records what is printed by a hash of these. So a
 kernel that has not changed runs through the front end alone, which takes a tenth of the time; any
-other is compiled, and for sm_90 the usual cases always. ``python tests/engines/compile_kernels.py --record`` compiles and records all.
+other is compiled, and for sm_90 the usual cases always are. ``python
+tests/engines/compile_kernels.py --record`` compiles and records all.
 """
 
 import hashlib
