@@ -27,6 +27,7 @@ __all__ = [
     "masses",
     "moments",
     "optimizer",
+    "padded",
     "pushed",
     "queue_sharded",
     "queue_sliced",
@@ -94,6 +95,22 @@ def combined(clusters: int, g: int, read: int) -> int:
         read: bytes of the ring, or of the statistics in their place.
     """
     return (clusters - 1) * g + clusters * g + read + 2 * g
+
+
+def padded(bucket: Bucket, world: int, size: int, back: bool) -> int:
+    """Return the bytes of copying a bucket in slices that the ranks do not divide.
+
+    A buffer of zeros is written and the bucket copied to it; the slices of all ranks are gathered
+    in another buffer and copied back.
+
+    Args:
+        bucket: the parameters.
+        world: W.
+        size: bytes of an element that is sent.
+        back: whether the bucket is gathered, too.
+    """
+    elements = sum(p.numel for p in bucket)
+    return (5 if back else 3) * size * elements if elements % world else 0
 
 
 # --- held per rank

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gq_triton.float8 import FLOAT8, ring_bytes, stored_type
+from gq_triton.float8 import FLOAT8, ring_bytes, stored_type, wire_type
 from gq_triton.plan import formulas
 from gq_triton.plan.exchange import ddp, exposed, fsdp
 from gq_triton.plan.machine import Machine
@@ -200,7 +200,13 @@ def _held(
 def _moved(way: Way, setup: Setup, queue: formulas.Queue, world: int, shards: int) -> float:
     """Return the bytes that the law reads and writes, the read for finiteness among them."""
     params, length = setup.shapes.parameters, setup.length
-    mine = 1 / world if way.sliced else 1.0
+    mine, copied = 1.0, 0
+    if way.sliced:
+        mine = 1 / world
+        for bucket in buckets(params):
+            own = bucket[0].dtype
+            sent = wire_type(queue, own) if way.clusters else own
+            copied += formulas.padded(bucket, world, sent.itemsize, not way.clusters)
 
     def stepped(p: Parameter) -> float:
         return p.itemsize + formulas.law(length, stored_type(queue, p.dtype))
@@ -212,7 +218,7 @@ def _moved(way: Way, setup: Setup, queue: formulas.Queue, world: int, shards: in
     if way.law == "optimizer":
         return _over(params, shards, stepped)
     if not way.clusters:
-        return mine * _over(params, shards, weighed)
+        return mine * _over(params, shards, weighed) + copied
     divided = way.sliced or way.wrap != "ddp"
 
     def weighted(p: Parameter) -> float:
@@ -225,4 +231,4 @@ def _moved(way: Way, setup: Setup, queue: formulas.Queue, world: int, shards: in
         own = formulas.statistics(length, ring) if divided else 0
         return p.itemsize + formulas.pushed(length, p.itemsize, ring) + own
 
-    return _over(params, 1, weighted) + mine * _over(params, shards, queued)
+    return _over(params, 1, weighted) + mine * _over(params, shards, queued) + copied

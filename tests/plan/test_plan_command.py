@@ -150,6 +150,18 @@ def test_a_shard_of_few_rows_is_as_large_as_a_row():
     assert [param.shard(ranks) for ranks in (1, 3, 10, 16384)] == [30, 12, 3, 3]
 
 
+def test_a_bucket_that_the_ranks_do_not_divide_is_copied():
+    numel = 130_000  # 16 ranks divide it, 32 do not
+    for world, copied in ((16, 0), (32, 5 * 4)):
+        (whole,) = [c for c in at(world, numel)[0] if c.way.sliced and c.queue_dtype is None]
+        assert whole.moved == numel * (36 / world + copied)
+        sums = [c for c in at(world, numel, clusters=4)[0] if c.way.sliced]
+        by_ring = [4 + 4 + 4 + 28, 4 + 4 + 2 + 18, 4 + 4 + 12 + 14]  # read, pushed, statistics
+        for c, ring, raw in zip(sums, by_ring, (4, 2, 4), strict=True):
+            read = formulas.combined(4, 4, formulas.STATISTIC)
+            assert c.moved == numel * (read + ring / world + (3 * raw if copied else 0))
+
+
 def test_only_the_last_bucket_waits_where_the_link_is_quick_and_all_do_where_it_is_slow():
     def waited(nbytes):
         sent = [Message(nbytes, 1, 2)]
