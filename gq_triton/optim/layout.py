@@ -27,6 +27,8 @@ class Layout:
         self._length = len(tensors)
         make = _guards() if tensors else None
         self._guards = None if make is None else _guards_of(make, tensors)
+        if self._guards is not None and not self._guards.check(*tensors):
+            self._guards = None  # torch's class refuses one tensor in two places
         self._facts = _facts(tensors) if self._guards is None else None
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:

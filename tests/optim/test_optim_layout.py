@@ -6,6 +6,7 @@ from weakref import ref
 import pytest
 import torch
 
+from gq_triton import GQSGD
 from gq_triton.optim import layout
 from gq_triton.optim.layout import Layout
 
@@ -70,3 +71,16 @@ def test_a_record_refers_to_no_tensor():
     gc.collect()
     assert [reference() for reference in watched] == [None] * len(watched)
     assert known.fits(tensors())
+
+
+@pytest.mark.usefixtures("_way")
+def test_one_tensor_in_two_places_fits():
+    """Two parameters may have one gradient."""
+    one = torch.zeros(3)
+    assert Layout([one, one]).fits([one, one])
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = GQSGD(params, 0.5)
+    for param in params:
+        param.grad = torch.ones_like(params[0]) if param is params[0] else params[0].grad
+    optimizer.step()
+    assert all(param.tolist() == [-0.5] * 3 for param in params)
