@@ -22,7 +22,7 @@ from gq_triton.bench.rank_checks import ranks_agree
 from gq_triton.bench.ranks import end_ranks
 from gq_triton.bench.record import as_csv, as_markdown, as_table
 from gq_triton.bench.run import Run
-from gq_triton.commands.files import whole_file
+from gq_triton.commands.files import check_folder, whole_file
 from gq_triton.commands.refusal import Parser, Refusal
 from gq_triton.extras import how_to_install
 
@@ -74,6 +74,9 @@ def main(argv: Sequence[str]) -> int:
             what, problems = "wrong results, nothing was timed", _wrong(device, names, tell)
             if not problems:
                 what, problems = "these cases failed", _measure(device, names, given, tell)
+        except KeyboardInterrupt:
+            sys.stderr.write("gq-triton bench: stopped; the files of finished themes are kept\n")
+            return 130
         finally:
             end_ranks()
     if problems:
@@ -136,6 +139,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         raise Refusal("--device cuda needs a GPU that torch can use, and there is none")
     if given.out.exists() and not given.out.is_dir():
         raise Refusal(f"--out must be a folder, and {given.out} is a file")
+    check_folder(given.out)
     return given
 
 

@@ -8,7 +8,14 @@ from typing import IO
 
 from gq_triton.commands.refusal import Refusal
 
-__all__ = ["alone", "whole_file"]
+__all__ = ["alone", "check_folder", "whole_file"]
+
+
+def check_folder(out: Path) -> None:
+    """Raise a Refusal unless the folder ``--out`` is there or can be made, and written to."""
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise Refusal(f"--out {out} cannot be made: {above} is no folder one may write to")
 
 
 @contextmanager

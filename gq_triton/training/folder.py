@@ -1,10 +1,10 @@
 """The folder of a run: which folder may become one, and what is read before anything is written."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gq_triton.commands.files import check_folder
 from gq_triton.commands.refusal import Refusal
 from gq_triton.training.checkpoints import checkpoints, load_newest_checkpoint, step_of
 from gq_triton.training.place import launch_id
@@ -58,9 +58,7 @@ def _check_new(out: Path) -> None:
         raise Refusal(f"--out {out} holds another run: name another folder, or use --resume {out}")
     if content:
         raise Refusal(f"--out {out} holds other files: name a new folder or an empty one")
-    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise Refusal(f"--out {out} cannot be made: {above} is no folder one may write to")
+    check_folder(out)
 
 
 def make_folder(out: Path) -> None:

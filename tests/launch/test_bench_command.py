@@ -15,6 +15,7 @@ from gq_triton.commands.cli import main
         (["--only", "queue"], "--only: invalid choice: 'queue'"),
         (["--device", "tpu"], "--device: invalid choice"),
         (["--out", "file"], "--out must be a folder, and file is a file"),
+        (["--out", "file/sub"], "--out file/sub cannot be made: "),
         pytest.param(
             ["--device", "cuda"], "--device cuda needs a GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
@@ -43,6 +44,16 @@ def test_a_wrong_result_ends_the_run_before_anything_is_timed(tmp_path, monkeypa
     assert command.main(["--only", "kmeans", "--out", str(tmp_path / "out")]) == 1
     assert "2 + 2: error 1, at most 0.5 is allowed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_ends_with_a_line(monkeypatch, capsys):
+    def check(device):
+        raise KeyboardInterrupt
+
+    theme = command.THEMES["kmeans"]._replace(checks=(check,))
+    monkeypatch.setitem(command.THEMES, "kmeans", theme)
+    assert command.main(["--only", "kmeans"]) == 130
+    assert "stopped; the files of finished themes are kept" in capsys.readouterr().err
 
 
 @pytest.mark.slow
