@@ -28,6 +28,7 @@ __all__ = [
     "rows",
     "shaped",
     "shard_groups",
+    "shard_number",
     "write_back_",
 ]
 
@@ -143,6 +144,20 @@ def shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
         return []
     sharded = [d for d, p in enumerate(tensor.placements) if isinstance(p, Shard)]
     return [tensor.device_mesh.get_group(dimension) for dimension in sharded]
+
+
+def shard_number(tensor: Tensor) -> int:
+    """Return the number of this rank's part among the parts of a tensor; ranks may hold one part.
+
+    An ordinary tensor is part 0.
+    """
+    number = 0
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        for dimension, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard):
+                number = number * mesh.size(dimension) + mesh.get_local_rank(dimension)
+    return number
 
 
 def least_over(groups: Sequence[dist.ProcessGroup]) -> Callable[[Tensor], Tensor] | None:

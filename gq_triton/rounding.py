@@ -5,9 +5,10 @@ the sum is rounded to the nearest number. Rounded up or down at random, with the
 mean right, small updates arrive in the mean.
 
 The random bits are a hash of three numbers: the element's place in its tensor, the gradients that
-the tensor's queue has taken, and the place of the tensor in the call. So every engine has the same
-bits, every rank that holds the same weights rounds them alike, and a resumed run repeats them. No
-generator is asked. The hash is the 32-bit finaliser of MurmurHash3, applied twice.
+the tensor's queue has taken, and the place of the tensor in the step. A rank's part of a DTensor
+counts as a tensor of its own. So every engine has the same bits, every rank that holds the same
+weights rounds them alike, and a resumed run repeats them. No generator is asked. The hash is the
+32-bit finaliser of MurmurHash3, applied twice.
 
 Shape legend: n = elements.
 """
@@ -27,7 +28,7 @@ def key_of(queued: int, index: int) -> int:
 
     Args:
         queued: gradients that the tensor's queue had taken before.
-        index: the tensor's place in the call of the engine.
+        index: the place of the tensor, or of a part of it; no other of the step has it.
     """
     return int(_hash(torch.tensor((queued + int(_hash(torch.tensor(index + 1)))) & _LOW32)))
 

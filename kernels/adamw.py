@@ -70,9 +70,10 @@ def _adamw_block(
     store_weight(p_ptr + offsets, p, mask, first + offsets, key, STOCHASTIC)
 
 
-@triton.jit(do_not_specialize=["n_tensors"])
+@triton.jit(do_not_specialize=["n_tensors", "place"])
 def _gqadamw_kernel(
-    rows, starts, n_tensors, ticket, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr,
+    rows, starts, n_tensors, place, ticket, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr,
+    lr_ptr,
     lr: tl.float64, beta1: tl.float64, log2_beta1: tl.float64, beta2: tl.float64,
     log2_beta2: tl.float64, eps: tl.float64, weight_decay: tl.float64,
     low: tl.float64, high: tl.float64,
@@ -97,7 +98,7 @@ def _gqadamw_kernel(
     count = unless_found_inf(count, found_inf_ptr)
     slot, active, queue_it = ring_turn(row, finite_ptr, L)
     queued = tl.load(typed(tl.load(row + QUEUED), tl.int64, False))
-    key = key_of(queued, tl.load(row + INDEX))
+    key = key_of(queued, place + tl.load(row + INDEX))
     step = tl.load(typed(tl.load(row + _STEP), tl.float32, False)) + 1
     p_ptr = typed(tl.load(row + _PARAM), P_DTYPE, ALIGNED) + first
     g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
@@ -156,6 +157,7 @@ def gqadamw_(
     weight_decay: float,
     maximize: bool,
     stochastic_rounding: bool = False,
+    place: int = 0,
 ) -> None:
     """Take one step of AdamW on weighted gradients; see ``engines.protocol``.
 
@@ -178,7 +180,7 @@ def gqadamw_(
         flags = as_bytes(accepted)
         for table in tables:
             _gqadamw_kernel[table.grid](
-                table.rows, table.starts, table.n_tensors, table.ticket,
+                table.rows, table.starts, table.n_tensors, place, table.ticket,
                 flags, law.length, law.grad_scale, law.found_inf, lr_tensor,
                 0.0 if on_device else float(lr), float(beta1), _log2(beta1),
                 float(beta2), _log2(beta2), float(eps), float(weight_decay), 1.0 / law.rho,

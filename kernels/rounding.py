@@ -30,7 +30,7 @@ def hashed(x):
 
 @triton.jit
 def key_of(queued, index):
-    """Return the key of a tensor's step, uint32, of its counter and its place in the call."""
+    """Return the key of a tensor's step, uint32, of its counter and its place in the step."""
     return hashed(queued.to(tl.uint32) + hashed((index + 1).to(tl.uint32)))
 
 

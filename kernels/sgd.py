@@ -63,9 +63,10 @@ def _sgd_block(
     store_weight(p_ptr + offsets, p - lr * g, mask, first + offsets, key, STOCHASTIC)
 
 
-@triton.jit(do_not_specialize=["n_tensors"])
+@triton.jit(do_not_specialize=["n_tensors", "place"])
 def _gqsgd_kernel(
-    rows, starts, n_tensors, ticket, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr,
+    rows, starts, n_tensors, place, ticket, finite_ptr, length_ptr, grad_scale_ptr, found_inf_ptr,
+    lr_ptr,
     lr: tl.float64, momentum: tl.float64, undamped: tl.float64, weight_decay: tl.float64,
     low: tl.float64, high: tl.float64,
     P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, B_DTYPE: tl.constexpr,
@@ -88,7 +89,7 @@ def _gqsgd_kernel(
     count = unless_found_inf(count, found_inf_ptr)
     slot, active, queue_it = ring_turn(row, finite_ptr, L)
     queued = tl.load(typed(tl.load(row + QUEUED), tl.int64, False))
-    key = key_of(queued, tl.load(row + INDEX))
+    key = key_of(queued, place + tl.load(row + INDEX))
     p_ptr = typed(tl.load(row + _PARAM), P_DTYPE, ALIGNED) + first
     g_ptr = typed(tl.load(row + GRAD), G_DTYPE, ALIGNED) + first
     ring = typed(tl.load(row + QUEUE), Q_DTYPE, ALIGNED) + first
@@ -138,6 +139,7 @@ def gqsgd_(
     maximize: bool,
     first: bool,
     stochastic_rounding: bool = False,
+    place: int = 0,
 ) -> None:
     """Take one step of SGD on weighted gradients; see ``engines.protocol``.
 
@@ -160,7 +162,7 @@ def gqsgd_(
         flags = as_bytes(accepted)
         for table in tables:
             _gqsgd_kernel[table.grid](
-                table.rows, table.starts, table.n_tensors, table.ticket,
+                table.rows, table.starts, table.n_tensors, place, table.ticket,
                 flags, law.length, law.grad_scale, law.found_inf, lr_tensor,
                 0.0 if on_device else float(lr), float(momentum),
                 float(1 - dampening), float(weight_decay), 1.0 / law.rho, float(law.rho),

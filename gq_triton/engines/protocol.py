@@ -99,6 +99,7 @@ class Engine(Protocol):
         maximize: bool,
         first: bool,
         stochastic_rounding: bool = False,
+        place: int = 0,
     ) -> None:
         """Take one step of SGD on weighted gradients, in the order of ``torch.optim.SGD``.
 
@@ -123,6 +124,7 @@ class Engine(Protocol):
             first: whether the momentum buffers are written for the first time, as the gradient.
             stochastic_rounding: whether parameters of bfloat16 are rounded at random; see
                 ``gq_triton.rounding``.
+            place: tensors of the optimizer before the first of these, for the random bits.
         """
         ...
 
@@ -145,6 +147,7 @@ class Engine(Protocol):
         weight_decay: float,
         maximize: bool,
         stochastic_rounding: bool = False,
+        place: int = 0,
     ) -> None:
         """Take one step of AdamW on weighted gradients, in the order of ``torch.optim.AdamW``.
 
@@ -168,6 +171,7 @@ class Engine(Protocol):
             weight_decay: decoupled decay.
             maximize: ascend.
             stochastic_rounding: as in ``gqsgd_``.
+            place: as in ``gqsgd_``.
         """
         ...
 

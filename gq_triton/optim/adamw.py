@@ -119,10 +119,11 @@ class GQAdamW(GradQueueOptimizer):
     def _update(
         self, ops: Engine, batch: Batch, accept: Tensor | None, group: dict[str, Any], law: Law
     ) -> None:
-        names = "lr", "eps", "weight_decay", "maximize", "stochastic_rounding"
+        names = "lr", "eps", "weight_decay", "maximize"
         beta1, beta2 = group["betas"]
         ops.gqadamw_(
             batch.params, batch.grads, batch.queues, batch.queued,
             batch.state(EXP_AVG), batch.state(EXP_AVG_SQ), batch.columns[STEP], accept, law,
             **{name: group[name] for name in names}, beta1=beta1, beta2=beta2,
+            **batch.rounding(group),
         )  # fmt: skip

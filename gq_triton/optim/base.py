@@ -164,14 +164,14 @@ class GradQueueOptimizer(Optimizer):
         if loss is not None:
             self.record_loss(loss)
         probing = not self.state and self._is_probe()
-        self._measured = []
+        self._measured, place = [], 0
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for number, group in enumerate(self.param_groups):
-            found = known[number]
-            known[number] = None
+            found, known[number] = known[number], None
             batches = self._plan(number) if found is None else self._plans[number].batches(found)
             length = self._length(group)
             for batch in batches:
+                batch.place, place = place, place + len(batch.params)
                 device = batch.shards[0].device
                 scale, found = (_on(value, device) for value in (grad_scale, found_inf))
                 law = Law(group["rho"], length, scale, found)

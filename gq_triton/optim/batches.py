@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from gq_triton.optim.layout import Layout
-from gq_triton.ring import flat, local, rows, write_back_
+from gq_triton.ring import flat, local, rows, shard_number, write_back_
 
 __all__ = ["QUEUE", "QUEUED", "Batch", "Flats", "Plan", "State"]
 
@@ -25,6 +25,9 @@ QUEUE, QUEUED = "queue", "queued"
 
 # Keys of single numbers; the tensor of any other key is as large as the parameter.
 _COUNTERS = QUEUED, "step"
+
+# The places of one part's tensors for the random bits of their rounding.
+_MOST_TENSORS = 1 << 20
 
 State = dict[str, Any]
 _grad = attrgetter("grad")
@@ -108,6 +111,7 @@ class Batch:
         params: the parameters' shards, flat.
         grads: the gradients' shards, flat.
         queues: the rings, ``(L, P)`` each.
+        place: the tensors that the step updates before these.
     """
 
     members: Sequence[Tensor]
@@ -117,6 +121,7 @@ class Batch:
     params: Flats
     grads: Sequence[Tensor]
     queues: Flats
+    place: int = 0
 
     @property
     def queued(self) -> Sequence[Tensor]:
@@ -129,6 +134,17 @@ class Batch:
         if tensors is None:  # these tensors were made after the batch
             tensors = [local(state[key]) for state in self.states]
         return Flats(tensors, self.shards, flat)
+
+    def rounding(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return an engine's arguments of the rounding.
+
+        No two tensors of a step have the same place, and no two parts of one, so that none is
+        rounded with the random bits of another.
+        """
+        if not group["stochastic_rounding"]:
+            return {}
+        part = shard_number(self.members[0])
+        return {"stochastic_rounding": True, "place": (part * _MOST_TENSORS + self.place) % 2**31}
 
 
 @dataclass

@@ -153,5 +153,5 @@ class GQSGD(GradQueueOptimizer):
         ops.gqsgd_(
             batch.params, batch.grads, batch.queues, batch.queued, buffers, accept, law,
             **{name: group[name] for name in names}, first=first,
-            stochastic_rounding=group["stochastic_rounding"],
+            **batch.rounding(group),
         )  # fmt: skip

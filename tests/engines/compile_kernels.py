@@ -302,7 +302,8 @@ def cases():
         ("gqsgd", sgd._gqsgd_kernel, 8),
         ("gqadamw", adamw._gqadamw_kernel, 10),
     ):
-        types = TABLE | ({"partials": "*fp32"} if name == "weigh" else {}) | scalars(kernel)
+        more = {"partials": "*fp32"} if name == "weigh" else {"place": "i32"}
+        types = TABLE | {k: v for k, v in more.items() if k in kernel.arg_names} | scalars(kernel)
         for case, (constants, extra) in RING_CASES.items():
             used = {key: value for key, value in extra.items() if key in kernel.arg_names}
             yield name, case, kernel, types | used, FULL | constants | {"W": width}

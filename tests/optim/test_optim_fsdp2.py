@@ -128,6 +128,20 @@ SAVED = {
 }
 
 
+def check_random_bits_of_parts(variant):
+    """The parts of one parameter have random bits of their own."""
+    model = torch.nn.Linear(200, RANKS, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.ones_(model.weight)
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    weight = model.weight
+    build = {"lr": 2.0**-10, "weight_decay": 0.0, "backend": "torch"}
+    optimizer = variant.build([weight], stochastic_rounding=True, **build)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    rows = full([weight])[0]
+    assert not torch.equal(rows[0], rows[1])
+
+
 def save_run(rank, folder):
     """Take five steps, then write the checkpoint that a training loop would write."""
     for name, variant in PAIR.items():
@@ -179,6 +193,7 @@ def test_a_checkpoint_continues_on_another_number_of_ranks(tmp_path, ranks):
 
 def run(rank):
     for variant in PAIR.values():
+        check_random_bits_of_parts(variant)
         sharded, optimizer = check_equals_whole(variant, "torch")
         check_checkpoint(variant, sharded, optimizer)
         check_equals_whole(variant, "numba")

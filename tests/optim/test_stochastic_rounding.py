@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from optim_cases import PAIR, assert_same, both_optimizers, copies, small_parameters, train
+from torch import nn
 
 from gq_triton import GQSGD, GQAdamW, reference
 from gq_triton.rounding import key_of, random_bits, stochastic_bfloat16
@@ -103,3 +104,19 @@ def test_small_updates_arrive_in_the_mean(kind):
 def test_the_option_is_a_switch():
     with pytest.raises(ValueError, match="stochastic_rounding must be True or False, got 1"):
         GQSGD(small_parameters(), stochastic_rounding=1)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # z of an empty queue
+@pytest.mark.parametrize("kind", [GQSGD, GQAdamW])
+@pytest.mark.parametrize("backend", ENGINES)
+def test_tensors_of_different_groups_are_rounded_apart(kind, backend):
+    """Equal weights and gradients end apart, whether or not they share a group and a batch."""
+    params = [nn.Parameter(torch.ones(200, dtype=BF16)) for _ in range(4)]
+    groups = [{"params": params[:1]}, {"params": params[1:3]}, {"params": params[3:]}]
+    optimizer = kind(groups, lr=2.0**-10, weight_decay=0.0, stochastic_rounding=True,
+                     backend=backend)  # fmt: skip
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    ends = {tuple(param.tolist()) for param in params}
+    assert len(ends) == len(params)

@@ -79,13 +79,14 @@ def gqadamw_(
     weight_decay: float,
     maximize: bool,
     stochastic_rounding: bool = False,
+    place: int = 0,
 ) -> None:
     """Take one step of AdamW on weighted gradients; see ``protocol``."""
     if law.skips:
         return
     settings: dict[str, Any] = dict(
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize,
-        stochastic_rounding=stochastic_rounding,
+        stochastic_rounding=stochastic_rounding, place=place,
     )  # fmt: skip
     if stochastic_rounding and params and params[0].dtype == torch.bfloat16:
         # All together: a tensor's place in the call is part of its random bits.

@@ -73,6 +73,7 @@ def gqsgd_(
     maximize: bool,
     first: bool,
     stochastic_rounding: bool = False,
+    place: int = 0,
 ) -> None:
     """Take one step of SGD on weighted gradients; see ``protocol``."""
     if law.skips:
@@ -80,6 +81,7 @@ def gqsgd_(
     settings: dict[str, Any] = dict(
         lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
         nesterov=nesterov, maximize=maximize, first=first, stochastic_rounding=stochastic_rounding,
+        place=place,
     )  # fmt: skip
     if stochastic_rounding and params and params[0].dtype == torch.bfloat16:
         # All together: a tensor's place in the call is part of its random bits.

@@ -32,6 +32,7 @@ def gqadamw_(
     weight_decay: float,
     maximize: bool,
     stochastic_rounding: bool = False,
+    place: int = 0,
 ) -> None:
     """Take one step of AdamW on weighted gradients; see ``protocol``.
 
@@ -49,7 +50,7 @@ def gqadamw_(
         step_size = float(lr / (1 - beta1**step))
         correction = (1 - beta2**step) ** 0.5
         moments = exp_avgs[index], exp_avg_sqs[index]
-        rounding = Rounding(param, stochastic_rounding, queued[index], index)
+        rounding = Rounding(param, stochastic_rounding, queued[index], place + index)
         for block, g, ring, *old in blocks(param, grad, queue, *moments):
             p, m, v = rounding.wide(block, *old)
             (raw,) = rounding.wide(g)

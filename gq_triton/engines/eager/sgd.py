@@ -22,7 +22,7 @@ class Rounding:
         param: the parameter.
         stochastic: whether a parameter of bfloat16 is rounded at random.
         queued: the counter of its queue, before this step.
-        index: its place in the call.
+        index: its place among the tensors of the optimizer.
     """
 
     def __init__(self, param: Tensor, stochastic: bool, queued: Tensor, index: int) -> None:
@@ -74,6 +74,7 @@ def gqsgd_(
     maximize: bool,
     first: bool,
     stochastic_rounding: bool = False,
+    place: int = 0,
 ) -> None:
     """Take one step of SGD on weighted gradients; see ``protocol``.
 
@@ -86,7 +87,7 @@ def gqsgd_(
     for index, (param, grad, queue) in enumerate(zip(params, grads, queues, strict=True)):
         turn = Turn(queue, queued[index], accept[index], law)
         buffer = param if momentum_buffers is None else momentum_buffers[index]
-        rounding = Rounding(param, stochastic_rounding, queued[index], index)
+        rounding = Rounding(param, stochastic_rounding, queued[index], place + index)
         for block, g, ring, moment in blocks(param, grad, queue, buffer):
             p, buf = rounding.wide(block, moment)
             (raw,) = rounding.wide(g)
