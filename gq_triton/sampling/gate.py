@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gq_triton.options import shown
 from gq_triton.sampling.gradients import gradient_norms
 from gq_triton.sampling.presample import Smoothing
 from gq_triton.sampling.scores import (
@@ -129,9 +130,7 @@ class Gate:
         """Return what scores say, ``(samples,)``."""
         scores = check_scores(scores, "the scores of a batch").to("cpu", torch.float64)
         tau = variance_reduction(self.smooth(scores))
-        level = tau if self._gate is None else float(self._gate(scores))
-        if not math.isfinite(level):
-            raise ValueError(f"gate must return a finite number for a step's scores, got {level}")
+        level = tau if self._gate is None else _finite(self._gate(scores))
         return Reading(tau, float(scores.mean()), level)
 
     def settle(self) -> None:
@@ -155,3 +154,16 @@ class Gate:
         self.tau = MEMORY * self.tau + (1 - MEMORY) * reading.tau
         self.mean = MEMORY * self.mean + (1 - MEMORY) * reading.mean
         self.level = MEMORY * self.level + (1 - MEMORY) * reading.level
+
+
+def _finite(value: Any) -> float:
+    """Return what a gate has returned, or raise a ValueError."""
+    try:
+        level = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        level = math.nan
+    if not math.isfinite(level):
+        raise ValueError(
+            f"gate must return a finite number for a step's scores, got {shown(value)}"
+        )
+    return level

@@ -158,9 +158,9 @@ def test_another_gate():
     run(loader)
     assert seen == [4] * len(loader)
     assert loader.costs[-1].steps_by_score == 0
-    loader = loader_of(gate=lambda s: torch.nan, tau_th=1.0)
-    with pytest.raises(ValueError, match="gate must return a finite number"):
-        run(loader)
+    for wrong in (lambda s: torch.nan, lambda s: s, lambda s: None, lambda s: "half"):
+        with pytest.raises(ValueError, match="gate must return a finite number"):
+            run(loader_of(gate=wrong, tau_th=1.0))
 
 
 def test_a_state_of_the_first_version_goes_on():
