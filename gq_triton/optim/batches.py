@@ -192,7 +192,7 @@ class Plan:
                 lacks is left out.
             key_of: returns the properties that all members of one batch share.
         """
-        self._params = list(group["params"])
+        self._params, self._queue_dtype = list(group["params"]), group["queue_dtype"]
         self._absent, members, grads = _with_gradient(self._params)
         own = [states[member] for member in members]
         self.keys = tuple(key for key in keys if all(key in state for state in own))
@@ -219,10 +219,13 @@ class Plan:
         """Return the tensors of a step, or None if anything the batches depend on has changed.
 
         The plan fits if the same parameters have a gradient, all tensors have the types, shapes and
-        strides that they had, and parameters and states have the same addresses.
+        strides that they had, parameters and states have the same addresses, and the group asks for
+        queues of the same type.
         """
         params = group["params"]
         if tuple(keys) != self.keys or not _are(params, self._params):
+            return None
+        if group["queue_dtype"] != self._queue_dtype:  # the rings are to be converted
             return None
         absent, members, grads = _with_gradient(params)
         if absent != self._absent:

@@ -219,6 +219,10 @@ def test_checkpoints_convert():
             back = kind(small_parameters())
             back.load_state_dict(copy.deepcopy(resumed.state_dict()))
             assert torch.equal(back.state[back.param_groups[0]["params"][0]]["queue"], ring)
+        # Between two steps, too.
+        optimizer.param_groups[0]["queue_dtype"] = "float8"
+        train(optimizer, params, 1, start=5)
+        assert optimizer.state[params[0]]["queue"].dtype == BYTE
     model = nn.Linear(1, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     queue = GradQueue(model, queue_length=2)
