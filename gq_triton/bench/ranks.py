@@ -64,6 +64,9 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_WHOLE = 1 << 20  # MiB of a bucket that takes every gradient
+
+
 def narrow(model: DistributedDataParallel) -> None:
     """Register torch's hook that sends bfloat16; float16 on the CPU, where torch refuses the other.
 
@@ -103,7 +106,10 @@ def wrapped(
     holder: Any = None
     module: nn.Module = model
     if wrap == "ddp":
-        module = DistributedDataParallel(model, process_group=group)
+        # torch's PowerSGD starts a bucket's later collectives when its first one ends. With two
+        # buckets gloo's ranks may start them in different orders, which ends the process.
+        cap = _WHOLE if options is power_sgd else None
+        module = DistributedDataParallel(model, process_group=group, bucket_cap_mb=cap)
         if callable(options):
             holder = options(module)
         elif options is not None:
