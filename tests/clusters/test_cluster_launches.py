@@ -1,6 +1,7 @@
 """The number of operations in a clustered step: on a GPU each one costs the host time."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -167,5 +168,5 @@ def test_a_table_with_more_rows_than_lookups(request, monkeypatch, backend):
             return self.features(torch.tanh(self.table(tokens)).mean(dim=1))
 
     torch.manual_seed(0)
-    options = {} if backend is None else {"backend": backend}
+    options: Any = {} if backend is None else {"backend": backend}
     Judge(Table().to(F64), LABELS, 5, **options).steps(square, tokens())

@@ -414,9 +414,8 @@ def wanted_of(case: str, constants: dict) -> Wanted:
 def main() -> None:
     """Print one JSON line per kernel, case and architecture.
 
-    With ``--record`` every kernel is compiled, and recorded. `make test-all` compiles all, too. In
-    any other run the usual cases are compiled for one architecture, and the rest is read from the
-    record where it has not changed.
+    With ``--record`` every kernel is compiled, and recorded. `make test-all` compiles all, too. Any
+    other run reads from the record what has not changed.
     """
     recording, record, written = "--record" in sys.argv, Record(), {}
     known = {} if recording or EVERY_CASE else record.lines
@@ -425,8 +424,6 @@ def main() -> None:
             source, wanted = source_of(kernel, types, constants), wanted_of(case, constants)
             keys = keys_of(source, wanted) if recording or record.lines else {}
             lines = {arch: known[key] for arch, key in keys.items() if key in known}
-            if case in USUAL:
-                lines.pop("sm_90", None)
             absent = {arch: one for arch, one in wanted.items() if arch not in lines}
             if absent:
                 compiled = compile_for_all(source, absent, folder)

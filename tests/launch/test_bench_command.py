@@ -57,6 +57,7 @@ def test_an_interrupted_run_ends_with_a_line(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # half a minute; the ratios of test_bench_* run the same harness
 def test_all_themes_are_checked_measured_and_written(tmp_path, capsys):
     assert main(["bench", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     capsys.readouterr()

@@ -106,7 +106,7 @@ class Possible:
         match path:
             case ["queue", name]:
                 own = self.saved["queue"]["queue"][name]
-                return is_dense(value, own.shape) and not bool(value.isnan().any())
+                return is_dense(value, own.shape) and bool(value.isfinite().all())
             case ["queued", _]:
                 return is_dense(value, (), (torch.int64,)) and 0 <= int(value) <= STEPS
             case ["losses"] | ["options", "loss_window"]:
