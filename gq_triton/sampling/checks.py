@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 from gq_triton.options import shown
 
-__all__ = ["check_data", "check_model", "count", "number", "one_of", "raise_all"]
+__all__ = ["check_data", "check_model", "count", "number", "one_of", "raise_all", "used"]
 
 
 def count(name: str, value: Any, low: int = 1) -> str | None:
@@ -41,6 +41,19 @@ def raise_all(*problems: str | None) -> None:
     found = [problem for problem in problems if problem]
     if found:
         raise ValueError("; ".join(found))
+
+
+def used(batches: int | None, given: int) -> int:
+    """Return how many of the batches that were given out were used; None: all.
+
+    Raises:
+        ValueError: ``batches`` is not from 0 to ``given``.
+    """
+    if batches is None:
+        return given
+    if not 0 <= batches <= given:
+        raise ValueError(f"batches must be from 0 to {given}, got {shown(batches)}")
+    return batches
 
 
 def check_model(model: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from gq_triton.options import shown
-from gq_triton.sampling.checks import count, number, raise_all
+from gq_triton.sampling.checks import count, number, raise_all, used
 from gq_triton.sampling.presample import draw
 from gq_triton.sampling.ranks import place, stream
 from gq_triton.sampling.scores import check_scores
@@ -180,13 +180,11 @@ class HistoryBatchSampler(Sampler[list[int]]):
         Raises:
             ValueError: ``batches`` is not from 0 to the number of batches that were asked for.
         """
-        if batches is not None and not 0 <= batches <= self._given:
-            raise ValueError(f"batches must be from 0 to {self._given}, got {shown(batches)}")
         return {
             **self._fixed(),
             "seed": self._seed,
             "epoch": self._epoch,
-            "given": self._given if batches is None else batches,
+            "given": used(batches, self._given),
             "begun": self._begun or batches is not None,
             "scores": self._scores[: self._own].clone(),
         }

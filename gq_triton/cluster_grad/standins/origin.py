@@ -71,30 +71,24 @@ def merged(stand_ins: list[Any], link: str) -> Origin:
             if all(start is not known for known in starts):
                 roots.append(root)
                 starts.append(start)
-    link = link if len(roots) == 1 else OTHER
-    return Origin(
-        origin.token,
-        origin.clock,
-        origin.batch,
-        origin.trusted,
-        origin.inputs,
-        tuple(roots),
-        tuple(starts),
-        link,
-        origin.hooks,
-    )
+    return _with(origin, tuple(roots), tuple(starts), link if len(roots) == 1 else OTHER)
 
 
 def linked(origin: Origin, link: str) -> Origin:
     """Return an origin with another link to its parameters."""
+    return _with(origin, origin.roots, origin.starts, link)
+
+
+def _with(origin: Origin, roots: tuple[Root, ...], starts: tuple[Tensor, ...], link: str) -> Origin:
+    """Return an origin of the same forward pass with other roots and another link."""
     return Origin(
         origin.token,
         origin.clock,
         origin.batch,
         origin.trusted,
         origin.inputs,
-        origin.roots,
-        origin.starts,
+        roots,
+        starts,
         link,
         origin.hooks,
     )
