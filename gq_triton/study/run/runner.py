@@ -24,6 +24,7 @@ __all__ = ["resources", "run_study"]
 
 # Trials that the scheduler knows at a time; it gives them also to workers that join later.
 _KNOWN = 1000
+_PLENTY = 500
 _CONNECT = 30.0  # seconds in which a scheduler elsewhere must answer
 _LOOK = 2.0  # seconds after which the scheduler is looked at, although no trial has finished
 
@@ -96,7 +97,8 @@ class _Run:
             for future in finished:
                 self._take(future)
             self.behind |= bool(finished)
-            if self.behind and (not self.running or not self.pace.wait):
+            # While dask knows of plenty no worker waits for the look.
+            if self.behind and (len(self.running) < _PLENTY or not self.pace.wait):
                 with self.pace.taken():
                     self._submit()
                 self.behind = False
