@@ -8,6 +8,7 @@ file, the text stays. The theme ``summary`` is a sentence from several files.
 """
 
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -85,13 +86,19 @@ def summary(device: str) -> str | None:
         line for line in lines_of(device, "clusters")
         if line.step == "clusters" and line.case.endswith("K = 8")
     ]  # fmt: skip
+    # The first row of a model has its usual batch.
+    usual = {line.case.partition(",")[0]: line for line in reversed(clusters)}.values()
+    small = [line for line in clusters if line not in usual]
+    also = f" ({spread(small)} times in small batches)" if small else ""
     hook = [line for line in lines_of(device, "hook") if line.step == "n_clusters=None"]
     if not (steps and clusters and hook):
         return None
-    return (
+    return textwrap.fill(
         f"On the {device.upper()} a step of the optimizers takes {spread(steps)} times as long as "
-        f"torch's fused one, a\nstep with 8 clusters {spread(clusters)} times as long as the plain "
-        f"step, and one with the DDP hook {spread(hook)} times as\nlong as with plain DDP."
+        f"torch's fused one, a step with 8 clusters {spread(list(usual))} times as long as the "
+        f"plain step{also}, and one with the DDP hook {spread(hook)} times as long as with plain "
+        "DDP.",
+        120,
     )
 
 

@@ -4,8 +4,9 @@ A step is forward pass, clustering, backward pass and optimizer; the queue is fu
 and the step with clusters in one backward pass are timed in turns, the others after them: their K
 or B copies of the gradients would push what the first two use out of the cache. "K passes" is
 ``mode="microbatch"``. ``vmap(grad)`` takes 16 samples at a time; it and Opacus stop at the K sums
-of gradients, without the law and the update. Peak memory is that of one step above what is held
-between steps, so without the queue.
+of gradients, without the law and the update; they take no batch norm and no recurrent layers. Peak
+memory is that of one step above what is held between steps, so without the queue. A step of over
+five seconds is measured once, and its memory is not.
 """
 
 import warnings
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from gq_triton import GradQueue
-from gq_triton.bench.harness import Step, in_turns
+from gq_triton.bench.harness import ENOUGH, Step, in_turns
 from gq_triton.bench.models import GPT, MLP, Recurrent, ResNet18
 from gq_triton.bench.peak import of_step, peak
 from gq_triton.bench.run import Line, Run
@@ -27,7 +28,6 @@ from gq_triton.bench.shapes import memory
 
 __all__ = ["measure"]
 
-FILL = 7  # from the sixth step on every weight is computed
 PLAIN, OURS, PASSES, VMAP, OPACUS = "plain", "clusters", "K passes", "vmap(grad)", "Opacus"
 CHUNK = 16
 PEAK = "peak MiB"
@@ -40,7 +40,13 @@ class Case(NamedTuple):
     inputs: tuple[int, ...]
     classes: int
     of_text: bool = False
-    vmaps: bool = True
+    others: tuple[str, ...] = (PASSES,)
+
+    @property
+    def words(self) -> str:
+        """Return the batch in words."""
+        count = self.inputs[0]
+        return f"{count} x {self.inputs[1]} tokens" if self.of_text else f"{count} samples"
 
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return random inputs and classes."""
@@ -51,17 +57,25 @@ class Case(NamedTuple):
         return x, torch.randint(self.classes, self.inputs[:1], device=device)
 
 
-CASES = {
-    "MLP, 1024 wide": Case(MLP, (512, 1024), 10),
-    "GPT of 3.3 M": Case(GPT, (64, 32), 256, True),
-    "ResNet-18": Case(ResNet18, (32, 3, 32, 32), 10, vmaps=False),
-}
-for _kind in (nn.GRU, nn.LSTM, nn.GRUCell, nn.LSTMCell):
-    CASES[_kind.__name__] = Case(partial(Recurrent, _kind), (128, 16, 32), 10, vmaps=False)
-LADDER = "MLP, 1024 wide"  # the case that is measured for every K
-COUNTS = (1, 4, 8, 16, 64)
-USUAL = 8
-TINY = Case(partial(GPT, 16, 8, 16, 2, 1), (16, 8), 16, True)
+USUAL, COUNTS = 8, (1, 64, 4, 16)  # K; the other numbers are for one model
+EVERY = PASSES, VMAP, OPACUS
+WIDE = Case(MLP, (2048, 1024), 10, others=EVERY)
+_RECURRENT = [
+    (kind.__name__, Case(partial(Recurrent, kind), (512, 16, 32), 10), USUAL)
+    for kind in (nn.GRU, nn.LSTM, nn.GRUCell, nn.LSTMCell)
+]
+# What tells most comes first. In small batches the costs of each cluster show.
+CASES: list[tuple[str, Case, int]] = [
+    ("MLP, 1024 wide", WIDE, USUAL),
+    ("GPT of 3.3 M", Case(GPT, (64, 128), 256, True, EVERY), USUAL),
+    ("ResNet-18", Case(ResNet18, (64, 3, 32, 32), 10), USUAL),
+    *_RECURRENT,
+    *(("MLP, 1024 wide", WIDE._replace(others=(PASSES,)), count) for count in COUNTS),
+    ("MLP, 1024 wide", Case(MLP, (128, 1024), 10, others=EVERY), USUAL),
+    ("GPT of 3.3 M", Case(GPT, (16, 128), 256, True, ()), USUAL),
+    ("ResNet-18", Case(ResNet18, (16, 3, 32, 32), 10, others=()), USUAL),
+]
+TINY = Case(partial(GPT, 16, 8, 16, 2, 1), (16, 8), 16, True, EVERY)
 
 
 def loss_of(output: Tensor, classes: Tensor) -> Tensor:
@@ -73,11 +87,16 @@ def loss_of(output: Tensor, classes: Tensor) -> Tensor:
 
 
 def step_of(case: Case, way: str, clusters: int, device: torch.device, length: int = 5) -> Step:
-    """Return a function that takes one step in a way, and has taken enough to fill the queue."""
+    """Return a function that takes one step in a way.
+
+    The queue was filled on few samples; then a step was taken, unless the way has K passes.
+    """
     torch.manual_seed(0)
     model, batch = case.build().to(device), case.batch(device)
     if way == VMAP:
-        return partial(_vmap, model, *batch, _labels(batch, clusters), clusters)
+        labels = _labels(batch, clusters)
+        _vmap(model, batch[0][:CHUNK], batch[1][:CHUNK], labels[:CHUNK], clusters)
+        return partial(_vmap, model, *batch, labels, clusters)
     if way == OPACUS:
         from opacus import GradSampleModule  # pyright: ignore[reportMissingImports]
 
@@ -90,9 +109,9 @@ def step_of(case: Case, way: str, clusters: int, device: torch.device, length: i
                           queue_length=length)  # fmt: skip
         queue.attach(optimizer)
 
-    def step() -> None:
+    def step(count: int | None = None) -> None:
         optimizer.zero_grad()
-        losses = loss_of(model(batch[0]), batch[1])
+        losses = loss_of(model(batch[0][:count]), batch[1][:count])
         if way == PASSES:
             assert queue is not None
             queue.backward(losses)
@@ -100,7 +119,9 @@ def step_of(case: Case, way: str, clusters: int, device: torch.device, length: i
             losses.mean().backward()
         optimizer.step()
 
-    for _ in range({PLAIN: 2, PASSES: 1}.get(way, length + 2)):
+    for _ in range(length + 1 if queue is not None else 1):
+        step(max(8, clusters))
+    if way != PASSES:
         step()
     return step
 
@@ -130,7 +151,9 @@ def _vmap(model: nn.Module, x: Tensor, y: Tensor, labels: Tensor, clusters: int)
 def _opacus(model: Any, x: Tensor, y: Tensor, labels: Tensor, clusters: int) -> dict:
     """Return the sums of the samples' gradients by cluster."""
     model.zero_grad()
-    loss_of(model(x), y).mean().backward()
+    with warnings.catch_warnings():  # tokens need no gradient, which torch finds worth a warning
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        loss_of(model(x), y).mean().backward()
     sums = {}
     for name, param in model.named_parameters():
         sums[name] = param.new_zeros(clusters, *param.shape)
@@ -140,38 +163,31 @@ def _opacus(model: Any, x: Tensor, y: Tensor, labels: Tensor, clusters: int) -> 
 
 
 def measure(run: Run) -> None:
-    """Time every model with K = 8, and one of them with K from 1 to 64."""
-    if run.small:
-        _case(run, "tiny GPT", TINY, 4)
-        return
-    for name, case in CASES.items():
-        _case(run, name, case, USUAL)
-    for count in COUNTS:
-        if count != USUAL:
-            _case(run, LADDER, CASES[LADDER], count)
+    """Time every model and K."""
+    for name, case, clusters in [("tiny GPT", TINY, 4)] if run.small else CASES:
+        label = f"{name}, {case.words}, K = {clusters}"
+        with run.case("clusters", label) as begins:
+            if begins:
+                _case(run, label, case, clusters)
 
 
-def _case(run: Run, name: str, case: Case, clusters: int) -> None:
+def _case(run: Run, label: str, case: Case, clusters: int) -> None:
     """Time one model with one K; keep a line for each way."""
-    label = f"{name}, {case.inputs[0]} samples, K = {clusters}"
-    with run.case("clusters", label) as begins:
-        if not begins:
-            return
-        both = {way: step_of(case, way, clusters, run.device) for way in (PLAIN, OURS)}
-        plain, ours = in_turns(list(both.values()), run.turns, run.device)
-        lines = _note(run, label, {PLAIN: plain, OURS: ours}, plain)
-        for way in _others(case, name, clusters):
-            if left_out := _too_large(case, way):
-                run.lines.append(Line("clusters", label, way, note=left_out))
-                continue
-            step = step_of(case, way, clusters, run.device)
-            if way != PASSES:
-                step()  # the first call
-            (taken,) = in_turns([step], max(2, run.turns // 3), run.device)
-            lines += _note(run, label, {way: taken}, plain)
-            del step
-        del both
-        _peaks(run, case, clusters, lines)
+    both = {way: step_of(case, way, clusters, run.device) for way in (PLAIN, OURS)}
+    plain, ours = in_turns(list(both.values()), run.turns, run.device, least=3)
+    lines = _note(run, label, {PLAIN: plain, OURS: ours}, plain)
+    for way in case.others:
+        if way == OPACUS and find_spec("opacus") is None:
+            continue
+        if left_out := _too_large(case, way):
+            run.lines.append(Line("clusters", label, way, note=left_out))
+            continue
+        step = step_of(case, way, clusters, run.device)
+        (taken,) = in_turns([step], max(2, run.turns // 3), run.device, least=1)
+        lines += _note(run, label, {way: taken}, plain)
+        del step
+    del both
+    _peaks(run, case, clusters, lines)
 
 
 def _note(run: Run, label: str, times: dict[str, list[float]], plain: list[float]) -> list[Line]:
@@ -179,27 +195,21 @@ def _note(run: Run, label: str, times: dict[str, list[float]], plain: list[float
     return run.note("clusters", label, "ms", found, base=[1000 * value for value in plain])
 
 
-def _others(case: Case, name: str, clusters: int) -> list[str]:
-    """Return the other ways; those that need a gradient per sample are measured for one K."""
-    ways = [PASSES]
-    if case.vmaps and clusters <= USUAL and (name != LADDER or clusters == USUAL):
-        ways += [VMAP] + [OPACUS] * (find_spec("opacus") is not None)
-    return ways
-
-
 def _too_large(case: Case, way: str) -> str:
-    """Return why Opacus is left out: it holds a gradient of every sample."""
-    if way != OPACUS:
-        return ""
+    """Return why a way that makes a gradient of every sample is left out."""
     size = 4 * case.inputs[0] * sum(param.numel() for param in case.build().parameters())
-    if 3 * size < memory():
+    # Opacus holds all at once; the other takes a second or so for each 2 GiB.
+    most = {OPACUS: memory() / 3, VMAP: 2**33}
+    if size <= most.get(way, size):
         return ""
     return f"left out: a gradient of every sample takes {size / 2**30:.1f} GiB"
 
 
 def _peaks(run: Run, case: Case, clusters: int, lines: list[Line]) -> None:
-    """Add the peak memory of each way to its line."""
+    """Add the peak memory of each way to its line, unless a step takes too long."""
     for line in lines:
+        if float(line.median) > 1000 * ENOUGH:
+            continue
         if run.on_gpu:
             size = peak(step_of(case, line.step, clusters, run.device), run.device)
         else:

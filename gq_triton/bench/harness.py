@@ -13,6 +13,7 @@ __all__ = ["Spread", "Step", "copy_rate", "host_seconds", "in_turns", "launches"
 
 Step = Callable[[], Any]
 CPU = torch.device("cpu")
+ENOUGH = 5.0  # seconds, after which slow steps take no further turns
 _COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes, far above what caches hold
 
 
@@ -61,17 +62,29 @@ def seconds(
     return (clock() - start) / calls
 
 
-def rounds(measures: Sequence[Callable[[], float]], turns: int) -> list[list[float]]:
-    """Return ``turns`` values of each measure, taken in turns."""
+def rounds(
+    measures: Sequence[Callable[[], float]], turns: int, least: int | None = None
+) -> list[list[float]]:
+    """Return ``turns`` values of each measure, taken in turns.
+
+    With ``least`` the slow ones end after so many turns or more: when five seconds have gone.
+    """
     taken: list[list[float]] = [[] for _ in measures]
-    for _ in range(turns):
+    end = time.monotonic() + ENOUGH
+    for turn in range(turns):
+        if least is not None and turn >= least and time.monotonic() > end:
+            break
         for measure, values in zip(measures, taken, strict=True):
             values.append(measure())
     return taken
 
 
 def in_turns(
-    steps: Sequence[Step], turns: int, device: torch.device = CPU, calls: int = 1
+    steps: Sequence[Step],
+    turns: int,
+    device: torch.device = CPU,
+    calls: int = 1,
+    least: int | None = None,
 ) -> list[list[float]]:
     """Return the seconds of each step in each turn.
 
@@ -80,8 +93,9 @@ def in_turns(
         turns: how often each is timed.
         device: where they work.
         calls: calls of a step in each turn, between which nothing waits.
+        least: turns of slow steps, see ``rounds``.
     """
-    return rounds([partial(seconds, step, device, calls) for step in steps], turns)
+    return rounds([partial(seconds, step, device, calls) for step in steps], turns, least)
 
 
 def host_seconds(step: Step, device: torch.device) -> float:

@@ -147,9 +147,9 @@ class Rival(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One optimizer over one model's shapes; the jobs of a lower rank come first."""
+    """One optimizer over one model's shapes; the late ones come last."""
 
-    rank: int
+    late: bool
     model: str
     name: str
     label: str
@@ -192,10 +192,9 @@ def jobs(run: Run, names: Sequence[str]) -> list[Job]:
         for name in PAIRS:
             for label, rival in rivals(name, model, run).items():
                 compiles = label.startswith(("torch compiled", "torchao", "HeavyBall"))
-                rank = 2 if model.startswith(LARGE) else int(compiles)
-                found.append(Job(rank, model, name, label, rival, label.startswith("GQ")
-                                 and "without" not in label))  # fmt: skip
-    return sorted(found, key=lambda job: job.rank)
+                first = label.startswith("GQ") and "without" not in label
+                found.append(Job(compiles, model, name, label, rival, first))
+    return sorted(found, key=lambda job: job.late)
 
 
 def measure(run: Run) -> None:
@@ -227,7 +226,7 @@ def _pair(run: Run, case: str, job: Job, params: list[nn.Parameter], rate: float
         if count < job.rival.fill:
             step()
     calls = 20 if run.on_gpu else 1
-    base, taken = in_turns([fused, step], run.turns, run.device, calls)
+    base, taken = in_turns([fused, step], run.turns, run.device, calls, least=3)
     elements = sum(param.numel() for param in params)
     plain = Rival(lambda params: fused, OWN_BYTES[job.name], OPERATIONS[job.name])
     every = [(job.label, step, taken, job.rival)]

@@ -132,17 +132,18 @@ def make_step(
     batch: tuple[Tensor, Tensor],
     group: dist.ProcessGroup | None,
     wrap: str = "ddp",
-) -> tuple[Callable[[], None], Any]:
+) -> tuple[Callable[..., None], Any]:
     """Return a function that takes one training step, and what holds memory for it.
 
-    ``batch`` has the inputs and the classes; the other arguments are those of ``wrapped``.
+    The function takes the number of samples, by default all. ``batch`` has the inputs and the
+    classes; the other arguments are those of ``wrapped``.
     """
     module, optimizer, holder = wrapped(model, options, group, wrap, batch[0].device.type)
 
-    def step() -> None:
+    def step(count: int | None = None) -> None:
         optimizer.zero_grad()
-        output = module(batch[0])
-        nn.functional.cross_entropy(output.flatten(0, -2), batch[1].flatten()).backward()
+        output = module(batch[0][:count])
+        nn.functional.cross_entropy(output.flatten(0, -2), batch[1][:count].flatten()).backward()
         optimizer.step()
         if batch[0].is_cuda:
             torch.cuda.synchronize()

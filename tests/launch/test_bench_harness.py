@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from gq_triton.bench import harness
 from gq_triton.bench.harness import in_turns, seconds, spread
 from gq_triton.bench.record import as_csv, as_markdown, from_csv
 from gq_triton.bench.run import Line, Run
@@ -22,11 +23,15 @@ def test_quantiles_are_those_of_20_and_80_per_cent():
     assert spread([7.0]) == (7.0, 7.0, 7.0)
 
 
-def test_steps_are_timed_in_turns_and_calls_share_a_time():
+def test_steps_are_timed_in_turns_and_calls_share_a_time(monkeypatch):
     order = []
     taken = in_turns([lambda: order.append("a"), lambda: order.append("b")], turns=2, calls=2)
     assert order == list("aabbaabb")
     assert [len(times) for times in taken] == [2, 2]
+    order.clear()
+    monkeypatch.setattr(harness, "ENOUGH", -1.0)  # every step is slow
+    in_turns([lambda: order.append("a")], turns=9, least=3)
+    assert len(order) == 3
     ticks = iter([10.0, 16.0])
     assert seconds(lambda: None, calls=3, clock=lambda: next(ticks)) == 2.0
 
@@ -135,7 +140,8 @@ def test_the_page_says_in_a_sentence_what_the_doors_cost(tmp_path, monkeypatch):
     found = {
         "optimizer": [("ResNet-50, AdamW", "GQAdamW", 3.0), ("GPT-2 small, AdamW", "GQAdamW", 2.5),
                       ("10 000 tensors of 64, AdamW", "GQAdamW", 90.0)],
-        "clusters": [("MLP, K = 8", "clusters", 1.4), ("MLP, K = 64", "clusters", 9.0)],
+        "clusters": [("MLP, K = 8", "clusters", 1.4), ("MLP, K = 64", "clusters", 9.0),
+                     ("MLP, few, K = 8", "clusters", 3.2)],
         "hook": [("ResNet-18", "n_clusters=None", 1.1)],
     }  # fmt: skip
     for theme, rows in found.items():
@@ -143,7 +149,7 @@ def test_the_page_says_in_a_sentence_what_the_doors_cost(tmp_path, monkeypatch):
         (tmp_path / f"2026-11-29_cpu_{theme}.csv").write_text(as_csv(lines, {}))
     said = " ".join(module.section("cpu", "summary").split())
     assert "optimizers takes 2.5 to 3.0 times" in said
-    assert "8 clusters 1.4 times" in said
+    assert "8 clusters 1.4 times as long as the plain step (3.2 times in small batches)" in said
     assert "DDP hook 1.1 times" in said
 
 
