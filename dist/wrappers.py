@@ -1,9 +1,9 @@
 """The search for the DDP module inside the objects that frameworks wrap around it."""
 
-import gc
-
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from gq_triton.living import living
 
 __all__ = ["carries", "ddp_carrying", "find_ddp"]
 
@@ -55,11 +55,7 @@ def ddp_carrying(state: object, owned: set[int]) -> DistributedDataParallel | No
         state: the state given to ``register_comm_hook``.
         owned: the ``id`` of the parameters, which tells a module from its deep copies.
     """
-    for candidate in gc.get_objects():
-        if (
-            issubclass(type(candidate), DistributedDataParallel)
-            and carries(candidate, state)
-            and any(id(parameter) in owned for parameter in candidate.parameters())
-        ):
+    for candidate in living(DistributedDataParallel):
+        if carries(candidate, state) and any(id(p) in owned for p in candidate.parameters()):
             return candidate
     return None

@@ -1,6 +1,5 @@
 """The loss scale that gradients carry, and the ``GradScaler`` that nobody was told of."""
 
-import gc
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -9,6 +8,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from gq_triton.living import living
 
 __all__ = ["GradScale", "ScalerWatch", "scaler_of"]
 
@@ -37,11 +38,7 @@ def scaler_of(optimizer: Optimizer) -> GradScaler | None:
     function looks through all living objects, which takes milliseconds: call it once per run, from
     a hook of ``step``.
     """
-    for candidate in gc.get_objects():
-        # type(), because isinstance() would call the __class__ of proxies.
-        if issubclass(type(candidate), GradScaler) and _steps(candidate, optimizer):
-            return candidate
-    return None
+    return next((one for one in living(GradScaler) if _steps(one, optimizer)), None)
 
 
 def _steps(scaler: GradScaler, optimizer: Optimizer) -> bool:

@@ -1,6 +1,5 @@
 """The Trainer of Hugging Face Transformers: one callback."""
 
-import gc
 import uuid
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from gq_triton.integrations.connect import (
     missing,
     scalars,
 )
+from gq_triton.living import living
 from gq_triton.options import ClusterOptions, LawOptions, takes
 from gq_triton.saved.files import DAMAGE, load_checked
 from gq_triton.saved.rules import Exactly, Record, check
@@ -198,9 +198,8 @@ def _trainer_of(callback: TrainerCallback) -> Trainer:
 
     The function looks through all living objects, which takes milliseconds: once per training.
     """
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), Trainer):
-            handler = getattr(candidate, "callback_handler", None)
-            if any(own is callback for own in getattr(handler, "callbacks", ())):
-                return candidate
+    for candidate in living(Trainer):
+        handler = getattr(candidate, "callback_handler", None)
+        if any(own is callback for own in getattr(handler, "callbacks", ())):
+            return candidate
     raise RuntimeError("this callback belongs to no living Trainer: pass it as callbacks=[...]")

@@ -1,8 +1,8 @@
 """Local clusters under DDP: W ranks with K clusters are one process with W * K clusters."""
 
 import pytest
-from dist_cluster_checks import FOUR_RANKS, THREE_RANKS, run_with
-from dist_cluster_loops import TWO_RANKS
+from dist_cluster_checks import THREE_RANKS, check_ranks_are_one_process, run_with
+from dist_cluster_loops import TWO_RANKS, check_compiled_models
 from dist_cluster_slices_checks import CHECKS as SLICES
 from rank_checks import checks
 from torch import nn
@@ -11,15 +11,27 @@ from torch.nn.parallel import DistributedDataParallel
 from gq_triton import GradQueue
 from gq_triton.dist import GradQueueState
 
+# Seconds each, and in the gate three ranks make the first, one rank and whole queues the other.
+RARE_IN_SLICES = check_ranks_are_one_process, check_compiled_models
+
+
 # With the queue whole on every rank, and in slices: the same checks.
-QUEUES = pytest.mark.parametrize("shard_queue", [False, True], ids=["whole", "slices"])
+@pytest.mark.slow
+@checks(TWO_RANKS)
+def test_two_ranks(ranks, check):
+    ranks(2).run(run_with, False, check)
 
 
 @pytest.mark.slow
-@QUEUES
-@checks(TWO_RANKS)
-def test_two_ranks(ranks, check, shard_queue):
-    ranks(2).run(run_with, shard_queue, check)
+@checks([check for check in TWO_RANKS if check not in RARE_IN_SLICES])
+def test_two_ranks_in_slices(ranks, check):
+    ranks(2).run(run_with, True, check)
+
+
+@pytest.mark.rare
+@checks(RARE_IN_SLICES)
+def test_rare_cases_in_slices(ranks, check):
+    ranks(2).run(run_with, True, check)
 
 
 @pytest.mark.slow
@@ -33,14 +45,13 @@ def test_three_ranks(ranks, check, shard_queue):
     ranks(3).run(run_with, shard_queue, check)
 
 
-@pytest.mark.slow
-@checks(FOUR_RANKS)
-def test_four_ranks(ranks, check):
-    ranks(4).run(run_with, False, check)
+@pytest.mark.rare
+def test_four_ranks(ranks):
+    ranks(4).run(run_with, False, check_ranks_are_one_process)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.rare), 3])
 @checks(SLICES)
 def test_slices(ranks, check, world_size):
     ranks(world_size).run(check)

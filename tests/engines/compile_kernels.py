@@ -18,6 +18,7 @@ from kernel_lines import (
     Record,
     Wanted,
     compile_for_all,
+    forget_lines,
     keys_of,
     line_of,
     options_of,
@@ -417,6 +418,7 @@ def main() -> None:
     With ``--record`` every kernel is compiled, and recorded. `make test-all` compiles all, too. Any
     other run reads from the record what has not changed.
     """
+    forget_lines()
     recording, record, written = "--record" in sys.argv, Record(), {}
     known = {} if recording or EVERY_CASE else record.lines
     with tempfile.TemporaryDirectory() as folder:

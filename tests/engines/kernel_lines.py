@@ -1,10 +1,11 @@
 # pyright: basic
 """One kernel, compiled ahead of time: what ``compile_kernels.py`` prints of it, and its record.
 
-What a kernel compiles to follows from the code that Triton's front end makes of it, the target, the
-options and Triton's version. ``kernel_lines.json`` records what is printed by a hash of these. So a
-kernel that has not changed runs through the front end alone, which takes a tenth of the time; any
-other is compiled. ``python tests/engines/compile_kernels.py --record`` compiles and records all.
+What a kernel compiles to follows from its source and that of all that it calls, the types, the
+constants, the target, the options and Triton's version. ``kernel_lines.json`` records what is
+printed by a hash of these. So a kernel that has not changed is not compiled; one whose text has
+changed is, be it a comment. ``python tests/engines/compile_kernels.py --record`` compiles and
+records all.
 """
 
 import hashlib
@@ -15,15 +16,14 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import triton
-from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource
 
 from gq_triton.kernels import sums
 from gq_triton.kernels.launch import THREADS
+from gq_triton.living import living
 
 RECORD = Path(__file__).with_name("kernel_lines.json")
 # By architecture, target and options.
@@ -135,23 +135,17 @@ class Record:
         RECORD.write_text(f'{json.dumps(self._of)[:-1]}, "lines": {{\n{body}\n}}}}\n')
 
 
+def forget_lines() -> None:
+    """Have Triton hash its functions without the lines of the files at which they begin.
+
+    They are part of the hash, since a compiled kernel tells a debugger where it is. Call this
+    before anything is hashed.
+    """
+    for function in living(triton.JITFunction):
+        function.starting_line_number = 0
+
+
 def keys_of(source: ASTSource, wanted: Wanted) -> dict[str, str]:
     """Return by architecture what a kernel's line is recorded by."""
-    code = front_end(source, *next(iter(wanted.values())))
-    inputs = {arch: repr((code, *one, triton.__version__)) for arch, one in wanted.items()}
+    inputs = {arch: repr((source.hash(), *one, triton.__version__)) for arch, one in wanted.items()}
     return {arch: hashlib.sha256(text.encode()).hexdigest()[:32] for arch, text in inputs.items()}
-
-
-def front_end(source: ASTSource, target: GPUTarget, options: dict) -> str:
-    """Return the code that Triton's front end makes of a kernel, without line numbers."""
-    backend: Any = make_backend(target)
-    make_ir: Any = source.make_ir  # other versions have other arguments
-    context = ir.context()
-    settled = backend.parse_options(dict(options))
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    functions = backend.get_codegen_implementation(settled)
-    # Triton 3.4 asks for no target here.
-    given = (target,) if "target" in inspect.signature(make_ir).parameters else ()
-    module = make_ir(*given, settled, functions, backend.get_module_map(), context)
-    return module.str_nodebug()

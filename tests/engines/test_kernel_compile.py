@@ -156,16 +156,19 @@ import importlib, json, linecache, os, sys
 from pathlib import Path
 sys.path.append({str(SCRIPT.parent)!r})
 import triton
-from kernel_lines import keys_of
+from kernel_lines import forget_lines, keys_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.dont_write_bytecode = True
-for factor in ("3.0", "5.0", "3.0"):
-    Path(__file__).with_name("changing.py").write_text({TEXT!r}.replace("FACTOR", factor))
+for factor, shift in (("3.0", ""), ("5.0", ""), ("3.0", "# one line more\\n")):
+    text = shift + {TEXT!r}.replace("FACTOR", factor)
+    Path(__file__).with_name("changing.py").write_text(text)
     linecache.clearcache()
     sys.modules.pop("changing", None)
-    source = ASTSource(importlib.import_module("changing").kernel, {{"out": "*fp32"}}, {{}})
+    kernel = importlib.import_module("changing").kernel
+    forget_lines()
+    source = ASTSource(kernel, {{"out": "*fp32"}}, {{}})
     target = GPUTarget("cuda", 80, 32)
     ptx = triton.compile(source, target=target).asm["ptx"]
     kept = len(os.listdir(os.environ["TRITON_CACHE_DIR"]))
@@ -181,7 +184,8 @@ def test_a_kernel_whose_helper_changed_is_compiled_anew_and_kept(tmp_path):
         json.loads(line) for line in lines_of(script, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     ]
     assert [one[:3] for one in found] == [[True, False, 1], [False, True, 2], [True, False, 2]]
-    # So it is with the record: the same code has the same key, another one and other options not.
+    # So it is with the record: the same code has the same key, wherever it stands in its file;
+    # other code and other options have another one.
     first, second, third = (one[3:] for one in found)
     assert first == third
     assert len({*first, *second}) == 4

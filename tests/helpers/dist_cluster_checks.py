@@ -331,4 +331,3 @@ CHECKS = [
 ]
 # The checks to which the number of ranks matters.
 THREE_RANKS = [check_ranks_are_one_process, check_a_resumed_run_goes_on_bit_for_bit]
-FOUR_RANKS = [check_ranks_are_one_process]

@@ -26,7 +26,7 @@ PLACES = {
 HOUSE = "gq_triton"
 BASE = {
     "names", "extras", "options", "law", "layer_sums", "loss_scale", "ring", "saved", "claims",
-    "describe", "wrappers", "aside", "float8", "replayed", "rounding",
+    "describe", "wrappers", "aside", "float8", "replayed", "rounding", "living",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
@@ -37,9 +37,10 @@ MAY = {
     "replayed": set(),
     "names": set(),
     "claims": set(),
+    "living": set(),
     "describe": {"options", "ring"},
     "extras": set(),
-    "loss_scale": set(),
+    "loss_scale": {"living"},
     "wrappers": set(),
     "float8": set(),
     "rounding": set(),
