@@ -63,6 +63,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_training_notices_inputs_in_another_order_and_takes_one_cluster(case):
     """It once gave each sample the cluster of another one, without a word."""

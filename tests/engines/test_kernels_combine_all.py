@@ -129,6 +129,7 @@ def test_only_gradients_that_are_not_finite_lose_their_weights(device, value):
     )
 
 
+@pytest.mark.slow
 def test_repeats_agree_bit_for_bit(device):
     batch = Batch(device, Clusters(device, [2, 0, 6]))
     first = [table.clone() for table in batch.run()[0]]

@@ -57,7 +57,7 @@ class Lookups:
             torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [1, 5, 64, 1030])
+@pytest.mark.parametrize("width", [1, 5, 64, pytest.param(1030, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sizes", [[4], [2, 0, 3]])
 def test_against_the_oracle(device, sizes, width):
     lookups = Lookups(device, sizes, width)

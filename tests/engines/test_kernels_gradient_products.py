@@ -84,6 +84,7 @@ def check(one, ways, engine=kernels):
         assert ((found - right).abs() <= bound).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", [BY_POSITION, WHOLE], ids=["position", "whole"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_is_the_oracle(name, ways):
@@ -115,6 +116,7 @@ def test_a_sample_that_is_not_finite_leaves_the_others_alone(positions, bad, way
     torch.testing.assert_close(norms[rest], right_norms)
 
 
+@pytest.mark.slow
 def test_a_clustering_takes_the_kernel(monkeypatch):
     """An empty cluster's centre is 0, so that its distance is the gradient's square."""
     torch.manual_seed(0)

@@ -110,6 +110,7 @@ def test_the_error_of_z_has_the_bound_of_the_method(offset, size):
     assert float(torch.cat(errors).square().mean().sqrt()) == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.parametrize("ops", [eager, compiled, kernels], ids=["torch", "numba", "triton"])
 def test_engines_weigh_and_queue_as_the_oracle(ops):

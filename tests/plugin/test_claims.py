@@ -37,6 +37,7 @@ def sgd(module):
 CLUSTERS = {"n_clusters": 2, "features": "0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, CLUSTERS], ids=["whole", "clusters"])
 def test_the_hook_and_attach(options):
     with one_rank():
