@@ -194,8 +194,15 @@ def draw(question: str, found: dict[str, list[Variant]], steady: dict[str, float
         below = [result.mean - result.low for result in results]
         above = [result.high - result.mean for result in results]
         upper.axhline(0, color="#8A8A8A", linewidth=1)
-        upper.errorbar(values, means, yerr=[below, above], color=COLOURS[0], marker="o", capsize=3)
-        lower.plot(values, [variant.unstable for variant in some], color=COLOURS[1], marker="s")
+        line = "-" if numbers else "none"  # nothing lies between two layers
+        shown = {"marker": "o", "capsize": 3, "linestyle": line}
+        upper.errorbar(values, means, yerr=[below, above], color=COLOURS[0], **shown)
+        for number, control in enumerate(some[0].controls):
+            others = [compare(gains(v.controls[number], v.base)).mean for v in some]
+            upper.plot(values, others, "D", color="#8A8A8A", label=f"control: {control.control}")
+            upper.legend(frameon=False, fontsize=9)
+        unstable = [variant.unstable for variant in some]
+        lower.plot(values, unstable, color=COLOURS[1], marker="s", linestyle=line)
         lower.axhline(some[0].plain, color="#8A8A8A", linestyle="--", linewidth=1)
         upper.set_title(
             f"{task}, batch {some[0].group.cell.batch_size}\nactivity {steady[task]:.2f}",
