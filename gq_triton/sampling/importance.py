@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -18,7 +19,7 @@ from gq_triton.sampling.costs import EpochCost
 from gq_triton.sampling.fetch import Fetch, Fetched, moved, pick, split_batch
 from gq_triton.sampling.gate import Gate, Reading
 from gq_triton.sampling.importance_options import check_loader_options, check_options
-from gq_triton.sampling.ranks import place, shard, stream
+from gq_triton.sampling.ranks import check_samples, place, shard, stream
 from gq_triton.sampling.scores import Loss, as_module
 from gq_triton.sampling.watch import device_of, run_model
 from gq_triton.saved.rules import Exactly, Flag, Integer, ListOf, Maybe, Number, Record, check
@@ -188,6 +189,7 @@ class ImportanceLoader:
         # The epoch, whether it has begun, and the batches of it that were given.
         self._epoch, self._begun, self._step = 0, False, 0
         self._resumes, self._turn = False, 0
+        self._compared = False  # with the lengths of the other ranks' datasets
         # Batches that are being read; and, of a loaded state, plans of batches still to be asked.
         self._under_way: deque[tuple[law.Plan, Tensor]] = deque()
         self._again: deque[law.Plan] = deque()
@@ -313,6 +315,9 @@ class ImportanceLoader:
 
     def _begin(self) -> None:
         """Begin an epoch, or continue one."""
+        if not self._compared and self.num_replicas > 1 and dist.is_initialized():
+            check_samples(self._samples)
+        self._compared = True
         self._under_way.clear()
         if not self._resumes:
             self._epoch += self._begun  # a loop was left before its end

@@ -5,7 +5,7 @@ import hashlib
 import torch
 import torch.distributed as dist
 
-__all__ = ["place", "shard", "stream"]
+__all__ = ["check_samples", "place", "shard", "stream"]
 
 
 def place(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
@@ -27,6 +27,25 @@ def place(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
             f"rank must be an integer from 0 to num_replicas - 1, got rank {rank} of {num_replicas}"
         )
     return num_replicas, rank
+
+
+def check_samples(samples: int) -> None:
+    """Compare the number of samples over the ranks, in one message that all of them must send.
+
+    Ranks that divide datasets of different lengths would wait for each other at the end.
+
+    Raises:
+        ValueError: on every rank, where one has another number.
+    """
+    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    ends = torch.tensor([samples, -samples], device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    most, least = int(ends[0]), -int(ends[1])
+    if most != least:
+        raise ValueError(
+            f"the dataset must be the same on all ranks, got {least} to {most} samples, and "
+            f"{samples} on this rank"
+        )
 
 
 def stream(*name: object) -> torch.Generator:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gq_triton.sampling.checks import check_data
-from gq_triton.sampling.ranks import place
+from gq_triton.sampling.ranks import check_samples, place
 
 __all__ = ["Source", "source_of"]
 
@@ -24,7 +24,8 @@ class Source:
 
     Raises:
         TypeError: the dataset has no length.
-        ValueError: the dataset is empty, or the batch size is not known.
+        ValueError: the dataset is empty or has another length on another rank, or the batch size
+            is not known.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -38,6 +39,8 @@ class Source:
         self.samples = len(dataset)
         if not self.samples:
             raise ValueError("the loader's dataset must have at least one sample, got none")
+        if self._ranks > 1:
+            check_samples(self.samples)
         self.own: int | None = len(range(self._rank, self.samples, self._ranks))
 
     def batches(self, order: Tensor | None) -> Iterator[tuple[Tensor | None, Any]]:

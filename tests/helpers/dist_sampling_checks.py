@@ -1,11 +1,12 @@
 """The checks of the samplers that run on all ranks; see test_sampling_ranks.py."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from gq_triton.sampling import GradientClustering, ImportanceLoader, StratifiedBatchSampler
 from gq_triton.sampling.ranks import stream
@@ -112,7 +113,17 @@ def check_ranks_cluster_a_part_each_to_the_same_result(rank: int) -> None:
     assert abs(whole.uniform_ / clustering.uniform_ - 1) < 1e-5
 
 
+def check_datasets_of_other_lengths_are_refused(rank: int) -> None:
+    model, dataset = nn.Linear(4, 2), Subset(data(), range(50 - rank))
+    said = f"got 49 to 50 samples, and {50 - rank} on this rank"
+    with pytest.raises(ValueError, match=said):
+        GradientClustering(model, n_clusters=4).fit(DataLoader(dataset, batch_size=6))
+    with pytest.raises(ValueError, match=said):
+        next(iter(ImportanceLoader(dataset, model, "cross_entropy", 4)))
+
+
 CHECKS = [
+    check_datasets_of_other_lengths_are_refused,
     check_ranks_cluster_a_part_each_to_the_same_result,
     check_ranks_share_the_batches_of_one_process,
     check_ranks_draw_disjoint_samples_in_the_same_steps,
