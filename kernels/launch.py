@@ -107,6 +107,12 @@ def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(map(Tensor.data_ptr, tensors)) if known is None else known
 
 
+def device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """Return the device of at least one tensor; a sequence may know it as its ``device``."""
+    known = getattr(tensors, "device", None)
+    return tensors[0].device if known is None else known
+
+
 def tables(
     device: torch.device,
     key: Hashable,
@@ -286,7 +292,10 @@ def ring_launch(
 def memo_of(*lists: Sequence[Tensor]) -> dict[Any, Any] | None:
     """Return the memo that all lists share, or None; see `ring_launch`."""
     memo = getattr(lists[0], "memo", None)
-    return memo if all(getattr(other, "memo", None) is memo for other in lists) else None
+    for other in lists[1:]:
+        if getattr(other, "memo", None) is not memo:
+            return None
+    return memo
 
 
 def as_bytes(finite: Tensor | None) -> Tensor | None:

@@ -24,7 +24,7 @@ from gq_triton.kernels.chunks import (
     typed,
     unless_found_inf,
 )
-from gq_triton.kernels.launch import as_bytes, device_guard, ring_launch
+from gq_triton.kernels.launch import as_bytes, device_guard, device_of, ring_launch
 from gq_triton.kernels.law import inverse_scale, load, store, weigh_and_queue
 from gq_triton.kernels.rounding import key_of, store_weight
 from gq_triton.law import Law
@@ -154,7 +154,7 @@ def gqsgd_(
     buffers = None if momentum == 0 else momentum_buffers
     vectors = {"params": params} | ({} if buffers is None else {"momentum_buffers": buffers})
     # A learning rate on the host, a number or a tensor, is passed by value.
-    device = queued[0].device
+    device = device_of(grads)
     on_device = isinstance(lr, Tensor) and lr.device == device
     lr_tensor = lr if on_device else None
     with device_guard(device):

@@ -123,7 +123,7 @@ class GQAdamW(GradQueueOptimizer):
         beta1, beta2 = group["betas"]
         ops.gqadamw_(
             batch.params, batch.grads, batch.queues, batch.queued,
-            batch.state(EXP_AVG), batch.state(EXP_AVG_SQ), batch.columns[STEP], accept, law,
+            batch.state(EXP_AVG), batch.state(EXP_AVG_SQ), batch.column(STEP), accept, law,
             **{name: group[name] for name in names}, beta1=beta1, beta2=beta2,
             **batch.rounding(group),
         )  # fmt: skip

@@ -16,8 +16,10 @@ from gq_triton.claims import OPTIMIZER, claim, release
 from gq_triton.describe import memory
 from gq_triton.engines import Engine, engine, note_plain_torch
 from gq_triton.law import Law, accepted, match_norm_
-from gq_triton.optim.batches import QUEUE, Batch, Found, Plan, State
+from gq_triton.optim.batches import QUEUE, Batch, State
 from gq_triton.optim.measured import Measured, figures, measure
+from gq_triton.optim.plan import Found, Plan
+from gq_triton.optim.referrers import Watched
 from gq_triton.optim.saved import LOSSES, optimizer_rule
 from gq_triton.optim.states import allocate_ring, reorder, saved_states, take_over
 from gq_triton.options import LawOptions, read
@@ -38,7 +40,7 @@ __all__ = ["GradQueueOptimizer"]
 _SAVED = "the saved optimizer"
 
 
-class GradQueueOptimizer(Optimizer):
+class GradQueueOptimizer(Watched, Optimizer):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A torch optimizer that applies the scarcity law to the gradients before its update.
 
     Subclasses provide ``_problems``, ``_new_state``, ``_keys``, ``_batch_key`` and ``_update``.
@@ -163,7 +165,7 @@ class GradQueueOptimizer(Optimizer):
         )
         if loss is not None:
             self.record_loss(loss)
-        probing = not self.state and self._is_probe()
+        probing = not vars(self)["state"] and self._is_probe()
         self._measured, place = [], 0
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for number, group in enumerate(self.param_groups):
@@ -173,8 +175,7 @@ class GradQueueOptimizer(Optimizer):
             for batch in batches:
                 batch.place, place = place, place + len(batch.params)
                 device = batch.shards[0].device
-                scale, found = (_on(value, device) for value in (grad_scale, found_inf))
-                law = Law(group["rho"], length, scale, found)
+                law = Law(group["rho"], length, _on(grad_scale, device), _on(found_inf, device))
                 ops = engine(device, group["backend"])
                 note_plain_torch(device, group["backend"], batch.shards)
                 if probing:
@@ -260,7 +261,7 @@ class GradQueueOptimizer(Optimizer):
     def _planned(self, number: int) -> Found | None:
         """Return the tensors of this step if the group has a plan that still fits, else None."""
         plan, group = self._plans.get(number), self.param_groups[number]
-        found = None if plan is None else plan.found(group, self.state, self._keys(group))
+        found = None if plan is None else plan.found(group, self, self._keys(group))
         for device in [] if plan is None or found is None else plan.devices:
             engine(device, group["backend"])  # raises where it cannot run
         return found
@@ -280,7 +281,7 @@ class GradQueueOptimizer(Optimizer):
             if param.grad is not None:
                 self._init(param, group, self.state[param])
         plan = self._plans[number] = Plan(group, self.state, self._keys(group), key_of)
-        found = plan.found(group, self.state, plan.keys)
+        found = plan.found(group, self, plan.keys)
         assert found is not None
         return plan.batches(found)
 
@@ -415,6 +416,7 @@ def _names(group: dict[str, Any]) -> Iterable[str | None]:
 
 def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
     """Return a loss scaler's number on ``device``."""
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return None if value is None else value.to(device, non_blocking=True)
+    if value is None:
+        return None
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.to(device, non_blocking=True)

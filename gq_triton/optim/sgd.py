@@ -141,7 +141,8 @@ class GQSGD(GradQueueOptimizer):
     def _update(
         self, ops: Engine, batch: Batch, accept: Tensor | None, group: dict[str, Any], law: Law
     ) -> None:
-        first = self._batch_key(group, batch.states[0])
+        missing = MOMENTUM_BUFFER not in batch.keys
+        first = missing and self._batch_key(group, batch.states[0])
         if first:
             # On the CPU a step that a loss scaler skips must not leave a buffer of zeros.
             if law.found_inf is not None and not law.found_inf.is_cuda and bool(law.found_inf):

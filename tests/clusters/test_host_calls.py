@@ -53,7 +53,7 @@ def test_calls_for_a_block_of_a_clustered_step():
     assert counts[1] - counts[0] <= BLOCK
 
 
-@pytest.mark.parametrize(("kind", "most"), [(GQSGD, 140), (GQAdamW, 150)])
+@pytest.mark.parametrize(("kind", "most"), [(GQSGD, 124), (GQAdamW, 131)])
 def test_calls_of_an_optimizers_step_do_not_grow_with_the_parameters(kind, most):
     counts = []
     for number in (3, 30):
@@ -62,7 +62,7 @@ def test_calls_of_an_optimizers_step_do_not_grow_with_the_parameters(kind, most)
             param.grad = torch.zeros(2, 2)
         optimizer = kind(params, lr=0.1, backend="triton", queue_length=2)
         with mock.patch.object(interpreter.GridExecutor, "__call__"):
-            for _ in range(3):
+            for _ in range(5):  # then nobody else can move the states
                 optimizer.step()
             counts.append(calls_of(optimizer.step))
     assert counts[0] == counts[1] <= most

@@ -27,7 +27,7 @@ from torch import nn
 
 from gq_triton import GQSGD
 from gq_triton.optim import base
-from gq_triton.optim.batches import Plan
+from gq_triton.optim.plan import Plan
 
 pytestmark = QUIET
 interpreted = pytest.param("triton", marks=pytest.mark.slow)
