@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from gq_triton.engines import engine
-from gq_triton.engines.protocol import Engine
+from gq_triton.engines import Engine, engine
 from gq_triton.layer_sums import LayerSums
 
 __all__ = ["Sums", "form_all"]

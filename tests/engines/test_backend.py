@@ -13,14 +13,14 @@ from gq_triton.ring import flat
 
 pytestmark = QUIET
 ENGINES = [kernels, compiled, eager]
-OPERATIONS = sorted(name for name in vars(Engine) if not name.startswith("_"))
+OPERATIONS = sorted(name for name in dir(Engine) if not name.startswith("_"))
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Kernels are compiled here, for CUDA.")
 BACKENDS = ["torch", "numba", pytest.param("triton", marks=interpreted)]
 
 
 def test_the_protocol_says_what_every_operation_does():
     assert len(OPERATIONS) == 17
-    assert [name for name in OPERATIONS if not vars(Engine)[name].__doc__] == []
+    assert [name for name in OPERATIONS if not getattr(Engine, name).__doc__] == []
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.__name__)
@@ -35,7 +35,7 @@ def test_an_engine_takes_the_arguments_of_the_protocol(engine, name):
         parameters = inspect.signature(function).parameters.values()
         return [(p.name, p.kind, p.default) for p in parameters if p.name != "self"]
 
-    assert arguments(getattr(engine, name)) == arguments(vars(Engine)[name])
+    assert arguments(getattr(engine, name)) == arguments(getattr(Engine, name))
 
 
 @pytest.mark.slow
