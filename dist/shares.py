@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gq_triton.queues import in_use
+from gq_triton.ring import in_use
 
 __all__ = ["Shares"]
 

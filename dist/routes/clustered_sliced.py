@@ -27,8 +27,8 @@ from gq_triton.engines import engine
 from gq_triton.float8 import convert
 from gq_triton.law import square_norm
 from gq_triton.options import ClusterOptions, LawOptions
-from gq_triton.queues import in_use, sha
-from gq_triton.ring import flat
+from gq_triton.queues import sha
+from gq_triton.ring import flat, in_use
 
 __all__ = ["ClusteredSliced", "ClusteredSlices"]
 
@@ -92,8 +92,8 @@ class ClusteredSlices(SlicedQueues):
         ops = engine(part.device, self.options.backend)
         squares = torch.zeros(len(names), dtype=torch.float64, device=part.device)
         places = {name: index for index, name in enumerate(names)}
-        rings, counters = ([kept[n] for n in held] for kept in (self._queue, self._queued))
-        ops.push_(means, rings, counters, accept, grad_scale=grad_scale)
+        queues, queued = self._flat_rings(held)
+        ops.push_(means, queues, queued, accept, grad_scale=grad_scale)
         for name, mean in zip(held, means, strict=True):
             squares[places[name]] = square_norm(mean, grad_scale)
         self._share(names, held, part.numel(), length)

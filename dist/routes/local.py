@@ -23,8 +23,8 @@ from gq_triton.float8 import wire_type
 from gq_triton.grouping import Groups
 from gq_triton.law import match_norm_
 from gq_triton.options import ClusterOptions
-from gq_triton.queues import Queues, in_use
-from gq_triton.ring import flat
+from gq_triton.queues import Queues
+from gq_triton.ring import flat, in_use
 from gq_triton.saved.rules import ListOf, Record, check
 
 __all__ = ["LocalClusters"]

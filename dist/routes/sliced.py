@@ -17,8 +17,8 @@ from gq_triton.engines import engine
 from gq_triton.float8 import convert, ring_rows
 from gq_triton.law import accepted, all_zero, match_norm_
 from gq_triton.options import LawOptions
-from gq_triton.queues import LOSSES, Queues, in_use
-from gq_triton.ring import flat, new_queue, rows
+from gq_triton.queues import LOSSES, Queues
+from gq_triton.ring import flat, in_use, new_queue, rows
 
 __all__ = ["Sliced", "SlicedQueues"]
 

@@ -17,7 +17,7 @@ from gq_triton.engines import engine
 from gq_triton.law import accepted
 from gq_triton.options import LawOptions
 from gq_triton.queues import Queues
-from gq_triton.ring import flat, least_over, local, mean_over_ranks, rows
+from gq_triton.ring import flat, least_over, local, mean_over_ranks
 
 __all__ = ["ShardedQueues"]
 
@@ -127,9 +127,8 @@ class ShardedQueues(Queues):
         for name, cut, columns in unit.columns(names):
             held = local(self.params[name]).numel()
             if held:
-                self._allocate(name)
                 part = mine[2 * columns.start : 2 * columns.stop].view(2, cut.size)[:, :held]
-                ring, queued = rows(local(self._queue[name])), self._queued[name]
+                (ring,), (queued,) = self._flat_rings([name])
                 ops.queue_statistics(ring, queued, part, length=self.effective_length(device))
         whole = mine.new_empty(dist.get_world_size(self._place.shard) * size)
         work = start_all_gather(mine, whole, self._place.shard)
@@ -170,20 +169,13 @@ class ShardedQueues(Queues):
             grad_scale: the loss scale that the gradients carry, or None.
             found_inf: non-zero where none of them is to be queued, one number, or None.
         """
-        batches: dict[Any, list[str]] = {}
-        for name, shard in raw.items():
-            stored = self._stored_type(name)
-            batches.setdefault((shard.device, shard.dtype, stored), []).append(name)
-        for names in batches.values():
+        for names in self._batches(raw):
             shards = [flat(raw[name]) for name in names]
-            for name in names:
-                self._allocate(name)
             ops = engine(shards[0].device, self.options.backend)
             least = least_over([self._place.shard])
             accept = accepted(ops.all_finite(shards), found_inf=found_inf, least=least)
-            rings = [rows(local(self._queue[name])) for name in names]
-            counters = [self._queued[name] for name in names]
-            ops.push_(shards, rings, counters, accept, grad_scale=grad_scale)
+            queues, queued = self._flat_rings(names)
+            ops.push_(shards, queues, queued, accept, grad_scale=grad_scale)
             table = self._place.add_up_(torch.cat([statistics[name] for name in names]))
             owners = [name for name in names for _ in range(len(statistics[name]))]
             self._keep_statistics(tuple(names), table, owners)

@@ -19,8 +19,7 @@ from gq_triton.dist.sharded.layout import Layout
 from gq_triton.dist.sharded.queues import ShardedQueues
 from gq_triton.float8 import wire_type
 from gq_triton.law import match_norm_, square_norm
-from gq_triton.queues import in_use
-from gq_triton.ring import flat, local
+from gq_triton.ring import flat, in_use, local
 
 __all__ = ["ShardedRaw"]
 

@@ -2,6 +2,5 @@
 
 from gq_triton.queues.queues import Queues
 from gq_triton.queues.saved import LOSSES, sha
-from gq_triton.ring import in_use
 
-__all__ = ["LOSSES", "Queues", "in_use", "sha"]
+__all__ = ["LOSSES", "Queues", "sha"]

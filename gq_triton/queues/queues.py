@@ -1,60 +1,33 @@
-"""The rings of a whole model, keyed by parameter name: what the plug-in and the DDP hook share."""
+"""The queues of a whole model and the law on them: what the plug-in and the DDP hook share."""
 
-import hashlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gq_triton.describe import memory
 from gq_triton.engines import engine, note_plain_torch
-from gq_triton.float8 import stored_type
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.options import LawOptions
-from gq_triton.queues.losses import length_of, new_losses, record_loss
 from gq_triton.queues.measures import LastStep, measures, measures_by_name
-from gq_triton.queues.saved import SHAPE_OPTIONS, digests, saved_rule
-from gq_triton.ring import (
-    fill_ring,
-    flat_gradient,
-    in_use,
-    least_over,
-    local,
-    new_counter,
-    new_queue,
-    refuse_capture,
-    rows,
-    shard_groups,
-)
-from gq_triton.saved.rules import COUNTER_LIMIT, check
+from gq_triton.queues.rings import Rings
+from gq_triton.ring import flat_gradient, least_over, shard_groups
 
 __all__ = ["Queues"]
 
 
-class Queues:
+class Queues(Rings):
     """The last L raw gradients of every parameter of a model, and the law that reads them.
-
-    A ring is allocated when its parameter first has a gradient, on its device and in its memory
-    order, so that nothing depends on when the model was moved or wrapped.
 
     Args:
         params: parameters by name.
         options: options of the law.
     """
 
-    # Whether a parameter's ring is here as a whole, not a part of it and statistics of the rest.
-    whole = True
-
     def __init__(self, params: Mapping[str, Tensor], options: LawOptions) -> None:
-        self.params = dict(params)
-        self.options = options
-        self._queue: dict[str, Tensor] = {}
-        self._queued: dict[str, Tensor] = {}
-        self._layouts: dict[str, tuple[torch.device, tuple[int, ...]]] = {}
-        self._losses: Tensor | None = None
+        super().__init__(params, options)
         # By parameter name, a raw gradient that was weighted elsewhere, and whether it is finite.
         self._finite: dict[str, tuple[weakref.ref[Tensor], Tensor, int]] = {}
         self._last = LastStep()
@@ -81,8 +54,6 @@ class Queues:
         """
         if not names:
             return
-        for name in names:
-            self._allocate(name)
         groups = shard_groups(self.params[names[0]])
         finite = engine(grads[0].device, self.options.backend).all_finite(grads)
         accept = accepted(finite, absent=absent, found_inf=found_inf, least=least_over(groups))
@@ -103,13 +74,9 @@ class Queues:
         """Weight gradients in place and queue the raw ones where ``accept``; return statistics."""
         device = grads[0].device
         note_plain_torch(device, self.options.backend, grads)
-        return engine(device, self.options.backend).weigh_(
-            grads,
-            [rows(local(self._queue[name])) for name in names],
-            [self._queued[name] for name in names],
-            accept,
-            self._law(device, grad_scale),
-        )
+        queues, queued = self._flat_rings(names)
+        law = self._law(device, grad_scale)
+        return engine(device, self.options.backend).weigh_(grads, queues, queued, accept, law)
 
     def _law(self, device: torch.device, grad_scale: Tensor | None) -> Law:
         return Law(self.options.rho, self.effective_length(device), grad_scale)
@@ -203,13 +170,13 @@ class Queues:
             The weighted and the raw gradient, ``(V, d)``; ``(C, 5)`` statistics to add up. ``push``
             of this raw gradient does not look at it again.
         """
-        self._allocate(name)
+        (queue,), (queued,) = self._flat_rings([name])
         weighted, raw, table, finite = engine(grads.device, self.options.backend).combine_rows(
             grads,
             where,
             labels,
-            rows(local(self._queue[name])),
-            self._queued[name],
+            queue,
+            queued,
             self._law(grads.device, grad_scale),
             inverse_shares=inverse_shares,
             mixture=mixture,
@@ -246,13 +213,12 @@ class Queues:
         Returns:
             For each parameter ``(C, 5)`` statistics to add up.
         """
-        for name in names:
-            self._allocate(name)
         device = sums[0].device
+        queues, queued = self._flat_rings(names)
         tables, finite = engine(device, self.options.backend).combine_all(
             sums,
-            [rows(local(self._queue[name])) for name in names],
-            [self._queued[name] for name in names],
+            queues,
+            queued,
             weighted,
             [flat_gradient(mean, self.params[name]) for name, mean in zip(names, raw, strict=True)],
             self._law(device, grad_scale),
@@ -289,8 +255,8 @@ class Queues:
 
     def _read(self, name: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return a parameter's ring ``(L, P)`` and its counter, as ``combine`` takes them."""
-        self._allocate(name)
-        return rows(local(self._queue[name])), self._queued[name]
+        (queue,), (queued,) = self._flat_rings([name])
+        return queue, queued
 
     def push(
         self,
@@ -308,11 +274,7 @@ class Queues:
             grad_scale: the loss scale the gradients carry, or None.
             found_inf: non-zero where none of them is to be queued, one number, or None.
         """
-        batches: dict[Any, list[str]] = {}
-        for name, grad in raw.items():
-            stored = self._stored_type(name)
-            batches.setdefault((grad.device, grad.dtype, stored), []).append(name)
-        for batch in batches.values():
+        for batch in self._batches(raw):
             names, finite = self._known_finite(batch, raw)
             self.push_batch(
                 names,
@@ -322,6 +284,14 @@ class Queues:
                 found_inf=found_inf,
                 finite=finite,
             )
+
+    def _batches(self, grads: Mapping[str, Tensor]) -> Iterable[list[str]]:
+        """Return names in lists of one call each: of one device, type of gradient and of ring."""
+        batches: dict[Any, list[str]] = {}
+        for name, grad in grads.items():
+            key = grad.device, grad.dtype, self._stored_type(name)
+            batches.setdefault(key, []).append(name)
+        return batches.values()
 
     def push_batch(
         self,
@@ -346,83 +316,16 @@ class Queues:
                 for none.
             finite: ``(N,)`` bool, which gradients are finite; None looks at them.
         """
-        for name in names:
-            self._allocate(name)
         ops = engine(raw[0].device, self.options.backend)
         note_plain_torch(raw[0].device, self.options.backend, raw)
         finite = ops.all_finite(raw) if finite is None else finite
         accept = accepted(finite, absent=absent, found_inf=found_inf)
-        rings = [rows(local(self._queue[name])) for name in names]
-        counters = [self._queued[name] for name in names]
-        ops.push_(raw, rings, counters, accept, grad_scale=grad_scale)
+        queues, queued = self._flat_rings(names)
+        ops.push_(raw, queues, queued, accept, grad_scale=grad_scale)
         owners = [
             name for name, part in zip(names, statistics, strict=True) for _ in range(len(part))
         ]
         self._keep_statistics(tuple(names), list(statistics), owners)
-
-    def _stored_type(self, name: str) -> torch.dtype:
-        """Return the type of a parameter's ring."""
-        return stored_type(self.options.queue_dtype, self.params[name].dtype)
-
-    def _allocate(self, name: str) -> None:
-        """Allocate a parameter's ring, or bring one to the parameter's device and order."""
-        param, queue = self.params[name], self._queue.get(name)
-        layout = local(param).device, param.stride()
-        if self._layouts.get(name) == layout:
-            return
-        self._layouts[name] = layout
-        fresh = new_queue(param, self.options.queue_length, self.options.queue_dtype)
-        if queue is not None:
-            fill_ring(fresh, queue)
-            in_use(queue)
-        self._queue[name] = fresh
-        counter = self._queued.get(name, new_counter(param))
-        self._queued[name] = counter.to(local(fresh).device)
-
-    def record_loss(self, loss: Tensor | float) -> None:
-        """Record this step's unscaled loss for the effective length, without waiting for it.
-
-        Args:
-            loss: one number, 0-d or one element.
-        """
-        if self.options.loss_window is None:
-            return
-        device = loss.device if isinstance(loss, Tensor) else torch.device("cpu")
-        earlier = self._history(device)
-        # Loaded losses may lie on another device.
-        losses = earlier.to(loss.device) if isinstance(loss, Tensor) else earlier
-        recorded = record_loss(losses, loss)
-        if self._losses is losses:  # a replay finds the losses where they are now
-            losses.copy_(recorded)
-        else:
-            refuse_capture("a history of losses", recorded.device)
-            self._losses = recorded
-        in_use(earlier, losses)
-
-    def effective_length(
-        self, device: torch.device | None = None, coming: Tensor | None = None
-    ) -> Tensor | None:
-        """Return how many of the newest gradients the statistics use, 0-d int64; None for L.
-
-        Args:
-            device: where the length is needed; None leaves it where the losses are.
-            coming: a loss that is yet to be recorded, 0-d, or None.
-        """
-        losses = self._losses
-        if coming is not None and self.options.loss_window is not None:
-            losses = record_loss(self._history(coming.device).to(coming.device), coming)
-        length = length_of(losses, self.options, device or torch.device("cpu"))
-        if length is None or device is None:
-            return length
-        return length.to(device, non_blocking=True)
-
-    def _history(self, device: torch.device) -> Tensor:
-        """Return the losses recorded so far, or an empty history on ``device``."""
-        window = self.options.loss_window
-        assert window is not None
-        if self._losses is None:
-            return new_losses(window, self.options.queue_length, device)
-        return self._losses
 
     def metrics(self, per_layer: bool = False) -> dict[str, Any]:
         """Return what the law did in the last step, in one transfer to the host.
@@ -451,89 +354,11 @@ class Queues:
         """Return statistics ``(N, 5)`` summed over all ranks: here each has all elements."""
         return table
 
-    def digest(self) -> str:
-        """Return the SHA-256 of all rings, counters and losses: equal exactly where those are.
-
-        The host waits for the device and reads everything: meant for checks, not for every step.
-        """
-        return hashlib.sha256(b"".join(self.digests().values())).hexdigest()
-
-    def digests(self) -> dict[str, bytes]:
-        """Return the SHA-256 of each parameter's ring and counter by name, and that of the losses.
-
-        A ring that nothing was queued in counts as absent, allocated or not. The losses come last,
-        under ``LOSSES``.
-        """
-        return digests(self.params, self._rings(), self._losses)
-
-    def __repr__(self) -> str:
-        """Return the numbers of parameters and elements, and the bytes of the rings here."""
-        return memory(self.params.values(), self._queue.values())
-
-    def init_state(self) -> None:
-        """Allocate the ring of every trainable parameter and the losses before the first step.
-
-        A checkpoint library that needs the state's shapes before the first step then finds them.
-        """
-        for name, param in self.params.items():
-            if param.requires_grad:
-                self._allocate(name)
-        if self.options.loss_window is not None and self._losses is None:
-            self._losses = self._history(next(iter(self.params.values())).device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and plain values: ``torch.load(weights_only=True)`` reads it.
-
-        Returns:
-            ``queue``: rings ``(L, *param.shape)`` by name; ``queued``: how many gradients each has
-            taken; ``losses``; ``options``.
-        """
-        rings = list(self._rings())
-        return {
-            "options": {name: getattr(self.options, name) for name in SHAPE_OPTIONS},
-            "losses": self._losses,
-            "queue": {name: queue for name, queue, _ in rings},
-            "queued": {name: queued for name, _, queued in rings},
-        }
-
-    def _rings(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield every whole ring and its counter by name."""
-        for name, queue in self._queue.items():
-            yield name, queue, self._queued[name]
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors of the rings, counters and losses that this rank holds."""
-        yield from self._queue.values()
-        yield from self._queued.values()
-        if self._losses is not None:
-            yield self._losses
-
-    def shared_digests(self) -> dict[str, bytes]:
-        """Return the digests, by name, of the state that all ranks must share: here all of it."""
-        return self.digests()
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a saved state; training continues bit for bit.
 
         Raises:
             ValueError: the state belongs to another model or to other options. Nothing is changed.
         """
-        self.check_saved(state)
-        for name, queue in state["queue"].items():
-            self._queue[name] = queue.detach().clone()
-            self._queued[name] = state["queued"][name].detach().clone()
-        for name in [name for name in self._queue if name not in state["queue"]]:
-            del self._queue[name], self._queued[name]
-        losses = state["losses"]
-        self._losses = None if losses is None else losses.detach().clone()
-        self._layouts.clear()
+        super().load_state_dict(state)
         self._last.clear()
-
-    def check_saved(self, state: Any, highest: int = COUNTER_LIMIT - 1) -> None:
-        """Raise a ValueError that names what keeps a saved state from being loaded.
-
-        Args:
-            state: what ``state_dict`` returned; further keys are not looked at.
-            highest: the largest number of gradients that a ring may have taken.
-        """
-        check(state, saved_rule(self.params, self.options, highest), "the saved queue")

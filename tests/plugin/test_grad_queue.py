@@ -213,7 +213,7 @@ def test_a_saved_queue_continues_bit_for_bit(tmp_path):
 def test_loaded_memory_waits_for_the_stream_that_reads_it(monkeypatch):
     """The hook's stream copies memory that another stream loaded; only a GPU shows the race."""
     released = []
-    monkeypatch.setattr("gq_triton.queues.queues.in_use", lambda *tensors: released.extend(tensors))
+    monkeypatch.setattr("gq_triton.queues.rings.in_use", lambda *tensors: released.extend(tensors))
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     queue = GradQueue(model, loss_window=2)
