@@ -240,7 +240,7 @@ class GradQueue:
         self._added.tell()
         if self._clusters is not None and self._clusters.mode == "one_backward":
             named = [name for batch in batches.values() for name, _, _ in batch]
-            self._clusters.accumulator.note_later(named)
+            self._clusters.accumulator.coverage.note_later(named)
         for batch in batches.values():
             values = [flat(grad, like) for _, grad, like in batch]
             self._queues.weigh_(

@@ -217,7 +217,7 @@ def _learned(clusters: Clusters | None) -> Any:
     """Return what steps have shown of a model, and what follows for its next one."""
     if clusters is None or not clusters.installed:
         return None
-    known = dict(clusters.accumulator.known_by_cluster)
+    known = dict(clusters.accumulator.coverage.known)
     followed = list(clusters._conversion._followed)
     return list(clusters.owners.values()), known, followed, clusters.batch_size.place
 

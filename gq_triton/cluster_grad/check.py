@@ -94,7 +94,7 @@ def _unchanged(clusters: "Clusters") -> "Iterator[None]":
     model, accumulator = clusters.model, clusters.accumulator
     grads = [(param, param.grad) for param in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    saved, last, told = clusters.state_dict(), clusters.last, set(accumulator.told)
+    saved, last, told = clusters.state_dict(), clusters.last, set(accumulator.coverage.told)
     try:
         with same_draws(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -107,7 +107,7 @@ def _unchanged(clusters: "Clusters") -> "Iterator[None]":
                 buffer.copy_(values)
         accumulator.raw.take_all()
         accumulator.raw.count_passes()
-        accumulator.told = told
+        accumulator.coverage.told = told
         clusters.load_state_dict(saved)
         clusters.last = last
 
@@ -116,7 +116,7 @@ def _shown(clusters: "Clusters", batch: Any) -> dict[str, str]:
     """Return, by parameter name, how the last pass through a batch found its gradient."""
     accumulator, how = clusters.accumulator, clusters.report()
     for name, param in accumulator.params.items():
-        if param.requires_grad and name not in accumulator.known_by_cluster:
+        if param.requires_grad and name not in accumulator.coverage.known:
             how[name] = "no gradient (the loss of this batch does not depend on it)"
     for name, where in moved(clusters, batch).items():
         if how[name].startswith("clusters"):
@@ -141,18 +141,18 @@ def check_batch(
         RuntimeError: with ``strict=True``, where gradients are not known by cluster; with
             ``labels=True``, where no labels were given.
     """
-    accumulator = clusters.accumulator
+    coverage = clusters.accumulator.coverage
     given, labels = clusters.given, None
     if given is not None:
         labels = given.take()
         if labels is None:
             raise RuntimeError(MISSING)
-    strict, accumulator.strict = accumulator.strict, False
+    strict, coverage.strict = coverage.strict, False
     undo = None if clusters.installed else clusters.install()
     try:
         with _unchanged(clusters), torch.enable_grad():
             for _ in range(_PASSES):
-                accumulator.known_by_cluster.clear()
+                coverage.known.clear()
                 for param in clusters.model.parameters():
                     param.grad = None
                 known = dict(clusters.owners), clusters.batch_size.place
@@ -163,12 +163,12 @@ def check_batch(
                     break
             how = _shown(clusters, batch)
     finally:
-        accumulator.strict = strict
+        coverage.strict = strict
         if labels is not None:
             clusters.set_labels(labels)
         if undo is not None:
             undo()
-    rows = [Checked(name, accumulator.params[name].numel(), how[name]) for name in how]
+    rows = [Checked(name, clusters.accumulator.params[name].numel(), how[name]) for name in how]
     result = Check(rows)
     unknown = {*result.whole, *result.reordered}
     if strict and unknown:

@@ -109,8 +109,10 @@ class Clusters:
         self.layers = survey(model) if self.mode == "one_backward" else []
         self.owners = dict(self._held(names))
         self.accumulator = accumulator(sink, names, self.owners, self.assign)
-        self.accumulator.strict, self.accumulator.batch_dim = options.strict, options.batch_dim
-        self.accumulator.kinds = {
+        self.accumulator.batch_dim = options.batch_dim
+        coverage = self.accumulator.coverage
+        coverage.strict = options.strict
+        coverage.kinds = {
             name: type(layer.module).__name__
             for name, layer in self.owners.items()
             if layer.family is not None
@@ -127,7 +129,7 @@ class Clusters:
                 return whole
             return hand_over(alive, alive._conversion, whole)
 
-        self.accumulator.mend = mend
+        coverage.mend = mend
         if self.given is not None:
             self.accumulator.given = self.given.take
         self.sample_weights: Tensor | None = None
@@ -405,9 +407,10 @@ class Clusters:
             how = dict.fromkeys(self._names.values(), "clusters (microbatch)")
         else:
             how = {name: self._tier(self.owners[name]) for name in self._names.values()}
-        for name, known in self.accumulator.known_by_cluster.items():
+        coverage = self.accumulator.coverage
+        for name, known in coverage.known.items():
             if not known:
-                how[name] = f"whole batch ({self.accumulator.why_whole(name)})"
+                how[name] = f"whole batch ({coverage.why_whole(name)})"
         frozen = {name: "frozen" for p, name in self._names.items() if not p.requires_grad}
         return how | frozen
 

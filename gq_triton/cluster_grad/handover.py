@@ -29,7 +29,7 @@ def hand_over(clusters: "Clusters", conversion: Conversion, whole: list[str]) ->
         The names for which no module can.
     """
     modules, left = dict(clusters.model.named_modules()), []
-    reasons, chosen = clusters.accumulator.reasons, dict[str, Layer]()
+    reasons, chosen = clusters.accumulator.coverage.reasons, dict[str, Layer]()
     # Parameters of layers that other modules use, or code outside the model.
     past = [
         clusters.accumulator.params[name]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gq_triton.cluster_grad import Clusters, Sink, Step
 from gq_triton.cluster_grad.accumulate import Accumulator
+from gq_triton.cluster_grad.coverage import Coverage
 from gq_triton.cluster_grad.raw import RawGradients
 from gq_triton.grouping import Groups, KMeans
 from gq_triton.options import ClusterOptions
@@ -38,6 +39,14 @@ def halved(labels: Tensor, generator: torch.Generator) -> Tensor:
     return 2 * labels + half
 
 
+class _Measured(Coverage):
+    """The parameters whose noise is measured: those whose gradients are known by cluster."""
+
+    def warn(self, names: list[str]) -> None:
+        """Warn that the noise of parameters is not measured."""
+        warnings.warn(f"noise is not measured of {self.listed(names)}", stacklevel=3)
+
+
 class _Ears(Accumulator):
     """An accumulator whose parameters have hooks only while a measured pass needs them.
 
@@ -63,11 +72,6 @@ class _Ears(Accumulator):
         meter = self.heard()
         if steps and meter is not None:
             meter(steps)
-
-    def warn_whole(self, names: list[str]) -> None:
-        """Warn that the noise of parameters is not measured."""
-        self.told.update(names)
-        warnings.warn(f"noise is not measured of {self._listed(names)}", stacklevel=3)
 
 
 class _Unkept(RawGradients):
@@ -119,7 +123,7 @@ class MeterClusters(Clusters):
         )  # fmt: skip
         super().__init__(
             model, names, sink, options, sizes_only=features is None,
-            accumulator=partial(_Ears, raw=_Unkept(), leaves=leaves),
+            accumulator=partial(_Ears, raw=_Unkept(), leaves=leaves, coverage=_Measured),
         )  # fmt: skip
         self.accumulator.heard = heard
         self.accumulator.asleep = True

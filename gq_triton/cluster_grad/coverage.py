@@ -1,0 +1,88 @@
+"""The coverage, which tells of which parameters the gradients are known by cluster.
+
+A parameter that was used past its layers, or where the samples cannot be told apart, has its whole
+gradient weighted as that of one cluster. The coverage keeps the reasons, and warns once for each
+parameter or, with ``strict=True``, raises.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+__all__ = ["Coverage"]
+
+
+class Coverage:
+    """The parameters of a model whose gradients are known by cluster, and why others are not.
+
+    Args:
+        params: the model's parameters by name.
+        covered: names of the parameters that belong to layers which sum by cluster.
+
+    Attributes:
+        known: by parameter name, whether the whole of its last gradient came from layers that sum
+            by cluster.
+        reasons: by parameter name, why its gradient is not known, where a layer has said so.
+        kinds: by parameter name, the class of the layer that sums its gradients.
+        told: names of the parameters that the user was warned of.
+        strict: whether a gradient that is not known is an error.
+        mend: called with the names of parameters that were taken as one cluster's; finds a way to
+            know some of them by cluster from now on, and returns the others. None finds none.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], covered: Iterable[str]) -> None:
+        self._params, self._covered = params, set(covered)
+        self.known: dict[str, bool] = {}
+        self.reasons: dict[str, str] = {}
+        self.kinds: dict[str, str] = {}
+        self.told: set[str] = set()
+        self.strict = False
+        self.mend: Callable[[list[str]], list[str]] | None = None
+
+    def why_whole(self, name: str) -> str:
+        """Return why a parameter's last gradient was taken as one cluster's."""
+        kind = self.kinds.get(name)
+        return self.reasons.get(
+            name, f"used past {kind}" if kind else "used where the samples cannot be told apart"
+        )
+
+    def note_later(self, names: Iterable[str]) -> None:
+        """Note that gradients are weighted as one cluster though no forward pass was seen.
+
+        Args:
+            names: names of parameters; those that clusters do not cover do not count.
+
+        Raises:
+            RuntimeError: with ``strict=True``.
+        """
+        whole = [name for name in names if name in self._covered]
+        self.known.update(dict.fromkeys(whole, False))
+        self.tell([name for name in whole if name not in self.told])
+
+    def tell(self, whole: list[str]) -> None:
+        """Warn, or with ``strict=True`` raise, that parameters are taken as one cluster's."""
+        if whole and self.strict:
+            raise RuntimeError(
+                f"strict=True, and these parameters are not known by cluster: {self.listed(whole)}"
+            )
+        if whole:
+            self.told.update(whole)
+            self.warn(whole)
+
+    def warn(self, names: list[str]) -> None:
+        """Warn that parameters are weighted as one cluster, with their share of the model."""
+        trainable = sum(param.numel() for param in self._params.values() if param.requires_grad)
+        share = sum(self._params[name].numel() for name in names) / max(trainable, 1)
+        warnings.warn(
+            f"weighted without clusters, as one batch: {self.listed(names)}; {share:.0%} of the "
+            "trainable elements",
+            stacklevel=4,
+        )
+
+    def listed(self, names: list[str]) -> str:
+        """Return parameters with the reasons why they are taken as one cluster's."""
+        by_reason: dict[str, list[str]] = {}
+        for name in names:
+            by_reason.setdefault(self.why_whole(name), []).append(name)
+        return "; ".join(f"{', '.join(named)} ({why})" for why, named in by_reason.items())
