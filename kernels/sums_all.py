@@ -35,8 +35,8 @@ from gq_triton.kernels.sums import (
     check_sums,
     find_part,
     finish,
-    take_tickets,
 )
+from gq_triton.kernels.tickets import take_tickets
 from gq_triton.layer_sums import LayerSums
 
 __all__ = ["sums_all"]

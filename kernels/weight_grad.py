@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gq_triton.kernels.launch import TRITON_DTYPE, device_guard
-from gq_triton.kernels.sums import take_tickets
+from gq_triton.kernels.tickets import take_tickets
 from gq_triton.kernels.tiles import cdiv, device_of, power_of_2, precision_of, strip_of, tile_of
 from gq_triton.kernels.weight_kernels import depthwise_kernel, weight_kernel
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from gq_triton import kernels
 from gq_triton.engines import compiled, eager
 from gq_triton.kernels import channel_sums, position_sums
-from gq_triton.kernels.sums import MOST_COLUMNS, ROWS, TILE, take_tickets
+from gq_triton.kernels.sums import MOST_COLUMNS, ROWS, TILE
+from gq_triton.kernels.tickets import take_tickets
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OCCUPATIONS = [[5], [1, 7], [40, 0, 3], [0, 0, 1, 0], [3, 1, 4, 1, 5, 9, 0, 2, 6], [70, 130]]
@@ -163,7 +164,7 @@ def test_many_parts_and_clusters(device, layout, sizes, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_launch_leaves_itstake_tickets_as_it_found_them(device, layout):
+def test_a_launch_leaves_its_tickets_as_it_found_them(device, layout):
     for sizes, shape in (([3, 0, 300], (2, 3)), ([1, 7], (1, 130))):
         layer = Layer.of(Guarded(device), layout, sizes, shape)
         layer.check(layer.run())

@@ -11,7 +11,7 @@ from test_kernels_segment_sums import Layer
 
 from gq_triton.engines import eager
 from gq_triton.kernels import position_sums, sums_all
-from gq_triton.kernels.sums import take_tickets
+from gq_triton.kernels.tickets import take_tickets
 from gq_triton.layer_sums import LayerSums
 
 pytestmark = [pytest.mark.parametrize("device", DEVICES), *QUIET]

@@ -14,7 +14,7 @@ from gq_triton import kernels
 from gq_triton.cluster_grad.layers.rows import rounds_to_tf32
 from gq_triton.engines import eager
 from gq_triton.kernels import weight_grad
-from gq_triton.kernels.sums import take_tickets
+from gq_triton.kernels.tickets import take_tickets
 from gq_triton.kernels.tiles import LARGEST, Device, Tile, stages_of, tile_of
 from gq_triton.kernels.weight_kernels import MULTIPLIES_FLOAT64
 
