@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -26,8 +27,15 @@ from gq_triton.kernels.launch import THREADS
 from gq_triton.living import living
 
 RECORD = Path(__file__).with_name("kernel_lines.json")
+# A kernel's name, the name of the case, the kernel, the types of its arguments, and its constants.
+Case = tuple[str, str, triton.JITFunction, dict[str, str], dict[str, Any]]
 # By architecture, target and options.
 Wanted = dict[str, tuple[GPUTarget, dict[str, int]]]
+
+
+def scalars(kernel: triton.JITFunction) -> dict[str, str]:
+    """Return the types of the kernel's floating scalars, which its annotations fix."""
+    return {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
 
 
 def source_of(kernel: triton.JITFunction, types: dict, constants: dict) -> ASTSource:
