@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_measure_variance import gradients, small
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from variance_cases import gradients, small
 
 from gq_triton import GradQueue
 from gq_triton.variance import SCSG, SVRG, Katyusha
