@@ -14,17 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dist_checks import (
-    LENGTH,
-    THREE_RANKS,
-    TINY,
-    TWO_RANKS,
-    hooked,
-    queued,
-    same_parameters,
-    saved,
-    train,
-)
+from dist_checks import THREE_RANKS, TWO_RANKS
+from dist_hooked import LENGTH, TINY, hooked, queued, same_parameters, saved, train
 from dist_models import TwoHeads, batch, mlp
 from rank_checks import checks, folder_for
 from torch import nn

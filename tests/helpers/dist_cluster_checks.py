@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cluster_cases import MLP, ResNet
-from dist_checks import TINY, agree
+from dist_hooked import TINY, agree
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cluster_cases import MLP
-from dist_checks import TINY, agree
 from dist_cluster_checks import (
     CHECKS,
     EXTRA,
@@ -21,6 +20,7 @@ from dist_cluster_checks import (
     model,
     vectors,
 )
+from dist_hooked import TINY, agree
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from cluster_cases import MLP
-from dist_checks import TINY, agree, queued, saved
 from dist_cluster_checks import LENGTH, K, labels_of, loss_of, model, vectors
 from dist_cluster_loops import PlainLast
+from dist_hooked import TINY, agree, queued, saved
 from dist_shard_checks import assert_divided, bytes_of_a_step, close
 from torch.nn.parallel import DistributedDataParallel as DDP
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dist_checks import LENGTH, TINY, agree, descend, hooked, queued, train
+from dist_hooked import LENGTH, TINY, agree, descend, hooked, queued, train
 from dist_models import MixedTypes, TwoHeads, batch, convolutions, images, mlp, wide_batch, wide_mlp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP

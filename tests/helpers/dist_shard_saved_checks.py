@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dist_checks import LENGTH, agree, descend, hooked, queued, saved, train
+from dist_hooked import LENGTH, agree, descend, hooked, queued, saved, train
 from dist_models import TwoHeads, batch, convolutions, images, mlp, wide_batch, wide_mlp
 from dist_shard_checks import (
     a_cut_parameter,

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dist_checks import TINY, agree
 from dist_cluster_checks import F64, LENGTH, K, labels_of
+from dist_hooked import TINY, agree
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 

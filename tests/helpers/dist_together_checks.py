@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from dist_checks import hooked, train
+from dist_hooked import hooked, train
 from dist_models import mlp
 
 from gq_triton.dist import together as waits
