@@ -73,7 +73,11 @@ class Pair:
         assert mine.metrics() == theirs.metrics()
 
 
-def train(loss, batch, before=lambda model: None):
+def untouched(model):
+    pass
+
+
+def train(loss, batch, before=untouched):
     def run(model, optimizer):
         optimizer.zero_grad()
         before(model)
@@ -81,6 +85,16 @@ def train(loss, batch, before=lambda model: None):
         optimizer.step()
 
     return run
+
+
+def compare(make, batches, loss=square, before=untouched, run=train, **options):
+    """Return a pair after three steps, which are the same on both sides."""
+    torch.manual_seed(0)
+    pair = Pair(make(), **options)
+    for batch in batches[:3]:
+        pair.each(run(loss, batch, before))
+        pair.assert_same()
+    return pair
 
 
 class Tied(nn.Module):
@@ -116,12 +130,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_that_do_not_wait(case, weighed):
-    make, batches, loss = CASES[case]
-    torch.manual_seed(0)
-    pair = Pair(make())
-    for batch in batches[:3]:
-        pair.each(train(loss, batch))
-        pair.assert_same()
+    compare(*CASES[case])
     assert len(weighed) == 3  # once in each step
     assert len(weighed[-1]) == {"mlp": 6, "tables": 3, "images": 6}[case]
 
@@ -134,15 +143,16 @@ def test_the_kernels_against_the_oracle():
     judge.steps(square, CASES["mlp"][1][:5])
 
 
-def mlp_step(weighed, before=lambda model: None, run=train, **options):
-    """Return a pair after three steps, and how many gradients waited in the last one."""
-    torch.manual_seed(0)
-    pair, batches = Pair(MLP(), **options), CASES["mlp"][1]
-    for batch in batches[:3]:
-        weighed.clear()
-        pair.each(run(square, batch, before))
-    pair.assert_same()
-    return pair, sum(map(len, weighed))
+def waited(weighed, before=untouched, run=train, **options):
+    """Return how many gradients waited in the last of three steps of an MLP."""
+    counts = [0]
+
+    def counted(loss, batch, before):
+        counts.append(sum(map(len, weighed)))
+        return run(loss, batch, before)
+
+    compare(*CASES["mlp"], before, counted, **options)
+    return sum(map(len, weighed)) - counts[-1]
 
 
 def test_autograd_takes_the_memory_without_a_copy(monkeypatch):
@@ -169,8 +179,8 @@ def test_autograd_takes_the_memory_without_a_copy(monkeypatch):
 
 def test_a_full_room_is_weighted_at_once(monkeypatch, weighed):
     monkeypatch.setattr(later, "ROOM", 500)
-    mlp_step(weighed)
-    assert len(weighed) > 2
+    compare(*CASES["mlp"])
+    assert len(weighed) > 2 * 3
 
 
 @pytest.fixture
@@ -202,25 +212,15 @@ class Norms(nn.Module):
         return self.head(self.rms(self.again(x)))
 
 
-def norms_step(before=lambda model: None, steps=3):
-    """Compare norms that wait with those that do not, step by step; return the pair."""
-    torch.manual_seed(0)
-    pair = Pair(Norms())
-    for batch in images()[:steps]:
-        pair.each(train(square, batch, before))
-        pair.assert_same()
-    return pair
-
-
 def test_sums_of_all_layers_are_formed_together(formed):
     """The sums of a layer that is used twice are needed at its second use."""
-    norms_step()
+    compare(Norms, images())
     assert formed == [5] * 3
 
 
 def test_a_full_room_of_what_sums_are_formed_from(monkeypatch, formed):
     monkeypatch.setattr(later, "ROOM", 9000)
-    norms_step()
+    compare(Norms, images())
     assert len(formed) > 3
     assert sum(formed) == 15
 
@@ -233,7 +233,7 @@ def test_a_scale_whose_shift_does_not_wait(formed):
             model.group.bias.register_hook(lambda grad: None)
             model.norm.weight.requires_grad_(False)
 
-    norms_step(before)
+    compare(Norms, images(), before=before)
     assert formed == [1, 4] * 3
 
 
@@ -267,11 +267,10 @@ def test_a_gradient_that_is_added_to_does_not_wait(weighed):
 
         return run
 
-    _, waited = mlp_step(weighed, run=twice, accumulation_steps=2)
-    assert waited == 6  # in the first of both passes
+    assert waited(weighed, run=twice, accumulation_steps=2) == 6  # in the first of both passes
 
 
-def test_two_forward_passes_of_one_backward_pass(weighed):
+def test_two_forward_passes_of_one_backward_pass():
     def both(loss, batch, before):
         def run(model, optimizer):
             optimizer.zero_grad()
@@ -280,7 +279,7 @@ def test_two_forward_passes_of_one_backward_pass(weighed):
 
         return run
 
-    mlp_step(weighed, run=both)
+    compare(*CASES["mlp"], run=both)
 
 
 @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -298,13 +297,12 @@ def test_a_hook_of_the_user_sees_values(weighed, kind):
             )
             getattr(weight, kind)(see)
 
-    _, waited = mlp_step(weighed, before)
-    assert waited == 5
+    assert waited(weighed, before) == 5
     assert len(seen[0]) == 3
     assert all(map(torch.equal, *seen))
 
 
-def test_a_penalty_makes_the_gradient_that_of_one_cluster(weighed):
+def test_a_penalty_makes_the_gradient_that_of_one_cluster():
     def penalised(loss, batch, before):
         def run(model, optimizer):
             optimizer.zero_grad()
@@ -314,7 +312,7 @@ def test_a_penalty_makes_the_gradient_that_of_one_cluster(weighed):
         return run
 
     with pytest.warns(UserWarning, match="weighted without clusters"):
-        mlp_step(weighed, run=penalised)
+        compare(*CASES["mlp"], run=penalised)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -325,32 +323,22 @@ def test_checkpointed_segments(weighed, reentrant):
             h = checkpoint(self.features, x, use_reentrant=reentrant)
             return self.head(h.relu())
 
-    torch.manual_seed(0)
-    pair = Pair(Checkpointed())
-    for batch in CASES["mlp"][1][:3]:
-        pair.each(train(square, batch))
-        pair.assert_same()
+    compare(Checkpointed, CASES["mlp"][1])
     assert weighed
 
 
 def test_anomaly_mode_looks_at_values(weighed):
     with torch.autograd.set_detect_anomaly(True):
-        _, waited = mlp_step(weighed)
-    assert waited == 0
+        assert waited(weighed) == 0
 
 
 def test_options_that_need_each_gradient_do_not_wait(weighed):
-    _, waited = mlp_step(weighed, match_norm=True)
-    assert waited == 0
+    compare(*CASES["mlp"], match_norm=True)
 
     def summed(model, batch):
         return square(model, batch) * len(batch)
 
-    torch.manual_seed(0)
-    pair = Pair(MLP(), loss_reduction="sum")
-    for batch in CASES["mlp"][1][:3]:
-        pair.each(train(summed, batch))
-    pair.assert_same()
+    compare(MLP, CASES["mlp"][1], summed, loss_reduction="sum")
     assert not weighed
 
 
@@ -376,8 +364,7 @@ def test_a_retained_graph(weighed):
 
         return run
 
-    _, waited = mlp_step(weighed, run=again)
-    assert waited == 12
+    assert waited(weighed, run=again) == 12
 
 
 def test_an_error_in_the_backward_pass_leaves_values(weighed):
@@ -403,7 +390,7 @@ def test_an_error_in_the_backward_pass_leaves_values(weighed):
     pair.assert_same()
 
 
-def test_a_copy_that_autograd_made_gets_values(monkeypatch, weighed):
+def test_a_copy_that_autograd_made_gets_values(monkeypatch):
     """Autograd copies a gradient that somebody else holds, or whose layout it cannot keep."""
     held, take = [], later.Later.take
 
@@ -412,11 +399,11 @@ def test_a_copy_that_autograd_made_gets_values(monkeypatch, weighed):
         return held[-1]
 
     monkeypatch.setattr(later.Later, "take", holding)
-    mlp_step(weighed)
+    compare(*CASES["mlp"])
     assert held
 
 
-def test_raw_gradients_are_read_once(monkeypatch, weighed):
+def test_raw_gradients_are_read_once(monkeypatch):
     """What weights them knows whether they are finite; those that are not are not queued."""
     looked, find = [], eager.all_finite
     monkeypatch.setattr(eager, "all_finite", lambda grads: looked.append(len(grads)) or find(grads))
