@@ -401,8 +401,9 @@ class GradQueue:
     def _tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that go on from step to step; after a load they are others."""
         yield from self._queues.tensors()
-        if self._clusters is not None and self._clusters.kmeans is not None:
-            yield from self._clusters.kmeans.kept()
+        kmeans = None if self._clusters is None else self._clusters.labeller.kmeans
+        if kmeans is not None:
+            yield from kmeans.kept()
 
     def digest(self) -> str:
         """Return the SHA-256 of the queue: two digests are equal if all elements are."""

@@ -86,7 +86,8 @@ class Holders:
             RuntimeError: a replay would not see it.
         """
         found = [queue._clusters for queue in self.queues]
-        if any(c is not None and c.given is not None and c.given.waits for c in found):
+        given = [clusters.labeller.given for clusters in found if clusters is not None]
+        if any(labels is not None and labels.waits for labels in given):
             raise RuntimeError(_OUTSIDE.format(what="set_labels"))
         for queue, clusters in zip(self.queues, found, strict=True):
             now = None if clusters is None else clusters.sample_weights

@@ -142,7 +142,7 @@ def check_batch(
             ``labels=True``, where no labels were given.
     """
     coverage = clusters.accumulator.coverage
-    given, labels = clusters.given, None
+    given, labels = clusters.labeller.given, None
     if given is not None:
         labels = given.take()
         if labels is None:

@@ -1,6 +1,5 @@
-"""The clusters of a model's batches: hooks that keep features, a clusterer that labels them."""
+"""The clusters of a model's batches, and the hooks of the model that keep features for them."""
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,10 +12,10 @@ from gq_triton.cluster_grad.accumulate import Accumulator
 from gq_triton.cluster_grad.batch import BatchSize, rows_per_sample_pooled
 from gq_triton.cluster_grad.compiled_ops import begin, capture, end, prepare_for_compile, watch
 from gq_triton.cluster_grad.copies import recorded, without_trace
-from gq_triton.cluster_grad.given import MISSING, GivenLabels
+from gq_triton.cluster_grad.given import MISSING
 from gq_triton.cluster_grad.handover import hand_over
 from gq_triton.cluster_grad.install import Conversion
-from gq_triton.cluster_grad.kmeans_state import check_plain, plain_state, tensor_state
+from gq_triton.cluster_grad.labeller import Labeller, Labels
 from gq_triton.cluster_grad.layers.registry import Layer, survey
 from gq_triton.cluster_grad.layers.slices import SLICES
 from gq_triton.cluster_grad.microbatch import backward
@@ -32,9 +31,7 @@ from gq_triton.grouping.features import (
     with_first_tensor,
 )
 from gq_triton.grouping.groups import Groups
-from gq_triton.grouping.kmeans import NOT_FINITE, KMeans
 from gq_triton.options import OUTPUT_GRADIENT, ClusterOptions
-from gq_triton.replayed import refuse_replay
 
 __all__ = ["INSTALLED", "Clusters"]
 
@@ -44,10 +41,6 @@ INSTALLED = "_gq_triton_clusters"
 
 def _nothing() -> None:
     pass
-
-
-def _as_given(labels: Tensor) -> Tensor:
-    return labels
 
 
 class Clusters:
@@ -84,25 +77,20 @@ class Clusters:
         sizes_only: bool = False,
         accumulator: Callable[..., Accumulator] = Accumulator,
     ) -> None:
-        features, clusterer = options.features, options.clusterer
-        self.given = GivenLabels() if options.labels else None
-        if self.given is not None:
-            clusterer = _as_given
-        elif features is None:
+        features = options.features
+        if not options.labels and features is None:
             raise ValueError(
                 "n_clusters needs features: the name of the submodule whose output describes a "
                 f'sample, or "{OUTPUT_GRADIENT}"; or labels=True where the loader brings clusters'
             )
-        else:
+        if not options.labels:
             check_features(model, features)
-        assert options.n_clusters is not None
         self.model, self.features, self.options = model, features, options
-        self.mode, self.n_clusters = options.mode, options.n_clusters
+        self.mode = options.mode
         self._layer: nn.Module | None = None
         self.uninstall: Callable[[], None] = _nothing
         self._backend = sink.backend
-        self.kmeans = self._new_kmeans() if clusterer is None else None
-        self._clusterer = clusterer or self.kmeans
+        self.labeller = Labeller(options, sink.backend)
         self._before_assign, self._whole_batch = before_assign, whole_batch
         self._sizes_only = sizes_only
         self._names = names
@@ -130,14 +118,13 @@ class Clusters:
             return hand_over(alive, alive._conversion, whole)
 
         coverage.mend = mend
-        if self.given is not None:
-            self.accumulator.given = self.given.take
+        if self.labeller.given is not None:
+            self.accumulator.given = self.labeller.given.take
         self.sample_weights: Tensor | None = None
         self.batch_size = BatchSize(options.batch_dim)
         self.last: Step | None = None
         # How many calls of the model run, one within the other.
         self._depth = 0
-        self._warned = False
         # The owner of what is installed is gone.
         self._ownerless = False
 
@@ -149,13 +136,6 @@ class Clusters:
                 if param in names:
                     yield names[param], layer
 
-    def _new_kmeans(self) -> KMeans:
-        # A loss scaler may let gradients at the output overflow. Such a step is skipped, so its
-        # clusters do not matter.
-        overflow = self.features == OUTPUT_GRADIENT
-        nonfinite = "zero" if overflow else "raise"
-        return KMeans(self.n_clusters, nonfinite=nonfinite, backend=self._backend)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "Clusters":
         """Return the clusters themselves: a copy of the model has none."""
         return self
@@ -163,7 +143,7 @@ class Clusters:
     def assign(self, step: Step) -> Groups:
         """Return the clusters of a step's samples."""
         self._before_assign()
-        if step.features is None and self.given is not None:
+        if step.features is None and self.labeller.given is not None:
             raise RuntimeError(MISSING)
         if step.features is None:
             raise RuntimeError(
@@ -177,63 +157,22 @@ class Clusters:
         if step.arguments is not None:
             step.mismatch = self.batch_size.differs(step.arguments, len(step.features))
         step.mismatch = step.mismatch or self._disorder()
-        self._check_number(len(step.features))
         with torch.no_grad():
-            assert self._clusterer is not None
-            labels = self._clusterer(step.features)
-        if labels.shape != step.features.shape[:1] or labels.is_floating_point():
-            raise ValueError(
-                f"the clusterer must return ({len(step.features)},) integers, got "
-                f"{tuple(labels.shape)} of {labels.dtype}"
-            )
-        clusters, problem = self.n_clusters, None
-        if labels.device != step.features.device:
-            refuse_replay("the clusterer returns labels on the CPU", "return them on the device")
-        if self.kmeans is None:
-            labels, clusters, problem = self._checked(labels)
-        else:
-            problem = self.kmeans.nonfinite_, NOT_FINITE
-        labels = labels.to(step.features.device)  # labels of scikit-learn are on the CPU
+            labels, clusters, problem = self._label(step.features)
         self.last = step
         whole = self._whole_batch(len(labels))
         options, weights, backend = self.options, self.sample_weights, self._backend
         return Groups.of(labels, clusters, options, weights, whole, backend, problem)
 
+    def _label(self, features: Tensor) -> Labels:
+        return self.labeller.label(features)
+
     def set_labels(self, labels: Tensor | Sequence[int]) -> None:
         """Keep the clusters ``(B,)`` of the next forward pass's samples."""
-        if self.given is None:
+        given = self.labeller.given
+        if given is None:
             raise ValueError("set_labels needs labels=True, which takes the place of features")
-        self.given.set(labels, next(iter(self._names)).device)
-
-    def _checked(self, labels: Tensor) -> tuple[Tensor, int, tuple[Tensor, str] | None]:
-        """Return a clusterer's labels, the number of clusters, and what ``Groups.problem`` holds.
-
-        Labels on the CPU may exceed ``n_clusters``. On a GPU the host does not wait for them: there
-        are ``n_clusters`` clusters, and a label that is none of them becomes the nearest.
-        """
-        source = "the clusterer must return" if self.given is None else "set_labels must give"
-        if labels.device.type == "cpu":
-            lowest, highest = torch.stack(labels.aminmax()).tolist()
-            if lowest < 0:
-                raise ValueError(f"{source} labels >= 0, got {lowest}")
-            return labels, highest + 1, None
-        inside = labels.clamp(0, self.n_clusters - 1)
-        sentence = (
-            f"{source} labels from 0 to n_clusters - 1 = {self.n_clusters - 1} "
-            "where they are on a GPU: take more clusters, or return labels on the CPU"
-        )
-        return inside, self.n_clusters, ((inside != labels).any(), sentence)
-
-    def _check_number(self, samples: int) -> None:
-        """Warn, once, where k-means cannot fill its clusters."""
-        if self.kmeans is not None and samples < self.n_clusters and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"n_clusters={self.n_clusters} for a batch of {samples} samples: at least "
-                f"{self.n_clusters - samples} clusters stay empty; take fewer clusters, or larger "
-                "batches",
-                stacklevel=2,
-            )
+        given.set(labels, next(iter(self._names)).device)
 
     def install(self) -> Callable[[], None]:
         """Make the model's backward passes use the sink's gradients; return what undoes it."""
@@ -316,8 +255,9 @@ class Clusters:
             else:
                 shown = accumulator.arguments = self.batch_size.shown(args, kwargs)
                 accumulator.batch = shown.samples or 1
-                if self.given is not None:
-                    self.given.check_number([tensor.shape[dim] for tensor in shown.tensors])
+                labels = self.labeller.given
+                if labels is not None:
+                    labels.check_number([tensor.shape[dim] for tensor in shown.tensors])
                 accumulator.inputs = {
                     tensor.data_ptr(): tensor.stride(dim)
                     for tensor in shown.tensors
@@ -361,7 +301,7 @@ class Clusters:
         Features of a layer behind a change of the order are in the layers' order.
         """
         lookout = self.accumulator.lookout
-        by_input = self.given is not None or self.sample_weights is not None
+        by_input = self.labeller.given is not None or self.sample_weights is not None
         return lookout.output or (lookout.layer if by_input else "")
 
     def _see_second(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -386,20 +326,15 @@ class Clusters:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of k-means in plain values; an empty one for another clusterer."""
-        return {} if self.kmeans is None else plain_state(self.kmeans)
+        return self.labeller.state_dict()
 
     def check_saved(self, state: Any) -> None:
         """Raise a ValueError that names what keeps a saved state from being loaded."""
-        check_plain(state, self.kmeans, self.n_clusters)
+        self.labeller.check_saved(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a saved state; with an empty one k-means starts anew."""
-        if self.kmeans is None:
-            return
-        if not state:
-            self.kmeans = self._clusterer = self._new_kmeans()
-            return
-        self.kmeans.load_state_dict(tensor_state(state))
+        self.labeller.load_state_dict(state)
 
     def report(self) -> dict[str, str]:
         """Return, by parameter name, how the last gradient was handled or the first will be."""

@@ -68,7 +68,7 @@ def _orders(clusters: "Clusters", batch: Any, graded: bool) -> tuple[dict[Layer,
             order, and a norm may have mixed their samples, so alone they prove nothing.
     """
     samples, dim = clusters.accumulator.batch, clusters.options.batch_dim
-    given = clusters.given is not None or clusters.sample_weights is not None
+    given = clusters.labeller.given is not None or clusters.sample_weights is not None
     source = "inputs have" if given else "features have"
     wrong, right = dict[Layer, str](), set[Layer]()
     first = _rows_of(clusters, batch, graded)

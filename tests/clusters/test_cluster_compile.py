@@ -129,7 +129,7 @@ def test_two_forward_passes_of_one_graph_keep_their_own_clusters():
         # The engine runs the later forward pass backward first; the first step's clusters must
         # not have gone with it.
         turns = iter([other, LABELS])
-        judge.queue._clusters._clusterer = lambda features, turns=turns: next(turns)
+        judge.queue._clusters.labeller.clusterer = lambda features, turns=turns: next(turns)
         (losses(compiled, batch).mean() + losses(compiled, -batch).mean()).backward()
         judge.labels = LABELS
         judge.compare({n: expected[0][n] + expected[1][n] for n in expected[0]}, 1e-10)

@@ -78,10 +78,10 @@ def test_features_that_are_not_finite_are_told_where_sizes_are_read():
     bad = good.clone()
     bad[3, 2] = torch.inf
     assert sum(clusters.assign(Step(clusters.assign, features=good)).sizes) == 20
-    before = clusters.kmeans.cluster_centers_.clone()
+    before = clusters.labeller.kmeans.cluster_centers_.clone()
     groups = clusters.assign(Step(clusters.assign, features=bad))
     assert groups.labels.tolist() == [0] * 20
-    assert torch.equal(clusters.kmeans.cluster_centers_, before)
+    assert torch.equal(clusters.labeller.kmeans.cluster_centers_, before)
     with pytest.raises(ValueError, match="features must be finite"):
         _ = groups.sizes
     assert groups.sizes == [20, 0, 0, 0]  # raised once

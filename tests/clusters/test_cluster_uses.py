@@ -258,7 +258,7 @@ def test_labels_of_the_host_go_to_the_features(monkeypatch):
     clusters = queue._clusters
     seen = []
     monkeypatch.setattr(Groups, "of", lambda *args: seen.append(args))
-    monkeypatch.setattr(clusters, "_checked", lambda labels: (labels, 5, None))
+    monkeypatch.setattr(clusters.labeller, "_checked", lambda labels: (labels, 5, None))
     clusters.assign(Step(clusters.assign, features=torch.zeros(9, 6, device="meta")))
     assert seen[0][0].device.type == "meta"
 

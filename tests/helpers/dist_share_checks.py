@@ -182,7 +182,7 @@ def check_ranks_that_use_a_head_in_other_passes(rank: int) -> None:
     twins.all = lambda features: torch.cat(  # type: ignore[method-assign]
         [labels_of(twins.step, r, 4) + K * r for r in range(2)]
     )
-    twins.judge._clusters._clusterer = twins.all
+    twins.judge._clusters.labeller.clusterer = twins.all
     twins.run()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gq_triton.cluster_grad import Clusters, Sink, Step
 from gq_triton.cluster_grad.accumulate import Accumulator
 from gq_triton.cluster_grad.coverage import Coverage
+from gq_triton.cluster_grad.labeller import Labels
 from gq_triton.cluster_grad.raw import RawGradients
 from gq_triton.grouping import Groups, KMeans
 from gq_triton.options import ClusterOptions
@@ -142,13 +143,14 @@ class MeterClusters(Clusters):
 
     def _labels(self, features: Tensor) -> Tensor:
         if self._own is None:
-            labels = scattered(len(features), self.n_clusters, self._generator)
+            labels = scattered(len(features), self.labeller.n_clusters, self._generator)
             return labels.to(features.device, non_blocking=True)
         return halved(self._own(features), self._generator)
 
-    def _checked(self, labels: Tensor) -> tuple[Tensor, int, tuple[Tensor, str] | None]:
+    def _label(self, features: Tensor) -> Labels:
         """Return the labels and the number of groups: those of the meter need no check."""
-        return labels, self.n_clusters * (1 if self._own is None else 2), None
+        groups = self.labeller.n_clusters * (1 if self._own is None else 2)
+        return self._labels(features), groups, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the clusters of features; an empty one for random groups."""
