@@ -1,17 +1,27 @@
 """The options of the DDP hook: default, check and help sentence of each, once."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from torch.amp.grad_scaler import GradScaler
 
-from gq_triton.options import LawKeywords, Options, RankClusterKeywords, option
+from gq_triton.options import (
+    ClusterOptions,
+    LawKeywords,
+    LawOptions,
+    Options,
+    RankClusterKeywords,
+    option,
+)
 
-__all__ = ["NOT_ON_RANKS", "HookKeywords", "HookOptions", "StateKeywords"]
+__all__ = ["NOT_ON_RANKS", "HookKeywords", "HookOptions", "StateKeywords", "digests_of"]
 
 # Options of ``ClusterOptions`` that the hook does not take: DDP averages, so each rank's loss must
 # be a mean; and a hook works inside of ``loss.backward()``, so there is one backward pass.
 NOT_ON_RANKS = "loss_reduction", "mode"
+# Options of ``ClusterOptions`` that must be the same on every rank.
+_SHARED = "population_power", "centroid_scale", "accumulation_steps"
 
 
 def _not_negative(name: str, value: Any) -> str | None:
@@ -50,3 +60,20 @@ class HookKeywords(TypedDict, total=False):
 
 class StateKeywords(RankClusterKeywords, LawKeywords, HookKeywords, total=False):
     """The keywords of ``GradQueueState`` and ``register``."""
+
+
+def digests_of(law: LawOptions, clusters: ClusterOptions, hook: HookOptions) -> dict[str, bytes]:
+    """Return by name the SHA-256 of each option that must be the same on every rank.
+
+    These options decide the result, or which collectives the ranks issue.
+    """
+    shared = vars(law) | {name: getattr(clusters, name) for name in _SHARED}
+    shared |= {"shard_queue": bool(hook.shard_queue), "verify_every": hook.verify_every}
+    shared["n_clusters (given or not)"] = clusters.n_clusters is not None
+    texts = {name: repr(_comparable(v)) for name, v in shared.items() if name != "backend"}
+    return {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
+
+
+def _comparable(value: Any) -> Any:
+    """Return an option in a form that gives equal options one text: 3 and 3.0, True and 1."""
+    return float(value) if isinstance(value, (int, float)) else value

@@ -1,6 +1,5 @@
 """The state of the DDP communication hook: what it keeps between backward passes."""
 
-import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +16,7 @@ from gq_triton.cluster_grad import Check
 from gq_triton.describe import changed, described
 from gq_triton.dist.buckets import Buckets
 from gq_triton.dist.losses import MeanLoss
-from gq_triton.dist.options import NOT_ON_RANKS, HookOptions, StateKeywords
+from gq_triton.dist.options import NOT_ON_RANKS, HookOptions, StateKeywords, digests_of
 from gq_triton.dist.routes import Context, match
 from gq_triton.dist.together import together
 from gq_triton.dist.verify import check_same
@@ -33,19 +32,10 @@ __all__ = ["GradQueueState"]
 
 # Key of the saved state: the buckets of the last step, as lists of parameter names.
 BUCKETS = "buckets"
-
-
-# Options of ``ClusterOptions`` that must be the same on every rank.
-_SHARED = "population_power", "centroid_scale", "accumulation_steps"
 _SCALED = (
     "a GradScaler scales the loss, and the hook would queue gradients that carry its scale: pass "
     "register(model, grad_scaler=scaler)"
 )
-
-
-def _comparable(value: Any) -> Any:
-    """Return an option in a form that gives equal options one text: 3 and 3.0, True and 1."""
-    return float(value) if isinstance(value, (int, float)) else value
 
 
 @takes(ClusterOptions, LawOptions, HookOptions, without=NOT_ON_RANKS)
@@ -131,11 +121,7 @@ class GradQueueState:
                 )
         self._given = changed(clusters, law, hook)
         self.shard_queue = bool(hook.shard_queue)
-        # These options decide the result or the collectives, and must be the same on every rank.
-        shared = vars(law) | {name: getattr(clusters, name) for name in _SHARED}
-        shared |= {"shard_queue": self.shard_queue, "verify_every": hook.verify_every}
-        self._options = {name: _comparable(v) for name, v in shared.items() if name != "backend"}
-        self._options["n_clusters (given or not)"] = clusters.n_clusters is not None
+        self._digests = digests_of(law, clusters, hook)
         self.grad_scaler = hook.grad_scaler
         self.verify_every = hook.verify_every
         # A weak reference: a hook that holds its DDP module keeps it alive forever (pytorch#63211).
@@ -412,11 +398,10 @@ class GradQueueState:
         if not self.buckets.begins_step(names):
             return
         self._steps += 1
+        group = self.process_group
         if self._steps == 1:
             self.claim()
-            texts = {name: repr(value).encode() for name, value in self._options.items()}
-            digests = {name: hashlib.sha256(text).digest() for name, text in texts.items()}
-            check_same(digests, self.process_group, device, "the first backward pass", "option")
+            check_same(self._digests, group, device, "the first backward pass", "option")
             if self.grad_scaler is None:
                 self._scaler_watch = ScalerWatch(self.queues.params.values(), _SCALED)
         elif self._scaler_watch is not None and self._scaler_watch.done:
@@ -425,9 +410,9 @@ class GradQueueState:
         self.route.begin()
         if self.verify_every and self._steps % self.verify_every == 0:
             digests = self.queues.shared_digests()
-            check_same(digests, self.process_group, device, f"backward pass {self._steps}")
+            check_same(digests, group, device, f"backward pass {self._steps}")
         if self.queues.options.loss_window is not None:
-            self._mean_loss.start(device, self.process_group)
+            self._mean_loss.start(device, group)
 
     def loss_scale(self, device: torch.device) -> Tensor | None:
         """Return the loss scale that the gradients carry, 0-d; None where there is none."""
