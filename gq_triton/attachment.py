@@ -18,6 +18,7 @@ __all__ = [
     "Added",
     "Handle",
     "attached_to",
+    "before_step",
     "check_dense",
     "check_optimizer",
     "note_attached",
@@ -51,6 +52,38 @@ def note_attached(optimizer: Optimizer, queue: object) -> Callable[[], None]:
 def attached_to(optimizer: Optimizer) -> list[Any]:
     """Return the plug-ins that serve an optimizer."""
     return list(_attached.get(optimizer, ()))
+
+
+def before_step(
+    optimizer: Optimizer, weigh: Callable[[Optimizer], None], record_loss: Callable[[Any], None]
+) -> Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Any]:
+    """Return the hook that has gradients weighted in ``optimizer.step``, before they are used.
+
+    Args:
+        optimizer: the optimizer.
+        weigh: weights the gradients that the optimizer is about to use.
+        record_loss: called with the loss that a closure returns.
+    """
+
+    def hook(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # args[0] is the optimizer itself.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            weigh(optimizer)
+            return None
+
+        def weighing() -> Any:
+            # The closure computes the gradients inside step(): weight them when it returns.
+            loss = closure()
+            if loss is not None:
+                record_loss(loss)
+            weigh(optimizer)
+            return loss
+
+        rest = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (optimizer, weighing, *args[2:]), rest
+
+    return hook
 
 
 def own_parameters(optimizer: Optimizer, known: Collection[Tensor]) -> list[Tensor]:

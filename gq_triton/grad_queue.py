@@ -14,6 +14,7 @@ from gq_triton.attachment import (
     WITHIN,
     Added,
     Handle,
+    before_step,
     check_dense,
     check_optimizer,
     note_attached,
@@ -161,21 +162,11 @@ class GradQueue:
         if self._clusters and self._handle is not None:
             raise ValueError("with clusters a GradQueue serves one optimizer: call remove() first")
 
-        def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # args[0] is the optimizer itself.
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            if closure is None:
-                self._weigh(optimizer)
-                return None
-            # The closure computes the gradients inside step(): weight them when it returns.
-            weighing = self._closure(optimizer, closure)
-            rest = {name: value for name, value in kwargs.items() if name != "closure"}
-            return (optimizer, weighing, *args[2:]), rest
-
+        before = before_step(optimizer, self._weigh, self.record_loss)
         # With clusters the backward pass weights the gradients, whichever optimizer steps.
         claimed = list(self._names) if self._clusters else own_parameters(optimizer, self._names)
-        claim(claimed, before_step, ATTACH)
-        hook = optimizer.register_step_pre_hook(before_step)
+        claim(claimed, before, ATTACH)
+        hook = optimizer.register_step_pre_hook(before)
         kind = type(optimizer).__name__
         self._serves.append(kind)
         forget = note_attached(optimizer, self)
@@ -183,7 +174,7 @@ class GradQueue:
         restore = guard = None
         if self._clusters is not None:
             restore = self._clusters.install()
-            self._clusters.end_with(before_step)
+            self._clusters.end_with(before)
             guard = self._clusters.model.register_forward_pre_hook(refuse_wrappers)
 
         def undo() -> None:
@@ -193,22 +184,12 @@ class GradQueue:
                 restore()
             if guard is not None:
                 guard.remove()
-            release(claimed, before_step)
+            release(claimed, before)
             self._serves.remove(kind)
             self._handle = None
 
         self._handle = Handle(undo)
         return self._handle
-
-    def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def weighing() -> Any:
-            loss = closure()
-            if loss is not None:
-                self.record_loss(loss)
-            self._weigh(optimizer)
-            return loss
-
-        return weighing
 
     @torch.no_grad()
     def _weigh(self, optimizer: Optimizer) -> None:
