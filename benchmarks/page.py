@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gq_triton.bench.optimizer import PAIRS
 from gq_triton.bench.record import cell, from_csv
 from gq_triton.bench.run import Line
 
@@ -37,13 +38,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def by_case(lines: Sequence[Line], value: Callable[[Line], str]) -> str:
-    """Return a table with a row for each case and a column for each step."""
-    steps = list(dict.fromkeys(line.step for line in lines))
-    rows = []
-    for case in dict.fromkeys(line.case for line in lines):
-        found = {line.step: value(line) for line in lines if line.case == case}
-        rows.append([case, *[found.get(step, "") for step in steps]])
-    return table(["", *steps], rows)
+    """Return a table with a row for each case and a column for each step.
+
+    The optimizers have a table each, since few columns hold for both.
+    """
+    last = [line.case.rpartition(", ")[2] for line in lines]
+    kinds = list(dict.fromkeys(last)) if set(last) <= {*PAIRS} else [""]
+    text = []
+    for kind in kinds:
+        mine = [line for line in lines if line.case.endswith(kind)]
+        steps = list(dict.fromkeys(line.step for line in mine))
+        rows = []
+        for case in dict.fromkeys(line.case for line in mine):
+            found = {line.step: value(line) for line in mine if line.case == case}
+            rows.append([case.removesuffix(f", {kind}"), *[found.get(step, "") for step in steps]])
+        text.append(table([kind, *steps], rows))
+    return "\n".join(text)
 
 
 def by_step(lines: Sequence[Line]) -> str:

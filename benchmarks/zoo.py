@@ -164,7 +164,8 @@ def page_of(rows: list[dict[str, Any]], threads: int) -> str:
     ]  # fmt: skip
     columns = ["model", *TIERS, "largest error", "microbatch", "`strict=True`", "time", "memory"]
     for group in dict.fromkeys(row["group"] for row in rows):
-        text += ["", f"## {group[0].upper()}{group[1:]}", ""]
+        title = group if "." in group else f"{group[0].upper()}{group[1:]}"
+        text += ["", f"## {title}", ""]
         text += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         text += [f"| {' | '.join(cells(row))} |" for row in rows if row["group"] == group]
     reasons = [f"- {row['name']}: {row['strict']}" for row in whole if row["strict"] != "passes"]

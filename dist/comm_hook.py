@@ -57,7 +57,7 @@ def register(model: object, **options: Unpack[StateKeywords]) -> GradQueueState:
             already, ``mixed_precision`` or the Python reducer; an option is out of its range; a
             ``GradQueue`` or one of this package's optimizers weights these parameters already.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn.parallel import DistributedDataParallel
         >>> ddp = DistributedDataParallel(torch.nn.Linear(4, 2))  # the process group exists

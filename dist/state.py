@@ -90,7 +90,7 @@ class GradQueueState:
         ValueError: an option is out of its range; a parameter is complex; with clusters, something
             else weights these parameters already.
 
-    Example:
+    Examples:
         >>> from torch.nn.parallel import DistributedDataParallel
         >>> from gq_triton.dist import GradQueueState, grad_queue_hook
         >>> model = torch.nn.Linear(4, 2)

@@ -51,7 +51,7 @@ def cuda_graph(
         RuntimeError: there is no CUDA device.
         ValueError: no optimizer, or too short a warm-up.
 
-    Example:
+    Examples:
         >>> from gq_triton import GQAdamW
         >>> device = "cuda" if torch.cuda.is_available() else "cpu"
         >>> model = torch.nn.Linear(4, 2, device=device)

@@ -70,7 +70,7 @@ class GradQueue:
     Raises:
         ValueError: an option that cannot hold.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = torch.optim.Adagrad(model.parameters())
         >>> queue = GradQueue(model)
@@ -322,7 +322,7 @@ class GradQueue:
             ValueError: there are no clusters.
             RuntimeError: with ``strict=True``, where gradients are not known by cluster.
 
-        Example:
+        Examples:
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.PReLU(3))
             >>> queue = GradQueue(model, n_clusters=2, features="0")
             >>> print(queue.check(torch.ones(8, 4)))

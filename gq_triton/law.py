@@ -76,7 +76,7 @@ def scarcity_weight(grad: Tensor, queue: Tensor, *, rho: float = 3.0) -> Tensor:
     Raises:
         ValueError: ``rho < 1``, ``L < 1``, or shapes, types or devices that do not fit.
 
-    Example:
+    Examples:
         >>> queue = torch.tensor([[1.0], [2.0], [3.0]])
         >>> scarcity_weight(torch.tensor([3.0]), queue)
         tensor([1.2247])

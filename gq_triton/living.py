@@ -16,7 +16,7 @@ def living(kind: type[T]) -> Iterator[T]:
     to its type. That takes milliseconds in a small program and tens of them in a large one: call it
     once per run. Proxies, whose ``__class__`` is another than their type, are not yielded.
 
-    Example:
+    Examples:
         >>> class Rare: ...
         >>> one = Rare()
         >>> [found is one for found in living(Rare)]

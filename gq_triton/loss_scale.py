@@ -52,7 +52,7 @@ class ScalerWatch:
         params: the look is at the first optimizer that steps one of these parameters.
         message: the sentence of the error.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(2, 2)
         >>> watch = ScalerWatch(layer.parameters(), "the scaler was forgotten")

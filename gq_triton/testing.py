@@ -100,7 +100,7 @@ class Ranks:
     Args:
         world_size: number of processes; each computes with one thread.
 
-    Example:
+    Examples:
         >>> import math
         >>> ranks = Ranks(2)
         >>> ranks.run(math.sqrt)  # each process calls math.sqrt(rank)

@@ -23,7 +23,7 @@ def check_features(model: nn.Module, features: Any) -> None:
         model: the bare model; its submodules have the names that may be given.
         features: what was given for the option.
 
-    Example:
+    Examples:
         >>> check_features(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "2")
         Traceback (most recent call last):
         ...

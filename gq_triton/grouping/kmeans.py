@@ -123,7 +123,7 @@ class KMeans:
         TypeError: ``n_clusters``, ``max_iter`` or ``random_state`` is no integer.
         ValueError: an argument out of its range, or ``init`` not finite and (K, F).
 
-    Example:
+    Examples:
         >>> import torch
         >>> kmeans = KMeans(2)
         >>> labels = kmeans(torch.tensor([[0.0, 1.0], [8.0, 8.0], [0.0, 2.0]]))

@@ -65,7 +65,7 @@ class GQAdamW(GradQueueOptimizer):
         ValueError: invalid options, all of which the message names; a complex parameter; in
             ``step`` a sparse gradient.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = GQAdamW(model.parameters(), lr=1e-3)
         >>> model(torch.ones(8, 4)).square().mean().backward()

@@ -62,7 +62,7 @@ class GQSGD(GradQueueOptimizer):
         ValueError: invalid options, all of which the message names; a complex parameter; in
             ``step`` a sparse gradient.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = GQSGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> model(torch.ones(8, 4)).square().mean().backward()

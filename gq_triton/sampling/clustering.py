@@ -82,7 +82,7 @@ class GradientClustering:
         TypeError: the model is no module, or the loss no loss.
         ValueError: an argument is out of its range, or no layer can be used.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gq_triton.sampling import StratifiedBatchSampler
         >>> x = torch.randn(8, 5).repeat(10, 1)  # 8 samples, 10 times each

@@ -44,7 +44,7 @@ def gradient_norms(model: nn.Module, loss: Loss, inputs: Any, targets: Any) -> T
         TypeError: the model is no module, or the loss no loss.
         ValueError: the model has no trained parameter, or there is no sample.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[3.0, 4.0], [0.0, 0.0]])
         >>> gradient_norms(model, lambda out, y: out[:, 0], x, x).tolist()

@@ -49,7 +49,7 @@ class HistoryBatchSampler(Sampler[list[int]]):
     Raises:
         ValueError: an argument is out of its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn.functional import cross_entropy
         >>> x, y = torch.randn(200, 4), torch.randint(2, (200,))

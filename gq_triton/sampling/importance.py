@@ -114,7 +114,7 @@ class ImportanceLoader:
         ValueError: an argument out of its range, a dataset that is smaller than a batch; later,
             scores that are negative, infinite or NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn.functional import cross_entropy
         >>> x, y = torch.randn(512, 8), torch.randint(3, (512,))

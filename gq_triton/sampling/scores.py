@@ -62,7 +62,7 @@ def importance_score(logits: Any, targets: Any, loss: Loss) -> Tensor:
         TypeError: ``loss`` is none of these.
         ValueError: the shapes of outputs and targets disagree, or the loss returned a scalar.
 
-    Example:
+    Examples:
         >>> import torch
         >>> logits = torch.tensor([[0.0, 0.0], [9.0, -9.0]])
         >>> score = importance_score(logits, torch.tensor([0, 0]), torch.nn.CrossEntropyLoss())
@@ -114,7 +114,7 @@ def variance_reduction(scores: Tensor) -> float:
     Raises:
         ValueError: the scores have another shape, or one is negative, infinite or NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> round(variance_reduction(torch.tensor([1.0, 1.0, 1.0, 5.0])), 6)
         1.322876
@@ -141,7 +141,7 @@ def total_variation(scores: Tensor) -> float:
     Raises:
         ValueError: as ``variance_reduction``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> total_variation(torch.tensor([1.0, 1.0, 1.0, 5.0]))
         0.375

@@ -47,7 +47,7 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         ValueError: the labels are not ``(N,)`` integers of at least 0, or an argument is out of its
             range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch.nn.functional import mse_loss
         >>> x = torch.randn(100, 3)

@@ -43,7 +43,7 @@ def check(value: Any, rule: Rule, what: str) -> None:
     Raises:
         ValueError: the value breaks the rule.
 
-    Example:
+    Examples:
         >>> check({"step": -1}, Record({"step": Integer(0, 9)}), "the file")
         Traceback (most recent call last):
         ...

@@ -32,7 +32,7 @@ class Study:
     Raises:
         Refusal: an option is unknown or not allowed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> study = Study(tempfile.mkdtemp(), arms=["sgdm"], batch_sizes=[8], trials=2, seeds=2,
         ...               tuning_seeds=1, command="mine {lr} {beta1} {warmup} {seed}")

@@ -52,7 +52,7 @@ class SVRG:
         ValueError: an argument is out of its range, the dataset is empty, or the model has no
             trained parameter.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gq_triton.variance import SVRG
         >>> x = torch.randn(100, 4)

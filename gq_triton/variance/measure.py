@@ -52,7 +52,7 @@ def measure_variance(
         ValueError: the dataset is empty, an argument is out of its range, or an estimator does not
             fit the dataset.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from gq_triton.variance import UniformBatches, measure_variance
         >>> x = torch.randn(50, 4)

@@ -65,6 +65,16 @@ def test_examples_of_dist_print_what_they_say_on_two_ranks():
     spawn(2, run_examples_on_a_rank, *[m for m in MODULES if m.startswith("gq_triton.dist.")])
 
 
+def test_examples_stand_where_the_site_looks_for_them():
+    """Griffe knows ``Examples:``; below ``Example:`` it makes quotations of ``>>>``."""
+    assert not [
+        path
+        for place in PLACES
+        for path in (ROOT / place).glob("**/*.py")
+        if " Example:\n" in path.read_text(encoding="utf-8")
+    ]
+
+
 def test_no_example_is_skipped():
     assert not [
         path

@@ -251,6 +251,16 @@ def test_every_block_names_its_language():
     assert not blocks(""), "name the language: bash is checked, text is not"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_list_begins_after_an_empty_line(page):
+    """Without it the site makes one paragraph of both."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    item = re.compile(r"(?:[*-]|\d+\.) ")
+    for part in re.split(r"\n\s*\n", text):
+        first, *others = part.strip("\n").split("\n")
+        assert item.match(first) or not any(map(item.match, others)), part
+
+
 # --- files
 
 

@@ -76,7 +76,7 @@ def register_layer(cls: type[nn.Module], like: type[nn.Module] | None = None) ->
         TypeError: ``cls`` is no subclass of ``torch.nn.Module``.
         ValueError: no family of layers is like ``like``.
 
-    Example:
+    Examples:
         >>> import gq_triton, torch
         >>> class Doubled(torch.nn.Module):
         ...     def __init__(self):

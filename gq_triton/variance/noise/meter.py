@@ -77,7 +77,7 @@ class NoiseScale:
         TypeError: ``model`` is no module, or ``optimizer`` no optimizer.
         ValueError: an option that cannot hold, or a model that cannot be measured.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 2)
         >>> meter = NoiseScale(model, every=1)
         >>> model(torch.randn(32, 4)).square().mean().backward()

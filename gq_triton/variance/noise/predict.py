@@ -34,7 +34,7 @@ def steps_ratio(critical_batch: float, old: float, new: float) -> float:
     Raises:
         ValueError: a batch size is not positive, or the critical batch is negative.
 
-    Example:
+    Examples:
         >>> steps_ratio(64.0, 64, 128)
         0.75
     """
