@@ -99,6 +99,10 @@ def mask_first(model, mask, x):
     return model.head(mask @ model.enter(x))
 
 
+def one_number(model, x):
+    return (model.enter(x).mean((1, 2)) * model.scale.exp().expand(len(x))).unsqueeze(1)
+
+
 def linear(outputs=WIDTH):
     return nn.Linear(WIDTH, outputs)
 
@@ -138,6 +142,9 @@ CASES = {
     "features of positions": (lambda: Model(flat_positions, core=core()), sequences, "core", 4),
     "samples in the second argument": (
         lambda: Model(mask_first, head=linear(3)), masked, "enter", 4,
+    ),
+    "a number for each sample": (
+        lambda: Model(one_number, scale=nn.Parameter(torch.ones(()))), sequences, "enter", 4,
     ),
 }  # fmt: skip
 

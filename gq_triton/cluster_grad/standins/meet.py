@@ -81,7 +81,7 @@ def _expanded_gradients(
     if grad[0].numel() != param.numel():  # a route whose values have a row per row of samples
         groups = step.groups
         per_row = groups.members.repeat_interleave(len(grad) // groups.labels.numel(), dim=1)
-        wide = grad.to(accumulation_type(grad.dtype)).flatten(1)
+        wide = grad.to(accumulation_type(grad.dtype)).reshape(len(grad), -1)
         sums = (wide * per_row[:, :, None]).flatten(1)
     else:
         sums = _by_cluster(step, grad, site.collector.backend)
