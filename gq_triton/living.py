@@ -1,30 +1,47 @@
 """The living instances of a class, for what torch knows but hands to nobody."""
 
 import gc
-from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 __all__ = ["living"]
 
 T = TypeVar("T")
 
 
-def living(kind: type[T]) -> Iterator[T]:
-    """Yield every living instance of a class written in Python, those of its subclasses included.
+def living(kind: type[T]) -> list[T]:
+    """Return every living instance of a class written in Python, those of its subclasses included.
 
     The collector looks through all objects for those that refer to the class, as an instance does
     to its type. That takes milliseconds in a small program and tens of them in a large one: call it
-    once per run. Proxies, whose ``__class__`` is another than their type, are not yielded.
+    once per run. Proxies, whose ``__class__`` is another than their type, are not returned.
 
-    Examples:
+    Example:
         >>> class Rare: ...
         >>> one = Rare()
         >>> [found is one for found in living(Rare)]
         [True]
     """
     kinds = [kind]
+    known = {id(kind)}  # by id, since a metaclass may compare its classes as it likes
     for one in kinds:
-        kinds.extend(sub for sub in type.__subclasses__(one) if sub not in kinds)
-    for found in gc.get_referrers(*kinds):
-        if type(found) in kinds:
-            yield found
+        for sub in type.__subclasses__(one):
+            if id(sub) not in known:
+                known.add(id(sub))
+                kinds.append(sub)
+    return [found for found in _referrers(kinds) if id(type(found)) in known]
+
+
+def _referrers(kinds: list[Any]) -> list[Any]:
+    """Return what refers to one of some classes, of the objects that a program has frozen, too.
+
+    The collector passes over frozen objects, so that they are thawed for the look. Garbage is
+    collected before, since all objects are frozen afterwards.
+    """
+    if not gc.get_freeze_count():
+        return gc.get_referrers(*kinds)
+    gc.collect()
+    gc.unfreeze()
+    try:
+        return gc.get_referrers(*kinds)
+    finally:
+        gc.freeze()

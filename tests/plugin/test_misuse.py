@@ -158,6 +158,31 @@ def test_strict_refuses_parameters_that_came_later():
             optimizer.step()
 
 
+def test_a_scaler_is_found_in_a_program_whose_objects_are_frozen():
+    """Large programs freeze them, so that the collector passes over them."""
+
+    class Compared(type):
+        def __eq__(cls, other):
+            raise TypeError("these classes are not compared")
+
+        __hash__ = type.__hash__
+
+    class Scaler(torch.amp.GradScaler, metaclass=Compared):
+        __slots__ = ()
+
+    net = model()
+    optimizer, scaler = sgd(net), Scaler("cpu", init_scale=16.0)
+    GradQueue(net, **CLUSTERS).attach(optimizer)
+    backward(net, scaler=scaler)
+    gc.freeze()
+    try:
+        with pytest.raises(RuntimeError, match=r"attach\(optimizer, grad_scaler=scaler\)"):
+            scaler.step(optimizer)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
 def test_a_scaler_of_another_optimizer_or_one_that_is_off_is_none_of_ours():
     other, net = model(), model()
     its, ours = sgd(other), sgd(net)
