@@ -70,7 +70,7 @@ def note_plain_torch(device: torch.device, backend: str, tensors: Iterable[Tenso
         return
     _noted.append(True)
     warnings.warn(
-        "steps on the CPU run on plain torch, about 15 times slower than with Numba: "
+        "steps on the CPU run on plain torch, several times slower than with Numba: "
         f'{how_to_install("cpu")}, or pass backend="torch" to say that this is meant',
         RuntimeWarning,
         stacklevel=2,

@@ -21,7 +21,7 @@ from gq_triton.optim.measured import Measured, figures, measure
 from gq_triton.optim.plan import Found, Plan
 from gq_triton.optim.referrers import Watched
 from gq_triton.optim.saved import LOSSES, optimizer_rule
-from gq_triton.optim.states import allocate_ring, reorder, saved_states, take_over
+from gq_triton.optim.states import allocate_ring, check_length, reorder, saved_states, take_over
 from gq_triton.options import LawOptions, read
 from gq_triton.queues.losses import length_of, new_losses, record_loss
 from gq_triton.ring import (
@@ -249,6 +249,7 @@ class GradQueueOptimizer(Watched, Optimizer):  # pyright: ignore[reportIncompati
                 if param.grad is None:
                     continue
                 devices.add(param.device)
+                check_length(self._name, param, group, self.state.get(param, {}))
                 if param.grad.layout != torch.strided:
                     raise ValueError(
                         f"{self._name(param)} has a gradient of layout {param.grad.layout}, which "

@@ -74,7 +74,7 @@ class Plan:
                 lacks is left out.
             key_of: returns the properties that all members of one batch share.
         """
-        self._params, self._queue_dtype = list(group["params"]), group["queue_dtype"]
+        self._params, self._ring = list(group["params"]), _ring(group)
         self._absent, members, grads = _with_gradient(self._params)
         own = [states[member] for member in members]
         self.keys = tuple(key for key in keys if all(key in state for state in own))
@@ -106,12 +106,12 @@ class Plan:
 
         The plan fits if the same parameters have a gradient, all tensors have the types, shapes and
         strides that they had, parameters and states have the same addresses, and the group asks for
-        queues of the same type.
+        queues of the same length and type.
         """
         params = group["params"]
         if tuple(keys) != self.keys or not _are(params, self._params):
             return None
-        if group["queue_dtype"] != self._queue_dtype:  # the rings are to be converted
+        if _ring(group) != self._ring:  # the rings are to be converted, or the change is refused
             return None
         absent, members, grads = _with_gradient(params)
         if absent != self._absent:
@@ -203,6 +203,10 @@ class Found(States):
     def entries(self) -> list[Tensor]:
         """Return the tensors of all rows."""
         return list(chain.from_iterable(self.rows))
+
+
+def _ring(group: dict[str, Any]) -> tuple[Any, ...]:
+    return group["queue_length"], group["queue_dtype"]
 
 
 def _with_gradient(

@@ -3,7 +3,7 @@
 What a step adds to torch's state lies in ``optimizer.state`` too, where checkpoint libraries look.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from gq_triton.optim.saved import EXP_AVG, EXP_AVG_SQ, MOMENTUM_BUFFER, STEP
 from gq_triton.ring import fill_ring, local, new_counter, new_queue
 from gq_triton.saved.state import filled
 
-__all__ = ["allocate_ring", "reorder", "saved_states", "take_over"]
+__all__ = ["allocate_ring", "check_length", "reorder", "saved_states", "take_over"]
 
 
 def allocate_ring(param: Tensor, group: dict[str, Any], state: State) -> None:
@@ -32,6 +32,22 @@ def allocate_ring(param: Tensor, group: dict[str, Any], state: State) -> None:
     elif chosen is not None and state[QUEUE].dtype != stored_type(chosen, param.dtype):
         ring = state[QUEUE]
         state[QUEUE] = fill_ring(new_queue(param, slots(ring), chosen), ring)
+
+
+def check_length(
+    name_of: Callable[[Tensor], str], param: Tensor, group: dict[str, Any], state: State
+) -> None:
+    """Raise a ValueError if a ring has another length than its group asks for.
+
+    A change of the group's option between two steps cannot be followed: a ring keeps no older
+    gradients than its own.
+    """
+    if QUEUE in state and slots(state[QUEUE]) != group["queue_length"]:
+        raise ValueError(
+            f"the queue of {name_of(param)} holds {slots(state[QUEUE])} gradients, got "
+            f'queue_length={group["queue_length"]}: set it back, or delete "{QUEUE}" of its state, '
+            "to start with an empty one"
+        )
 
 
 def reorder(param: Tensor, state: State) -> None:

@@ -1,6 +1,8 @@
 """The three engines can replace each other: they have the same operations and arguments."""
 
 import inspect
+import itertools
+import math
 
 import pytest
 import torch
@@ -62,3 +64,19 @@ def test_plain_torch_keeps_the_statistics_where_the_gradients_are():
     with torch.device("meta"):  # where a factory puts a tensor that names no device
         statistics = eager.weigh_(grads, queues, [torch.zeros((), device="cpu")], None, Law(3.0))
     assert statistics.device == grads[0].device
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("engine", [compiled, eager], ids=["numba", "torch"])
+def test_one_element_that_is_not_finite_is_found_wherever_it_is(engine, dtype):
+    largest = torch.finfo(dtype).max
+    grads = [torch.full((7,), sign * largest, dtype=dtype) for sign in (1, -1)]
+    grads += [torch.zeros(0, dtype=dtype), torch.zeros(3, 2, dtype=dtype)[:, 1]]
+    for place, bad in itertools.product(range(7), (math.nan, math.inf, -math.inf)):
+        grads.append(torch.zeros(7, dtype=dtype))
+        grads[-1][place] = bad
+    expected = [bool(torch.isfinite(grad).all()) for grad in grads]
+    assert engine.all_finite(grads).tolist() == expected
+    contiguous = [grad for grad in grads if grad.is_contiguous()]
+    assert engine.all_finite(contiguous).tolist() == expected[:3] + expected[4:]
+    assert engine.all_finite([]).tolist() == []

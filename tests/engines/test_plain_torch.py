@@ -8,7 +8,7 @@ import torch
 from gq_triton import GQSGD, GradQueue, engines
 
 CPU = torch.device("cpu")
-SAID = "steps on the CPU run on plain torch, about 15 times slower than with Numba: pip install"
+SAID = "steps on the CPU run on plain torch, several times slower than with Numba: pip install"
 
 
 @pytest.fixture(autouse=True)

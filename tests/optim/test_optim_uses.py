@@ -1,5 +1,7 @@
 """The optimizers in the places of torch's own: groups, schedulers, closures."""
 
+import math
+
 import pytest
 import torch
 from optim_cases import (
@@ -13,7 +15,7 @@ from optim_cases import (
     values,
 )
 
-from gq_triton import reference
+from gq_triton import GQSGD, reference
 
 
 @both_optimizers
@@ -121,3 +123,32 @@ def test_zero_grad_and_closures(variant, set_to_none):
         assert_same(loss, expected)
     assert_same(ours, theirs)
     assert optimizer.step() is None
+
+
+@all_backends
+def test_an_infinite_weight_stays_infinite(backend):
+    """Without decay torch does not multiply the weight by it: 0 times infinity would be NaN."""
+    param = torch.tensor([math.inf, 1.0], requires_grad=True)
+    optimizer = GQSGD([param], lr=0.5, queue_length=2, min_queue_length=1, backend=backend)
+    for step in range(3):
+        param.grad = torch.tensor([1.0, 2.0 * step])
+        optimizer.step()
+    assert param.tolist() == [math.inf, -6.0]  # 1 - 0.5 * (0 + 2 + 3 * 4)
+
+
+def test_a_queue_length_that_changes_between_steps_is_refused():
+    params = small_parameters()
+    optimizer = GQSGD(params, lr=0.1, queue_length=2, min_queue_length=1)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = values(params)
+    optimizer.param_groups[0]["queue_length"] = 3
+    with pytest.raises(
+        ValueError, match=r"parameter 0 .* holds 2 gradients, got queue_length=3: s"
+    ):
+        optimizer.step()
+    assert_same(values(params), before)
+    for param in params:
+        del optimizer.state[param]["queue"]
+    optimizer.step()
+    assert {len(optimizer.state[param]["queue"]) for param in params} == {3}

@@ -8,12 +8,12 @@ weights are all 1 (warm-up, rho = 1, a gradient that is not accepted), because `
 
 from gq_triton.engines.compiled.adamw import gqadamw_
 from gq_triton.engines.compiled.combine import combine
+from gq_triton.engines.compiled.finite import all_finite
 from gq_triton.engines.compiled.sgd import gqsgd_
 from gq_triton.engines.compiled.statistics import queue_statistics
 from gq_triton.engines.compiled.sums import channel_sums
 from gq_triton.engines.compiled.weigh import weigh_
 from gq_triton.engines.eager import (
-    all_finite,
     combine_all,
     combine_rows,
     convolution_sums,

@@ -33,7 +33,7 @@ TILE = 512
 
 
 @exact()
-def _known(statistics, stride, slots, slot, j, law):
+def _known(statistics, stride, slots, slot, j, oldest, law):
     """Return the result of ``spread_of``, from the stored mean and 1 / sigma."""
     one = law[2]
     return statistics[j], one - one, statistics[np.uint64(stride) + j], one
@@ -59,7 +59,9 @@ def _combine_kernel(used: int) -> Callable[..., Any]:
             total, result = raw[tile:end], out[tile:end]
             for i in range(count):
                 j = np.uint64(tile + i)
-                base[i], mean[i], shrink[i], sigma = spread(ring, stride, slots, slot, j, law)
+                base[i], mean[i], shrink[i], sigma = spread(
+                    ring, stride, slots, slot, j, law[2], law
+                )
                 rate[i] = one / sigma
             total[:] = 0
             result[:] = 0

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from gq_triton.engines import eager
-from gq_triton.engines.compiled.law import DTYPES, exact, law_arguments, ring_arguments, spread_of
+from gq_triton.engines.compiled.law import DTYPES, exact, law_arguments, spread_of
 from gq_triton.engines.compiled.threads import chunks, run
 from gq_triton.engines.eager.law import Turn
 from gq_triton.law import Law
@@ -30,7 +30,7 @@ def _statistics_kernel(used: int) -> Callable[..., Any]:
         mu, per_sigma = center[start:stop], rate[start:stop]
         for i in range(stop - start):
             j = np.uint64(start + i)
-            base, mean, shrink, sigma = spread(ring, stride, slots, slot, j, law)
+            base, mean, shrink, sigma = spread(ring, stride, slots, slot, j, law[2], law)
             mu[i] = base + mean
             per_sigma[i] = min(shrink / sigma, largest)
 
@@ -48,7 +48,7 @@ def queue_statistics(
         return
     kind, used = DTYPES[queue.dtype], len(turn.rows)
     kernel, bounds = _statistics_kernel(used), law_arguments(kind, 1.0, used)
-    ring, stride, slots, slot = ring_arguments(turn, queue)
+    ring, stride, slots, slot = queue.view(-1).numpy(), queue.shape[1], len(queue), turn.slot
     settled = np.finfo(kind).max, out[0].numpy(), out[1].numpy(), bounds
     run(
         [

@@ -1,15 +1,15 @@
 """Independent pieces of work on as many threads as torch uses."""
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["Job", "chunks", "count_", "run"]
+__all__ = ["CHUNK", "Job", "chunks", "run"]
 
 # Elements of one piece of work: large against the cost of a call, small enough to balance threads.
 CHUNK = 1 << 18
@@ -30,22 +30,20 @@ def run(jobs: list[Job]) -> None:
         for job in jobs:
             job()
         return
-    shares = [jobs[thread::threads] for thread in range(threads)]
+    left = deque(jobs)  # a thread that has to share its core takes fewer of them
 
-    def work(share: list[Job]) -> None:
-        for job in share:
+    def work() -> None:
+        while left:
+            try:
+                job = left.popleft()
+            except IndexError:  # another thread was faster
+                return
             job()
 
-    helpers = [_pool(os.getpid(), threads - 1).submit(work, share) for share in shares[1:]]
-    work(shares[0])
+    helpers = [_pool(os.getpid(), threads - 1).submit(work) for _ in range(threads - 1)]
+    work()
     for helper in helpers:
         helper.result()
-
-
-def count_(counters: list[Tensor]) -> None:
-    """Count one more queued gradient in each ring."""
-    if counters:
-        torch._foreach_add_(counters, 1)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def chunks(numel: int) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ Shape legend: L = queue slots, E = effective length, P = elements of one paramet
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,20 +12,18 @@ import torch
 from torch import Tensor
 
 from gq_triton.engines import eager
-from gq_triton.engines.compiled.law import (
-    DTYPES,
-    TILE,
-    exact,
-    fuses,
-    in_bytes,
-    law_arguments,
-    ring_arguments,
-    ring_of,
-    sums,
-    weight_of,
+from gq_triton.engines.compiled.jit import exact, sums, vector
+from gq_triton.engines.compiled.law import TILE, law_arguments, ring_of, weight_of
+from gq_triton.engines.compiled.table import (
+    GRAD,
+    QUEUE,
+    STRIDE,
+    Turns,
+    chosen,
+    count_,
+    run_pieces,
+    table_of,
 )
-from gq_triton.engines.compiled.threads import Job, chunks, count_, run
-from gq_triton.engines.eager.law import Turn, flags
 from gq_triton.law import Law
 
 __all__ = ["weigh_"]
@@ -51,24 +49,31 @@ def _tile_sums(grad, weights, count, unscale, low, high, out):
 
 
 @cache
-def _weigh_kernel(used: int, narrow: bool) -> Callable[..., Any]:
-    weight, (open_tile, compared, put) = weight_of(used), ring_of(narrow)
+def _kernel(used: int, whole: bool, in_bytes: bool, kind: Any) -> Callable[..., Any]:
+    weight, (open_tile, compared, put) = weight_of(used, whole), ring_of(in_bytes)
 
     @exact()
-    def kernel(start, stop, ring, stride, slots, slot, grad, unscale, out, law):
+    def kernel(pieces, seen, rows, turns, slots, code, unscale, law):
+        weights = np.empty(TILE, kind)
         low, high = law[0], law[1]
-        weights = np.empty(TILE, grad.dtype)
-        for tile in range(start, stop, TILE):
-            count = min(TILE, stop - tile)
-            rows, width, origin = open_tile(ring, stride, slots, tile, tile + count)
-            for i in range(count):
-                x = compared(grad[np.uint64(tile + i)] * unscale)
-                at = np.uint64(tile + i - origin)
-                weights[i] = weight(rows, width, slots, slot, at, x, law)
-            _tile_sums(grad[tile : tile + count], weights, count, unscale, low, high, out)
-            put(ring, stride, slots, slot, tile, tile + count, grad, unscale)
-            for i in range(count):
-                grad[np.uint64(tile + i)] *= weights[i]
+        for n in range(len(pieces)):
+            row, start, stop = pieces[n, 0], pieces[n, 1], pieces[n, 2]
+            slot, stride = turns[row], rows[row, STRIDE]
+            ring = vector(rows[row, QUEUE], (slots + 1) * stride, code)
+            grad = vector(rows[row, GRAD], stop, low)
+            for tile in range(start, stop, TILE):
+                end = min(tile + TILE, stop)
+                queue, width, origin = open_tile(ring, stride, slots, tile, end)
+                for i in range(end - tile):
+                    raw = grad[np.uint64(tile + i)] * unscale
+                    k = np.uint64(tile + i - origin)
+                    at = np.uint64(slot * width) + k
+                    weights[i] = weight(queue, width, slots, slot, k, queue[at], compared(raw), law)
+                    queue[at] = raw
+                _tile_sums(grad[tile:end], weights, end - tile, unscale, low, high, seen[n])
+                put(ring, stride, slots, slot, tile, end, grad, unscale)
+                for i in range(end - tile):
+                    grad[np.uint64(tile + i)] *= weights[i]
 
     return kernel
 
@@ -82,29 +87,25 @@ def weigh_(
 ) -> Tensor:
     """Weight gradients in place and queue the raw ones; see ``protocol``."""
     statistics = torch.zeros(len(grads), 5, dtype=torch.float64)
-    unscale, accept = law.unscale, flags(accepted, len(grads))
-    jobs: list[Job] = []
-    counters: list[Tensor] = []
-    partials: list[tuple[int, list[Any]]] = []
-    for index, (grad, queue) in enumerate(zip(grads, queues, strict=True)):
-        turn = Turn(queue, queued[index], accept[index], law)
-        if not fuses(turn, unscale, queue, grad):
-            one = slice(index, index + 1)
-            own = None if accepted is None else accepted[one]
-            statistics[one] = eager.weigh_(grads[one], queues[one], queued[one], own, law)
-            continue
-        kind = DTYPES[grad.dtype]
-        used = len(turn.rows)
-        kernel = _weigh_kernel(used, in_bytes(queue))
-        bounds = law_arguments(kind, law.rho, used)
-        ring, g = ring_arguments(turn, queue), grad.numpy()
-        sums = [np.zeros(5) for _ in chunks(grad.numel())]
-        partials.append((index, sums))
-        for out, (start, stop) in zip(sums, chunks(grad.numel()), strict=True):
-            jobs.append(partial(kernel, start, stop, *ring, g, kind(unscale), out, bounds))
-        counters.append(queued[index])
-    run(jobs)
-    count_(counters)
-    for index, sums in partials:
-        statistics[index] = torch.from_numpy(np.sum(sums, axis=0))
+    if not grads:
+        return statistics
+    table, unscale = table_of(grads, queues, queued), law.unscale
+    turns = Turns(table, accepted, law, unscale)
+    rest = turns.others
+    if rest:
+        statistics[rest] = eager.weigh_(
+            chosen(grads, rest), chosen(queues, rest), chosen(queued, rest),
+            None if accepted is None else accepted[rest], law,
+        )  # fmt: skip
+    if len(rest) == len(grads):
+        return statistics
+    used, kind, pieces = turns.used, table.kind, turns.pieces(table)
+    kernel = _kernel(used, used == table.slots, table.in_bytes, kind)
+    seen = np.zeros((len(pieces), 5))
+    run_pieces(
+        kernel, pieces, seen, table.rows, turns.slots, table.slots, table.code, kind(unscale),
+        law_arguments(kind, law.rho, used),
+    )  # fmt: skip
+    np.add.at(statistics.numpy(), pieces[:, 0], seen)
+    count_(table.rows, turns.act)
     return statistics
