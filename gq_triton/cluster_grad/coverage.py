@@ -1,4 +1,4 @@
-"""The coverage, which tells of which parameters the gradients are known by cluster.
+"""The coverage: which parameters' gradients are known by cluster, and what is said of the others.
 
 A parameter that was used past its layers, or where the samples cannot be told apart, has its whole
 gradient weighted as that of one cluster. The coverage keeps the reasons, and warns once for each

@@ -104,24 +104,6 @@ class Intake:
         self._add_partial(step, name, blocks, dtype)
         return self._wait(step, name, None)
 
-    def _add_partial(
-        self, step: Step, name: str, blocks: Iterator[Block], dtype: torch.dtype
-    ) -> None:
-        """Add the sums of one use of a parameter that is used several times."""
-        partial, param = step.partial.get(name), self.leaves[name]
-        if partial is None:
-            start, stop, sums = next(blocks)
-            if stop - start == param.numel() and self._keeps_sums(sums.device):
-                step.partial[name] = Partial(sums)
-                return
-            shape = step.groups.n_clusters, param.numel()
-            partial = Partial(torch.zeros(shape, dtype=dtype, device=param.device), given=0)
-            step.partial[name] = partial
-            blocks = itertools.chain([(start, stop, sums)], blocks)
-        partial.given += 1
-        for start, stop, sums in blocks:
-            partial.sums[:, start:stop] += sums
-
     def give_sums(self, step: Step, param: Tensor, sums: Sums, scale: bool) -> Tensor | None:
         """Take the sums of one use of a shift or scale; return what ``give`` returns.
 
@@ -139,31 +121,6 @@ class Intake:
         mine = later.form(sums)[1 if scale else 0]
         assert mine is not None
         return self._wait(step, name, later.take(name, step.groups, mine))
-
-    def _later(self, step: Step, name: str) -> Later | None:
-        """Return what takes the sums of a parameter that is used once, if they may wait."""
-        later = self._sink.later
-        first_use = name not in self._waiting and not step.traced and step.groups.unit == 1
-        may_wait = later is not None and first_use and later.may_wait(self.leaves[name])
-        return later if may_wait else None
-
-    def _take(self, step: Step, name: str, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
-        """Return the gradients of a parameter that is used once; their values may come later."""
-        later, leaf = self._later(step, name), self.leaves[name]
-        if later is not None:
-            first = next(blocks)
-            if first[1] - first[0] == leaf.numel():
-                return later.take(name, step.groups, first[2])
-            blocks = itertools.chain([first], blocks)
-        later = self._sink.later
-        if later is not None and name in later:
-            later.settle()  # an earlier forward pass: the statistics are those of the last one
-        return self._sink.take(name, step.groups, blocks, dtype)
-
-    def settle(self) -> None:
-        """Give values to all gradients that wait for one another."""
-        if self._sink.later is not None:
-            self._sink.later.settle()
 
     def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor | None:
         """Take the sums of some rows of a table that is used once; return what ``give`` returns.
@@ -192,6 +149,11 @@ class Intake:
         name = self.names[param]
         return self._wait(step, name, self._sink.take_lookups(name, step.groups, where, grads))
 
+    def settle(self) -> None:
+        """Give values to all gradients that wait for one another."""
+        if self._sink.later is not None:
+            self._sink.later.settle()
+
     def _wait(self, step: Step, name: str, taken: Taken | None) -> Tensor | None:
         """Keep the gradient that a layer has given until the parameter's hook is called.
 
@@ -215,6 +177,44 @@ class Intake:
             zero = torch.zeros((), dtype=param.dtype, device=param.device)
             self._markers[key] = zero.expand_as(param)
         return self._markers[key]
+
+    def _take(self, step: Step, name: str, blocks: Iterator[Block], dtype: torch.dtype) -> Taken:
+        """Return the gradients of a parameter that is used once; their values may come later."""
+        later = self._later(step, name)
+        if later is not None:
+            start, stop, sums = next(blocks)
+            if stop - start == self.leaves[name].numel():
+                return later.take(name, step.groups, sums)
+            blocks = itertools.chain([(start, stop, sums)], blocks)
+        later = self._sink.later
+        if later is not None and name in later:
+            later.settle()  # an earlier forward pass: the statistics are those of the last one
+        return self._sink.take(name, step.groups, blocks, dtype)
+
+    def _later(self, step: Step, name: str) -> Later | None:
+        """Return what takes the sums of a parameter that is used once, if they may wait."""
+        later = self._sink.later
+        first_use = name not in self._waiting and not step.traced and step.groups.unit == 1
+        may_wait = later is not None and first_use and later.may_wait(self.leaves[name])
+        return later if may_wait else None
+
+    def _add_partial(
+        self, step: Step, name: str, blocks: Iterator[Block], dtype: torch.dtype
+    ) -> None:
+        """Add the sums of one use of a parameter that is used several times."""
+        partial, param = step.partial.get(name), self.leaves[name]
+        if partial is None:
+            start, stop, sums = next(blocks)
+            if stop - start == param.numel() and self._keeps_sums(sums.device):
+                step.partial[name] = Partial(sums)
+                return
+            shape = step.groups.n_clusters, param.numel()
+            partial = Partial(torch.zeros(shape, dtype=dtype, device=param.device), given=0)
+            step.partial[name] = partial
+            blocks = itertools.chain([(start, stop, sums)], blocks)
+        partial.given += 1
+        for start, stop, sums in blocks:
+            partial.sums[:, start:stop] += sums
 
     def _parts_of(
         self, name: str, waiting: Waiting | None, total: Tensor

@@ -1,4 +1,4 @@
-"""The rings of a whole model by parameter name, with their counters and the losses: the state."""
+"""The state of a model's queues: the rings by parameter name, their counters, and the losses."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
