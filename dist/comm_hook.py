@@ -9,7 +9,8 @@ from typing_extensions import Unpack
 from gq_triton.dist.options import NOT_ON_RANKS, HookOptions, StateKeywords
 from gq_triton.dist.state import GradQueueState
 from gq_triton.dist.wrappers import find_ddp
-from gq_triton.options import ClusterOptions, LawOptions, takes
+from gq_triton.keywords import takes
+from gq_triton.options import ClusterOptions, LawOptions
 
 __all__ = ["grad_queue_hook", "register"]
 

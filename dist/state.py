@@ -21,9 +21,10 @@ from gq_triton.dist.routes import Context, match
 from gq_triton.dist.together import together
 from gq_triton.dist.verify import check_same
 from gq_triton.dist.wrappers import carries, ddp_carrying, find_ddp
+from gq_triton.keywords import read, takes
 from gq_triton.loss_scale import GradScale, ScalerWatch
 from gq_triton.names import bare, parameter_names
-from gq_triton.options import ClusterOptions, LawOptions, read, takes
+from gq_triton.options import ClusterOptions, LawOptions
 from gq_triton.queues import Queues
 from gq_triton.replayed import refuse_replay
 from gq_triton.saved.rules import COUNTER_LIMIT

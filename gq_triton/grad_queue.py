@@ -25,16 +25,10 @@ from gq_triton.cluster_grad import Check, Clusters, DeclaredPasses, Weigh, check
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.describe import changed, described
 from gq_triton.grouping import Groups
+from gq_triton.keywords import read, takes
 from gq_triton.loss_scale import GradScale, scaler_of
 from gq_triton.names import bare, is_divided, parameter_names
-from gq_triton.options import (
-    ClusterKeywords,
-    ClusterOptions,
-    LawKeywords,
-    LawOptions,
-    read,
-    takes,
-)
+from gq_triton.options import ClusterKeywords, ClusterOptions, LawKeywords, LawOptions
 from gq_triton.queues import Queues
 from gq_triton.ring import flat, local, place_gradients, write_back_
 from gq_triton.wrappers import innermost, refuse_wrappers

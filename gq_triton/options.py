@@ -1,18 +1,14 @@
 """The options of the law and of the clusters: default, check and help sentence of each, once.
 
 A door (an optimizer, the plug-in, the DDP state) takes the options as keywords and passes one
-object on: ``LawOptions``, ``ClusterOptions``. ``takes`` writes every option into the door's
-signature and docstring; the ``TypedDict`` after each class tells type checkers the same.
+object on: ``LawOptions``, ``ClusterOptions``. The ``TypedDict`` after each class tells type
+checkers what the keywords are; ``keywords.py`` reads them, and shows them to users.
 """
 
-import inspect
 import math
-import re
-import textwrap
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict, TypeVar, get_type_hints
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,8 +18,7 @@ from gq_triton.float8 import FLOAT8
 
 __all__ = [
     "BACKENDS", "ClusterKeywords", "ClusterOptions", "LawKeywords", "LawOptions", "Options",
-    "RankClusterKeywords", "check_backend", "check_rho", "help_of", "option", "read", "shown",
-    "takes",
+    "RankClusterKeywords", "check_backend", "check_rho", "option", "shown",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "numba", "torch")
@@ -36,7 +31,6 @@ LONGEST = 4096
 
 # Takes an option's name and value; returns the clause that says what is wrong, or None.
 Check = Callable[[str, Any], str | None]
-Door = TypeVar("Door", bound=Callable[..., Any])
 
 
 def option(default: Any, sentence: str, check: Check | None = None) -> Any:
@@ -273,7 +267,6 @@ class ClusterOptions(Options):
         "raise an error, in the first backward pass that shows it, where a parameter's gradient is "
         "not known by cluster; False weights that of the whole batch and says so once.",
     )
-
     batch_dim: int = option(
         0,
         "the dimension of the samples in the model's inputs and in ``features``: 1 for a model "
@@ -338,92 +331,3 @@ def check_backend(backend: str) -> None:
     problem = _backend("backend", backend)
     if problem:
         raise ValueError(problem)
-
-
-def help_of(kind: type[Options], name: str) -> str:
-    """Return the help sentence of an option."""
-    return next(entry.metadata["help"] for entry in fields(kind) if entry.name == name)
-
-
-def read(
-    keywords: Mapping[str, Any], *kinds: type[Options], also: Iterable[str] = ()
-) -> tuple[Any, ...]:
-    """Return one object per kind from a door's keywords.
-
-    Args:
-        keywords: the options that were given, by name.
-        *kinds: whose options they are.
-        also: what is wrong with the door's own arguments, for the same message.
-
-    Raises:
-        TypeError: a keyword that no kind has.
-        ValueError: names every invalid option.
-
-    Warns:
-        UserWarning: a queue of one gradient.
-    """
-    known = {name for kind in kinds for name in kind.names()}
-    for name in keywords:
-        if name not in known:
-            raise TypeError(f"got an unexpected keyword argument {name!r}")
-    problems = [*(problem for kind in kinds for problem in kind.problems(keywords)), *also]
-    if problems:
-        raise ValueError("; ".join(problems))
-    if keywords.get("queue_length") == 1 and keywords.get("rho", LawOptions.rho) > 1:
-        warnings.warn(
-            "queue_length=1: one gradient has no deviation, so every weight is 1/rho or rho; take "
-            "3 or more",
-            stacklevel=3,
-        )
-    return tuple(kind.of(keywords) for kind in kinds)
-
-
-def takes(*kinds: type[Options], without: Collection[str] = ()) -> Callable[[Door], Door]:
-    """Return a decorator that writes options into the signature and docstring of a door.
-
-    The door is a class or a function that takes ``**options``. Its ``inspect.signature`` then
-    shows every option by name, with type and default, and the entry ``**options: ...`` of its
-    docstring becomes one entry per option.
-
-    Args:
-        *kinds: the kinds of options that the door takes.
-        without: names of options that the door does not take.
-    """
-
-    def decorate(door: Door) -> Door:
-        function: Any = vars(door).get("__init__", door)  # of a class, or the function itself
-        signature = inspect.signature(function)
-        shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        lines: list[str] = []
-        for kind in kinds:
-            types = get_type_hints(kind)
-            for entry in fields(kind):
-                if entry.name in without:
-                    continue
-                shown.append(
-                    inspect.Parameter(
-                        entry.name,
-                        inspect.Parameter.KEYWORD_ONLY,
-                        default=entry.default,
-                        annotation=types[entry.name],
-                    )
-                )
-                lines.append(f"{entry.name}: {help_of(kind, entry.name)}")
-        function.__signature__ = signature.replace(parameters=shown)
-        door.__doc__ = _with_lines(door.__doc__ or "", lines)
-        return door
-
-    return decorate
-
-
-def _with_lines(text: str, lines: list[str]) -> str:
-    """Return a docstring with ``lines`` in place of the entry ``**options: ...``."""
-    place = re.search(r"^([ ]*)\*\*options:.*\n(?:\1[ ]+.*\n)*", text, re.MULTILINE)
-    if place is None:
-        return text  # python -OO has no docstrings
-    indent = place.group(1)
-    wrapped = [
-        textwrap.fill(line, 100, initial_indent=indent, subsequent_indent=indent + "    ")
-        for line in lines
-    ]
-    return text[: place.start()] + "\n".join(wrapped) + "\n" + text[place.end() :]

@@ -19,7 +19,8 @@ from gq_triton.integrations.connect import (
     missing,
     scalars,
 )
-from gq_triton.options import ClusterOptions, LawOptions, takes
+from gq_triton.keywords import takes
+from gq_triton.options import ClusterOptions, LawOptions
 
 try:
     from accelerate import Accelerator

@@ -11,8 +11,9 @@ from gq_triton.dist import GradQueueState, register
 from gq_triton.dist.state import NOT_ON_RANKS, HookOptions
 from gq_triton.extras import how_to_install
 from gq_triton.grad_queue import GradQueue, Handle
+from gq_triton.keywords import read
 from gq_triton.optim.base import GradQueueOptimizer
-from gq_triton.options import ClusterKeywords, ClusterOptions, LawKeywords, LawOptions, read
+from gq_triton.options import ClusterKeywords, ClusterOptions, LawKeywords, LawOptions
 from gq_triton.wrappers import innermost
 
 __all__ = [

@@ -18,7 +18,8 @@ from gq_triton.integrations.connect import (
     missing,
     scalars,
 )
-from gq_triton.options import ClusterOptions, LawOptions, takes
+from gq_triton.keywords import takes
+from gq_triton.options import ClusterOptions, LawOptions
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

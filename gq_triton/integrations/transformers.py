@@ -21,8 +21,9 @@ from gq_triton.integrations.connect import (
     missing,
     scalars,
 )
+from gq_triton.keywords import takes
 from gq_triton.living import living
-from gq_triton.options import ClusterOptions, LawOptions, takes
+from gq_triton.options import ClusterOptions, LawOptions
 from gq_triton.saved.files import DAMAGE, load_checked
 from gq_triton.saved.rules import Exactly, Record, check
 

@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from gq_triton.engines import Engine
+from gq_triton.keywords import takes
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.batches import Batch, State
@@ -20,7 +21,7 @@ from gq_triton.optim.checks import (
     torch_problems,
 )
 from gq_triton.optim.saved import EXP_AVG, EXP_AVG_SQ, STEP
-from gq_triton.options import LawKeywords, LawOptions, takes
+from gq_triton.options import LawKeywords, LawOptions
 from gq_triton.ring import local
 
 __all__ = ["GQAdamW"]

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from gq_triton.claims import OPTIMIZER, claim, release
 from gq_triton.describe import memory
 from gq_triton.engines import Engine, engine, note_plain_torch
+from gq_triton.keywords import read
 from gq_triton.law import Law, accepted, match_norm_
 from gq_triton.optim.batches import QUEUE, Batch, State
 from gq_triton.optim.measured import Measured, figures, measure
@@ -22,7 +23,7 @@ from gq_triton.optim.plan import Found, Plan
 from gq_triton.optim.referrers import Watched
 from gq_triton.optim.saved import LOSSES, optimizer_rule
 from gq_triton.optim.states import allocate_ring, check_length, reorder, saved_states, take_over
-from gq_triton.options import LawOptions, read
+from gq_triton.options import LawOptions
 from gq_triton.queues.losses import length_of, new_losses, record_loss
 from gq_triton.ring import (
     least_over,

@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from gq_triton.engines import Engine
+from gq_triton.keywords import takes
 from gq_triton.law import Law
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.optim.batches import Batch, State
@@ -19,7 +20,7 @@ from gq_triton.optim.checks import (
     torch_problems,
 )
 from gq_triton.optim.saved import MOMENTUM_BUFFER
-from gq_triton.options import LawKeywords, LawOptions, shown, takes
+from gq_triton.options import LawKeywords, LawOptions, shown
 from gq_triton.ring import local, refuse_capture
 
 __all__ = ["GQSGD"]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gq_triton.commands.refusal import Parser, Refusal
-from gq_triton.options import LONGEST, ClusterOptions, LawOptions, Options, help_of
+from gq_triton.keywords import help_of
+from gq_triton.options import LONGEST, ClusterOptions, LawOptions, Options
 from gq_triton.saved.rules import Also, Flag, Integer, Maybe, Number, OneOf, Record, Rule, Text
 
 __all__ = ["DEFAULTS", "choose_settings", "parse_options", "settings_rule"]

@@ -12,14 +12,8 @@ from gq_triton import GQSGD, GQAdamW, GradQueue
 from gq_triton.dist import GradQueueState, register
 from gq_triton.dist.options import NOT_ON_RANKS, HookKeywords, HookOptions, StateKeywords
 from gq_triton.grad_queue import PlugInKeywords
-from gq_triton.options import (
-    ClusterKeywords,
-    ClusterOptions,
-    LawKeywords,
-    LawOptions,
-    help_of,
-    option,
-)
+from gq_triton.keywords import help_of
+from gq_triton.options import ClusterKeywords, ClusterOptions, LawKeywords, LawOptions, option
 
 PAIRS = {
     LawOptions: LawKeywords,

@@ -26,7 +26,7 @@ PLACES = {
 HOUSE = "gq_triton"
 BASE = {
     "names", "extras", "options", "law", "layer_sums", "loss_scale", "ring", "saved", "claims",
-    "describe", "wrappers", "aside", "float8", "replayed", "rounding", "living",
+    "describe", "wrappers", "aside", "float8", "replayed", "rounding", "living", "keywords",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
@@ -39,6 +39,7 @@ MAY = {
     "claims": set(),
     "living": set(),
     "describe": {"options", "ring"},
+    "keywords": {"options"},
     "extras": set(),
     "loss_scale": {"living"},
     "wrappers": set(),
