@@ -9,6 +9,7 @@ the input, O or M = columns of ``dy``, I or N = columns of ``x``, G = groups of 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,7 +69,9 @@ class _Window(NamedTuple):
         return (*out[1:], *size, math.prod(taps), *taps[1:], *sides)
 
 
-def _check(dy: Tensor, x: Tensor, order: Tensor, offsets: Tensor, out: Tensor) -> None:
+def _check(
+    dy: Tensor, x: Tensor, order: Tensor, offsets: Tensor, out: Tensor, positions: int
+) -> None:
     """Raise ValueError unless the types and sizes of all tensors fit each other."""
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     if dy.dtype != x.dtype or dy.dtype not in TRITON_DTYPE or out.dtype != wide:
@@ -76,7 +79,7 @@ def _check(dy: Tensor, x: Tensor, order: Tensor, offsets: Tensor, out: Tensor) -
             f"both factors must share one of {', '.join(map(str, TRITON_DTYPE))}, and out must be "
             f"{wide}, got {dy.dtype}, {x.dtype} and {out.dtype}"
         )
-    if math.prod(dy.shape[:2]) >= 2**31 or any(math.prod(t.shape[1:]) >= 2**31 for t in (dy, x)):
+    if len(dy) * positions >= 2**31 or any(math.prod(t.shape[1:]) >= 2**31 for t in (dy, x)):
         raise ValueError(
             "one call covers fewer than 2**31 rows, and as many elements of a sample, got "
             f"{tuple(dy.shape)} and {tuple(x.shape)}"
@@ -90,46 +93,60 @@ def _check(dy: Tensor, x: Tensor, order: Tensor, offsets: Tensor, out: Tensor) -
             )
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    """Return whether the samples of a tensor are contiguous; they may lie at any distance."""
+def _is_whole(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether memory of these sizes has no holes and the last dimension innermost."""
     expected = 1
-    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size != 1 and stride != expected:
             return False
         expected *= size
     return True
 
 
-def _channels_first(dy: Tensor, x: Tensor) -> bool:
-    """Return whether the kernel reads factors whose channels come before the positions.
+def _innermost(tensor: Tensor, images: bool) -> tuple[bool, bool]:
+    """Return whether samples are contiguous with columns innermost, and with positions innermost.
 
-    Such reads are narrow: 4 bytes in place of 16. A copy of both factors costs a large layer less,
-    and copies to shared memory have at least 4 bytes.
+    Samples may lie at any distance. Sizes and strides tell: a view costs the host more.
     """
-    if dy.itemsize < 4 or dy.numel() + x.numel() > MOST_NARROW:
-        return False
-    if _is_whole(dy) and _is_whole(x):
-        return False
-    return all(_is_whole(tensor.mT) for tensor in (dy, x))
+    size, stride = tuple(tensor.shape[1:]), tensor.stride()[1:]
+    here = _is_whole(size, stride)
+    turned = _is_whole((*size[1:], size[0]), (*stride[1:], stride[0]))
+    return (turned, here) if images else (here, turned)
+
+
+def _strides_of(out: Tensor) -> tuple[int, ...] | None:
+    """Return the strides of ``(K, O, I / G, taps)``; None where all taps have no common one."""
+    inner, last = None, out.stride(-1)
+    for size, stride in zip(reversed(out.shape[3:]), reversed(out.stride()[3:]), strict=True):
+        if size != 1:
+            if inner is None:
+                inner = last = stride
+            elif stride != inner:
+                return None
+            inner *= size
+    return (*out.stride()[:3], last)
 
 
 def _launch(
-    dy: Tensor, x: Tensor, order: Tensor, offsets: Tensor, out: Tensor, window: _Window,
-    groups: int, tf32: bool,
+    dy: Tensor, x: Tensor, order: Tensor, offsets: Tensor, out: Tensor, strides: tuple[int, ...],
+    window: _Window, groups: int, tf32: bool, images: bool = False,
 ) -> None:  # fmt: skip
     """Write the sums of products to ``out``.
 
     Args:
-        dy: ``(B, T, O)``, the channels of all groups.
-        x: ``(B, S, I)``, the channels of all groups.
+        dy: ``(B, T, O)``, the channels of all groups; images are ``(B, O, *)``.
+        x: ``(B, S, I)`` or ``(B, I, *)``, the channels of all groups.
         order: the samples by cluster.
         offsets: the ends of the clusters.
-        out: ``(K, O, I / G, taps)`` at any strides.
+        out: ``(K, O, I / G, *taps)``.
+        strides: those of ``(K, O, I / G, taps)`` in the memory of ``out``.
         window: how the window moves.
         groups: G.
         tf32: whether float32 factors may be rounded to tf32.
+        images: whether the channels of ``dy`` and ``x`` come before their positions.
     """
-    _check(dy, x, order, offsets, out)
+    positions = math.prod(dy.shape[2:]) if images else dy.shape[1]
+    _check(dy, x, order, offsets, out, positions)
     if out.numel() == 0:
         return
     if dy.numel() == 0 or x.numel() == 0:
@@ -137,12 +154,17 @@ def _launch(
         return
     # Each output has one input of its own: nothing is a matrix.
     apart = groups > 1 and out.shape[2] == 1
-    first = not apart and _channels_first(dy, x)
+    (dy_whole, dy_turned), (x_whole, x_turned) = _innermost(dy, images), _innermost(x, images)
+    # Reads of factors whose positions are innermost are narrow: 4 bytes in place of 16. A copy of
+    # both costs a large layer less, and copies to shared memory have at least 4 bytes.
+    narrow = dy.itemsize >= 4 and dy.numel() + x.numel() <= MOST_NARROW
+    first = not apart and narrow and dy_turned and x_turned and not (dy_whole and x_whole)
     if not first:
-        dy, x = (t if _is_whole(t) else t.contiguous() for t in (dy, x))
-    (batch, positions, channels), (clusters, _, inputs, taps) = dy.shape, out.shape
+        dy = dy if dy_whole else (dy.movedim(1, -1) if images else dy).contiguous()
+        x = x if x_whole else (x.movedim(1, -1) if images else x).contiguous()
+    (clusters, channels, inputs), taps = out.shape[:3], math.prod(out.shape[3:])
     outputs, plain, device = channels // groups, window.trivial, device_of(dy.device)
-    common = {"rows": batch * positions, "clusters": clusters, "device": device}
+    common = {"rows": len(dy) * positions, "clusters": clusters, "device": device}
     mixed = not plain and inputs < MIXED_BELOW
     width = inputs * taps if mixed else inputs
     precision = precision_of(dy.dtype, tf32, device)
@@ -156,12 +178,16 @@ def _launch(
         if first:
             tile = tile._replace(warps=NARROW_WARPS)
         tiles = products * cdiv(outputs, tile.outputs) * cdiv(width, tile.inputs)
-    sums, total, tickets = out[None], None, None
+    sums, total, tickets, distance = out, None, None, clusters * strides[0]
     if tile.splits > 1:
-        sums, total, tickets = _splits_of(out, tile.splits), out, take_tickets(out.device, tiles)
+        # As many sums as there are splits, each with the strides of ``out``.
+        sizes = zip((clusters, channels, inputs, taps), strides, strict=True)
+        distance = 1 + sum((size - 1) * stride for size, stride in sizes)
+        sums = torch.empty(tile.splits * distance, dtype=out.dtype, device=out.device)
+        total, tickets = out, take_tickets(out.device, tiles)
     arguments = (
         dy, x, order, offsets, sums, total, tickets, dy.stride(0), x.stride(0), outputs, inputs,
-        *sums.stride(), positions, groups, clusters, tile.splits, *window.arguments(),
+        distance, *strides, positions, groups, clusters, tile.splits, *window.arguments(),
     )  # fmt: skip
     constants = {
         "BO": tile.outputs, "BR": tile.rows, "C_DTYPE": TRITON_DTYPE[out.dtype],
@@ -181,13 +207,6 @@ def _launch(
         kernel[(tiles * tile.splits,)](*arguments, **constants)
 
 
-def _splits_of(out: Tensor, splits: int) -> Tensor:
-    """Return memory for as many sums as there are splits, each with the strides of ``out``."""
-    last = sum((n - 1) * stride for n, stride in zip(out.shape, out.stride(), strict=True))
-    memory = torch.empty(splits * (last + 1), dtype=out.dtype, device=out.device)
-    return memory.as_strided((splits, *out.shape), (last + 1, *out.stride()))
-
-
 def product_sums(
     left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, out: Tensor, *, tf32: bool = False
 ) -> None:
@@ -205,7 +224,7 @@ def product_sums(
             f"left (B, T, M), right (B, T, N) and out (K, M, N) must fit, got {tuple(left.shape)}, "
             f"{tuple(right.shape)} and {tuple(out.shape)}"
         )
-    _launch(left, right, order, offsets, out[..., None], _Window(), 1, tf32)
+    _launch(left, right, order, offsets, out, (*out.stride(), 1), _Window(), 1, tf32)
 
 
 def convolution_sums(
@@ -237,8 +256,12 @@ def convolution_sums(
         tuple(dy.shape[2:]), tuple(x.shape[2:]), tuple(out.shape[3:]), tuple(stride),
         tuple(padding), tuple(dilation),
     )  # fmt: skip
-    dy, x = (t.movedim(1, -1).flatten(1, -2) for t in (dy, x))
-    sums = out.flatten(3)  # a view in the memory formats that torch gives to a kernel
-    _launch(dy, x, order, offsets, sums, window, groups, tf32)
-    if sums.data_ptr() != out.data_ptr():
-        out.copy_(sums.view(out.shape))
+    strides = _strides_of(out)
+    if strides is None:  # torch gives no kernel such a memory format
+        sums = torch.empty_like(out, memory_format=torch.contiguous_format)
+        strides = _strides_of(sums)
+        assert strides is not None
+        _launch(dy, x, order, offsets, sums, strides, window, groups, tf32, images=True)
+        out.copy_(sums)
+    else:
+        _launch(dy, x, order, offsets, out, strides, window, groups, tf32, images=True)
