@@ -113,9 +113,9 @@ def combine_all(
     """
     device, clusters = sums[0].device, len(sums[0])
     dtypes = sums[0].dtype, queues[0].dtype, weighted[0].dtype
-    numels = tuple(part.shape[1] for part in sums)
-    strides = tuple(part.stride(0) if clusters > 1 else part.shape[1] for part in sums)
-    ring_strides = tuple(queue.stride(0) for queue in queues)
+    numels = tuple([part.shape[1] for part in sums])
+    strides = tuple([part.stride(0) for part in sums]) if clusters > 1 else numels
+    ring_strides = tuple([queue.stride(0) for queue in queues])
     columns = (
         addresses(sums), addresses(queued), addresses(queues), ring_strides, strides,
         addresses(weighted), addresses(raw),

@@ -219,7 +219,7 @@ class RingLaunch:
         self._n_vectors, self._cache = len(vectors), cache
         self._numels = tuple(map(Tensor.numel, grads))
         self._columns = (
-            addresses(queued), addresses(queues), tuple(q.stride(0) for q in queues),
+            addresses(queued), addresses(queues), tuple([queue.stride(0) for queue in queues]),
             *map(addresses, (*vectors.values(), *scalars.values())),
         )  # fmt: skip
         # Launches of other tensors use the shared cache too: the key tells them apart.

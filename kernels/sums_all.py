@@ -209,10 +209,11 @@ def _launch(kind: tuple, layers: list[LayerSums], order: Tensor, offsets: Tensor
         count, blocks = triton.cdiv(batch * positions, part) + clusters, triton.cdiv(n, columns)
         groups = layer.rstd.shape[-1] if images and layer.rstd is not None else 1
         each = groups if layer.rstd is not None and len(layer.rstd) > 1 else 0
-        given = layer.dy, layer.x, layer.mean, layer.rstd
+        given = layer.dy, layer.x, layer.mean, layer.rstd, layer.shifts, layer.scales
+        *read, shifts, scales = [0 if tensor is None else tensor.data_ptr() for tensor in given]
         rows.append((
-            count * blocks, number, *map(_address, given), positions, n, max(n // groups, 1),
-            each, used, of_tickets, _address(layer.shifts), _address(layer.scales),
+            count * blocks, number, *read, positions, n, max(n // groups, 1), each, used,
+            of_tickets, shifts, scales,
         ))  # fmt: skip
         used += count * n * (1 if layer.x is None else 2)
         of_tickets += clusters * blocks
@@ -240,7 +241,3 @@ def _launch(kind: tuple, layers: list[LayerSums], order: Tensor, offsets: Tensor
                 K=max(triton.next_power_of_2(clusters), 16),
                 N=max(triton.next_power_of_2(table.n_tensors), 16), num_warps=NUM_WARPS,
             )  # fmt: skip
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

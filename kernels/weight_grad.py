@@ -10,6 +10,7 @@ the input, O or M = columns of ``dy``, I or N = columns of ``x``, G = groups of 
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -58,15 +59,17 @@ class _Window(NamedTuple):
         stays = set(self.step) == {1} and set(self.padding) == {0} and self.out == self.size
         return stays and math.prod(self.taps) == 1
 
-    def arguments(self) -> tuple[int, ...]:
-        """Return the arguments that ``weight_kernels.GEOMETRY`` names, for three dimensions."""
-        missing = 3 - len(self.out)
-        ones, zeros = (1,) * missing, (0,) * missing
-        out, size, taps, step, gap = (
-            ones + n for n in (self.out, self.size, self.taps, self.step, self.gap)
-        )
-        sides = (*step, *zeros, *self.padding, *gap)
-        return (*out[1:], *size, math.prod(taps), *taps[1:], *sides)
+
+@lru_cache(maxsize=256)
+def _arguments(window: _Window) -> tuple[int, ...]:
+    """Return the arguments that ``weight_kernels.GEOMETRY`` names, for three dimensions."""
+    missing = 3 - len(window.out)
+    ones, zeros = (1,) * missing, (0,) * missing
+    out, size, taps, step, gap = (
+        ones + n for n in (window.out, window.size, window.taps, window.step, window.gap)
+    )
+    sides = (*step, *zeros, *window.padding, *gap)
+    return (*out[1:], *size, math.prod(taps), *taps[1:], *sides)
 
 
 def _check(
@@ -79,7 +82,7 @@ def _check(
             f"both factors must share one of {', '.join(map(str, TRITON_DTYPE))}, and out must be "
             f"{wide}, got {dy.dtype}, {x.dtype} and {out.dtype}"
         )
-    if len(dy) * positions >= 2**31 or any(math.prod(t.shape[1:]) >= 2**31 for t in (dy, x)):
+    if len(dy) * positions >= 2**31 or max(dy.shape[1:].numel(), x.shape[1:].numel()) >= 2**31:
         raise ValueError(
             "one call covers fewer than 2**31 rows, and as many elements of a sample, got "
             f"{tuple(dy.shape)} and {tuple(x.shape)}"
@@ -187,7 +190,7 @@ def _launch(
         total, tickets = out, take_tickets(out.device, tiles)
     arguments = (
         dy, x, order, offsets, sums, total, tickets, dy.stride(0), x.stride(0), outputs, inputs,
-        distance, *strides, positions, groups, clusters, tile.splits, *window.arguments(),
+        distance, *strides, positions, groups, clusters, tile.splits, *_arguments(window),
     )  # fmt: skip
     constants = {
         "BO": tile.outputs, "BR": tile.rows, "C_DTYPE": TRITON_DTYPE[out.dtype],

@@ -170,7 +170,7 @@ def param_grads(
     where, step = enter(token, site)
     step.traced = step.traced or traced
     try:
-        if number_of(site) in step.unordered:
+        if step.unordered and number_of(site) in step.unordered:
             raise UnknownRows(f"{where.name or 'the model'} saw rows in no known order")
         if step.groups is not None and step.mismatch:
             raise UnknownRows(step.mismatch)

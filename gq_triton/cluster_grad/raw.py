@@ -131,7 +131,7 @@ class RawGradients:
 
         Backward passes through one forward pass, those of several losses, count once.
         """
-        known = [*self._masses.values(), *(self._forwards.get(name, []) for name in self.kept)]
+        known = [*self._masses.values(), *[self._forwards.get(name, []) for name in self.kept]]
         numbers = {number for passes in known for number, _ in passes}
         if len(numbers) < 2:
             return len(numbers)

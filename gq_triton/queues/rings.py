@@ -50,11 +50,11 @@ class Rings:
 
     def _allocate(self, name: str) -> None:
         """Allocate a parameter's ring, or bring one to the parameter's device and order."""
-        param, queue = self.params[name], self._queue.get(name)
+        param = self.params[name]
         layout = local(param).device, param.stride()
         if self._layouts.get(name) == layout:
             return
-        self._layouts[name] = layout
+        self._layouts[name], queue = layout, self._queue.get(name)
         fresh = new_queue(param, self.options.queue_length, self.options.queue_dtype)
         if queue is not None:
             fill_ring(fresh, queue)
