@@ -48,10 +48,10 @@ class Theme(NamedTuple):
 
 THEMES = {
     "kmeans": Theme(kmeans.measure, (CHECKS["kmeans"],), 10, kmeans),
-    "fsdp2": Theme(hook.fsdp2, (partial(ranks_agree, wrap="fsdp"),), 45, hook),
-    "hook": Theme(hook.hook, (partial(ranks_agree, wrap="ddp"),), 65, hook),
-    "clusters": Theme(clusters.measure, (CHECKS["sums"], CHECKS["clusters"]), 165, clusters),
-    "optimizer": Theme(optimizer.measure, (CHECKS["optimizers"],), 175, optimizer),
+    "fsdp2": Theme(hook.fsdp2, (partial(ranks_agree, wrap="fsdp"),), 42, hook),
+    "hook": Theme(hook.hook, (partial(ranks_agree, wrap="ddp"),), 62, hook),
+    "clusters": Theme(clusters.measure, (CHECKS["sums"], CHECKS["clusters"]), 190, clusters),
+    "optimizer": Theme(optimizer.measure, (CHECKS["optimizers"],), 150, optimizer),
 }
 
 

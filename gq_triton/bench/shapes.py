@@ -34,9 +34,9 @@ def gpt(d: int, layers: int, length: int) -> Shapes:
     return [(50257, d), (length, d), *(block * layers), (d,), (d,)]
 
 
-def tiny() -> Shapes:
-    """Return 10 000 shapes of 64 elements."""
-    return [(64,)] * 10_000
+def tiny(count: int = 10_000) -> Shapes:
+    """Return shapes of 64 elements."""
+    return [(64,)] * count
 
 
 def reduced(device: torch.device) -> tuple[int, str]:
