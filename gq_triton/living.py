@@ -1,7 +1,7 @@
 """The living instances of a class, for what torch knows but hands to nobody."""
 
 import gc
-from typing import Any, TypeVar
+from typing import TypeVar
 
 __all__ = ["living"]
 
@@ -13,7 +13,9 @@ def living(kind: type[T]) -> list[T]:
 
     The collector looks through all objects for those that refer to the class, as an instance does
     to its type. That takes milliseconds in a small program and tens of them in a large one: call it
-    once per run. Proxies, whose ``__class__`` is another than their type, are not returned.
+    once per run. Proxies, whose ``__class__`` is another than their type, are not returned, and
+    neither is what ``gc.freeze()`` has put out of the collector's sight: to thaw it, and all else
+    with it, is not ours to do.
 
     Example:
         >>> class Rare: ...
@@ -28,20 +30,4 @@ def living(kind: type[T]) -> list[T]:
             if id(sub) not in known:
                 known.add(id(sub))
                 kinds.append(sub)
-    return [found for found in _referrers(kinds) if id(type(found)) in known]
-
-
-def _referrers(kinds: list[Any]) -> list[Any]:
-    """Return what refers to one of some classes, of the objects that a program has frozen, too.
-
-    The collector passes over frozen objects, so that they are thawed for the look. Garbage is
-    collected before, since all objects are frozen afterwards.
-    """
-    if not gc.get_freeze_count():
-        return gc.get_referrers(*kinds)
-    gc.collect()
-    gc.unfreeze()
-    try:
-        return gc.get_referrers(*kinds)
-    finally:
-        gc.freeze()
+    return [found for found in gc.get_referrers(*kinds) if id(type(found)) in known]

@@ -1,5 +1,6 @@
 """The loss scale that gradients carry, and the ``GradScaler`` that nobody was told of."""
 
+import sys
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -34,10 +35,17 @@ class GradScale:
 def scaler_of(optimizer: Optimizer) -> GradScaler | None:
     """Return the ``GradScaler`` that is stepping an optimizer; None where none is.
 
-    A scaler leaves no trace on the optimizer, but knows it by ``id`` until ``update()``. So this
-    function looks through all living objects, which takes milliseconds: call it once per run, from
-    a hook of ``step``.
+    A scaler leaves no trace on the optimizer, but its ``step`` is on the stack, and until
+    ``update()`` it knows the optimizer by ``id``: a loop may step an optimizer itself after
+    ``unscale_``. So this function looks through the callers and all living objects, which takes
+    milliseconds: call it once per run, from a hook of ``step``.
     """
+    frame = sys._getframe()
+    while frame is not None:
+        # To read the variables of a user's frame would keep them alive.
+        if frame.f_code is GradScaler.step.__code__ and frame.f_locals["self"].is_enabled():
+            return frame.f_locals["self"]
+        frame = frame.f_back
     return next((one for one in living(GradScaler) if _steps(one, optimizer)), None)
 
 
