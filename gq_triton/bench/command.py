@@ -137,8 +137,6 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         raise Refusal(f"benchmarks need {', '.join(absent)}: {how_to_install('train')}")
     if given.device == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda needs a GPU that torch can use, and there is none")
-    if given.out.exists() and not given.out.is_dir():
-        raise Refusal(f"--out must be a folder, and {given.out} is a file")
     check_folder(given.out)
     return given
 

@@ -13,7 +13,12 @@ __all__ = ["alone", "check_folder", "whole_file"]
 
 def check_folder(out: Path) -> None:
     """Raise a Refusal unless the folder ``--out`` is there or can be made, and written to."""
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        if out.exists() and not out.is_dir():
+            raise Refusal(f"--out must be a folder, and {out} is a file")
+        above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    except OSError as error:  # as for a name that is too long
+        raise Refusal(f"--out {out} cannot be made: {error.strerror}") from error
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise Refusal(f"--out {out} cannot be made: {above} is no folder one may write to")
 

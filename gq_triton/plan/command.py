@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gq_triton.commands.files import whole_file
+from gq_triton.commands.files import check_folder, whole_file
 from gq_triton.commands.refusal import Parser, Refusal
 from gq_triton.extras import how_to_install
 from gq_triton.plan.machine import Machine, calibrate
@@ -153,8 +153,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         setattr(given, key, getattr(given, key) or default)
     if find_spec("matplotlib") is None:
         raise Refusal(f"the picture needs matplotlib: {how_to_install('train')}")
-    if given.out.exists() and not given.out.is_dir():
-        raise Refusal(f"--out must be a folder, and {given.out} is a file")
+    check_folder(given.out)
     if given.world_size > given.gpus_per_node and given.world_size % given.gpus_per_node:
         raise Refusal(
             f"--world-size must be whole nodes of --gpus-per-node {given.gpus_per_node}, got "

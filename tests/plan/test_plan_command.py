@@ -56,6 +56,8 @@ def models(tmp_path, monkeypatch):
         (["my_models:net", "--compute-ms", "4", "--tflops", "1"], "the place of --tflops: leave"),
         (["my_models:net", "--optimizer", "lion"], "--optimizer: invalid choice"),
         (["my_models:net", "--out", "my_models.py"], "--out must be a folder"),
+        (["my_models:net", "--out", "my_models.py/plan"], "my_models.py is no folder"),
+        (["my_models:net", "--out", "x" * 300], "cannot be made: File name too long"),
         (["my_models:absent"], "must have a function absent"),
         (["my_models:number"], "must have a function number"),
         (["no_models:net"], "no_models:net cannot be imported"),

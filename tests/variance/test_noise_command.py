@@ -102,6 +102,7 @@ def test_a_script_that_ends_early(script, capsys):
         (["--script", "nowhere.py"], "there is no nowhere.py"),
         (["--features", "--script", __file__], "needs the name of a layer"),
         (["--out", __file__, "--task", "digits"], "is a file"),
+        (["--out", f"{__file__}/noise", "--task", "digits"], "is no folder one may write to"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_work(words, reason, capsys, tmp_path, monkeypatch):

@@ -336,6 +336,8 @@ def test_a_folder_with_something_else_is_refused(tmp_path, capsys):
     assert "holds something else: name a new or an empty folder" in capsys.readouterr().err
     assert cli.main(["variance", *WORDS, "--out", str(tmp_path / "thesis.tex")]) == 2
     assert "--out must be a folder" in capsys.readouterr().err
+    assert cli.main(["variance", *WORDS, "--out", str(tmp_path / "thesis.tex" / "new")]) == 2
+    assert "thesis.tex is no folder one may write to" in capsys.readouterr().err
 
 
 def test_a_task_without_a_layer_for_the_clusters_is_refused(monkeypatch, tmp_path, capsys):

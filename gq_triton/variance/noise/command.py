@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gq_triton.commands.files import whole_file
+from gq_triton.commands.files import check_folder, whole_file
 from gq_triton.commands.refusal import Parser, Refusal
 from gq_triton.extras import how_to_install
 from gq_triton.tasks import STUDY_TASKS, MissingData, sample_losses
@@ -119,8 +119,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         raise Refusal(f"the picture needs matplotlib: {how_to_install('train')}")
     if not 0 <= given.seed < 2**31:
         raise Refusal(f"--seed must be from 0 to 2**31 - 1, got {given.seed}")
-    if given.out.exists() and not given.out.is_dir():
-        raise Refusal(f"--out must be a folder, and {given.out} is a file")
+    check_folder(given.out)
     if given.script is not None:
         if not given.script:
             raise Refusal("--script needs a file: gq-triton noise --script train.py")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gq_triton.commands.files import whole_file
+from gq_triton.commands.files import check_folder, whole_file
 from gq_triton.commands.refusal import Refusal
 from gq_triton.variance.trajectory.plan import Trajectory
 
@@ -24,9 +24,8 @@ class Records:
         self._out, self._folder = folder, folder / RUNS
 
     def check(self) -> None:
-        """Raise a Refusal if the folder is a file, or holds something else."""
-        if self._out.exists() and not self._out.is_dir():
-            raise Refusal(f"--out must be a folder, and {self._out} is a file")
+        """Raise a Refusal if the folder cannot be made, or holds something else."""
+        check_folder(self._out)
         if self._out.exists() and not self._folder.is_dir() and any(self._out.iterdir()):
             raise Refusal(f"--out {self._out} holds something else: name a new or an empty folder")
 
