@@ -80,3 +80,22 @@ def test_one_element_that_is_not_finite_is_found_wherever_it_is(engine, dtype):
     contiguous = [grad for grad in grads if grad.is_contiguous()]
     assert engine.all_finite(contiguous).tolist() == expected[:3] + expected[4:]
     assert engine.all_finite([]).tolist() == []
+
+
+@pytest.mark.parametrize("engine", [compiled, eager], ids=["numba", "torch"])
+def test_a_weight_does_not_depend_on_the_elements_beside_it(engine):
+    """Some blocks need scaling, since a square underflows or overflows, and some do not."""
+    torch.manual_seed(0)
+    queue = torch.randn(5, 192) * 10.0 ** torch.linspace(-40, 25, 192)
+    queue[:, ::3] = queue[0, ::3]  # constant
+    grad = torch.where(torch.arange(192) % 2 == 0, queue[0], torch.randn(192))
+
+    def weigh(*cuts):
+        grads = [part.clone() for part in grad.split(cuts)]
+        rings = [ring.clone() for ring in queue.split(cuts, dim=1)]
+        engine.weigh_(grads, rings, [torch.tensor(7) for _ in cuts], None, Law(3.0))
+        return torch.cat(grads), torch.cat(rings, dim=1)
+
+    whole, parts = weigh(192), weigh(64, 64, 64)
+    assert bool(whole[0].isfinite().all())
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

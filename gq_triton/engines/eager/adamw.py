@@ -59,6 +59,6 @@ def gqadamw_(
             p.mul_(keep)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            p.addcdiv_(m, (v.sqrt() / correction).add_(eps), value=-step_size)
+            p.addcdiv_(m, v.sqrt().div_(correction).add_(eps), value=-step_size)
             rounding.close(block, p, *zip(old, (m, v), strict=True))
         queued[index].add_(accept[index])

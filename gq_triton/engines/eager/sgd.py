@@ -52,9 +52,12 @@ class Rounding:
 
 
 def unscaled(grad: Tensor, weights: Tensor, unscale: float) -> Tensor:
-    """Return ``w * g`` without the loss scale, rounded once to the gradient's type."""
+    """Return ``w * g`` without the loss scale, rounded once to the gradient's type.
+
+    Weights of a block are overwritten.
+    """
     grad = grad if unscale == 1.0 else grad * unscale
-    return grad if weights.dim() == 0 else (grad.to(weights.dtype) * weights).to(grad.dtype)
+    return grad if weights.dim() == 0 else weights.mul_(grad.to(weights.dtype)).to(grad.dtype)
 
 
 def gqsgd_(
