@@ -70,14 +70,12 @@ class GradQueueOptimizer(Watched, Optimizer):  # pyright: ignore[reportIncompati
             for group in getattr(self, "param_groups", []):
                 release(group["params"], self)
             raise
-        self._orders: dict[Tensor, tuple[int, ...]] = {}
         self._plans: dict[int, Plan] = {}
         self._measured: list[Measured] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # The state may now have another memory order than its parameter; see _init.
-        self._orders, self._plans, self._measured = {}, {}, []
+        self._plans, self._measured = {}, []
 
     def _check(self, group: dict[str, Any]) -> None:
         problems = [*LawOptions.problems(group), *self._problems(group)]
@@ -291,10 +289,7 @@ class GradQueueOptimizer(Watched, Optimizer):  # pyright: ignore[reportIncompati
         """Allocate missing parts of a parameter's state, and give it the parameter's order."""
         allocate_ring(param, group, state)
         self._new_state(param, group, state)
-        order = local(param).stride()
-        if self._orders.get(param) != order:
-            self._orders[param] = order
-            reorder(param, state)
+        reorder(param, state)
 
     def init_state(self) -> None:
         """Allocate the state of every parameter now instead of in its first step.

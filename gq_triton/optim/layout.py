@@ -45,7 +45,7 @@ class Layout:
 
 
 def _facts(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    facts = type, _dtype, _shape, Tensor.stride, _device
+    facts = type, _dtype, _shape, Tensor.stride, _device, Tensor.is_neg
     return [list(map(fact, tensors)) for fact in facts]
 
 
@@ -64,6 +64,7 @@ def _guards() -> Any:
     others = [
         one.double(), one[:5], one[:, :1], one.view(3, 4), one.view(12), one.T, one.view(2, 6).T,
         one.as_strided((6, 2), (1, 1)), one.to("meta"), torch.nn.Parameter(one), one.to_sparse(),
+        torch.ops.aten._neg_view(one),
     ]  # fmt: skip
     try:
         from torch._C._dynamo.guards import TensorGuards

@@ -11,6 +11,7 @@ from itertools import chain, compress, repeat
 from operator import attrgetter, is_, is_not, itemgetter, not_
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
@@ -22,8 +23,8 @@ from gq_triton.ring import flat, local, rows
 
 __all__ = ["Found", "Plan"]
 
-# Keys of single numbers; the tensor of any other key is as large as the parameter.
-_COUNTERS = QUEUED, "step"
+# Keys of single numbers, and their types; the tensor of any other key is as large as the parameter.
+_COUNTERS = {QUEUED: torch.int64, "step": torch.float32}
 
 _grad = attrgetter("grad")
 
@@ -35,7 +36,7 @@ class _Part:
     Attributes:
         indices: the positions of the batch's members among the parameters with a gradient.
         copied: the positions, within the batch, of gradients that have no flat view in the memory
-            order of their parameter, and are copied in every step.
+            order of their parameter, or are negated in memory. They are copied in every step.
         memo: the memo of `Flats`, or None.
     """
 
@@ -136,7 +137,7 @@ class Plan:
         if found.placements != self._placements:
             return None
         if settled:
-            self._unshared = accesses(owner)
+            self._unshared = self._accesses  # another thread may have read the attribute since
         return found
 
     def _picked(self, entries: list[Any]) -> list[Any]:
@@ -225,22 +226,43 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
+def _check(key: str, entry: Tensor, shard: Tensor) -> None:
+    """Raise a ValueError if an entry of a state is not what the kernels take its memory for."""
+    wrong, shape = "", entry.shape
+    size = (shape[1:] if key == QUEUE else shape).numel()
+    if size != (1 if key in _COUNTERS else shard.numel()):
+        wrong = f"shape {tuple(shape)}"
+    elif entry.dtype != _COUNTERS.get(key, entry.dtype):
+        wrong = f"type {entry.dtype}, not {_COUNTERS[key]}"
+    elif entry.device != shard.device:
+        wrong = f"device {entry.device}, not {shard.device}"
+    if wrong:
+        raise ValueError(
+            f"the state {key!r} of a parameter of shape {tuple(shard.shape)} has {wrong}: it was "
+            "altered, load a checkpoint or clear the state"
+        )
+
+
 def _part(found: Found, keys: tuple[str, ...], indices: list[int]) -> _Part:
     columns = dict(zip(keys, zip(*found.rows, strict=True), strict=True))
-    for key, column in columns.items():
-        for index in indices:
-            shape, own = column[index].shape, found.shards[index].shape
-            size = (shape[1:] if key == QUEUE else shape).numel()
-            if size != (1 if key in _COUNTERS else own.numel()):
-                raise ValueError(
-                    f"the state {key!r} of a parameter of shape {tuple(own)} has shape "
-                    f"{tuple(shape)}: it was altered, load a checkpoint or clear the state"
-                )
+    for index in indices:
+        grad, shard = found.grads[index], found.shards[index]
+        if grad.shape != shard.shape:  # p.data was replaced
+            raise ValueError(
+                f"a gradient must have the shape of its parameter, got {tuple(grad.shape)} and "
+                f"{tuple(shard.shape)}: call zero_grad() after changing a parameter's shape"
+            )
+        for key, column in columns.items():
+            _check(key, column[index], shard)
 
     def is_view(tensor: Tensor, index: int) -> bool:
         return flat(tensor, found.shards[index]).data_ptr() == tensor.data_ptr()
 
-    copied = [at for at, index in enumerate(indices) if not is_view(found.grads[index], index)]
+    def is_read(grad: Tensor, index: int) -> bool:
+        # Autograd may return the imaginary part of a conjugate as memory of the negated numbers.
+        return is_view(grad, index) and not grad.is_neg()
+
+    copied = [at for at, index in enumerate(indices) if not is_read(found.grads[index], index)]
     vectors = [found.shards, *(column for key, column in columns.items() if key != QUEUE)]
     kept = all(
         is_view(c[index], index) for c in vectors for index in indices if c[index].numel() > 1
@@ -261,7 +283,7 @@ def _batch(found: Found, part: _Part, keys: tuple[str, ...]) -> Batch:
     if part.copied:
         grads = list(grads)
         for at in part.copied:
-            grads[at] = flat(grads[at], shards[at])
+            grads[at] = flat(grads[at].resolve_neg(), shards[at])
         addresses = _addresses(grads)
     return Batch(
         members, found, indices, keys, shards,

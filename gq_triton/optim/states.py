@@ -51,18 +51,24 @@ def check_length(
 
 
 def reorder(param: Tensor, state: State) -> None:
-    """Copy a parameter's state to the parameter's memory order; a checkpoint may differ."""
+    """Copy a parameter's state to the parameter's memory order.
+
+    A checkpoint, or a tensor that a program puts into the state, may have another one.
+    """
     if isinstance(param, DTensor):
         return
+    order = torch.empty_like(param, device="meta").stride()
     for name, value in state.items():
         if name == QUEUE:
-            fresh = new_queue(param, slots(value), value.dtype)
-        elif isinstance(value, Tensor) and value.dim() and value.shape == param.shape:
-            fresh = torch.empty_like(param, dtype=value.dtype)
-        else:
-            continue
-        if fresh.stride() != value.stride():
-            state[name] = fresh.copy_(value)
+            if value.stride() != (param.numel(), *order) and value.shape[1:] == param.shape:
+                state[name] = new_queue(param, slots(value), value.dtype).copy_(value)
+        elif (
+            isinstance(value, Tensor)
+            and value.dim()
+            and value.shape == param.shape
+            and value.stride() != order
+        ):
+            state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
 
 def take_over(param: Tensor, state: State, name: str, value: Any) -> None:

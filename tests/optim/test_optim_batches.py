@@ -117,6 +117,7 @@ def wider_queue(optimizer):
 def shorter_queue_in_place(optimizer):
     for state in optimizer.state.values():
         state["queue"].data = state["queue"].data[:2]
+    optimizer.param_groups[0]["queue_length"] = 2
 
 
 def another_group(optimizer):

@@ -232,3 +232,33 @@ def test_a_loss_must_be_one_number(variant):
     without = variant.build(params)
     without.record_loss(1.0)
     assert "losses" not in without.param_groups[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("step", torch.Tensor.double, "type torch.float64, not torch.float32"),
+        ("queued", torch.Tensor.int, "type torch.int32, not torch.int64"),
+        ("queue", lambda entry: entry.to("meta"), "device meta, not cpu"),
+    ],
+)
+def test_an_altered_entry_of_a_state_is_refused(name, change, message):
+    """Compiled steps take its address only, and would read or write foreign memory."""
+    params = small_parameters()
+    optimizer = GQAdamW(params, queue_length=2, min_queue_length=1, backend="torch")
+    train(optimizer, params, 3, mixed=False)
+    optimizer.state[params[0]][name] = change(optimizer.state[params[0]][name])
+    before = values(params)
+    with pytest.raises(ValueError, match=f"the state '{name}' .* has {re.escape(message)}: it was"):
+        train(optimizer, params, 1, start=3, mixed=False)
+    assert_same(values(params), before)
+
+
+def test_a_gradient_of_another_shape_than_its_parameter_is_refused():
+    """A compiled step would write behind the end of the parameter."""
+    param = torch.nn.Parameter(torch.randn(5))
+    optimizer = GQSGD([param], lr=0.1, queue_length=2, min_queue_length=1, backend="torch")
+    param.grad = torch.randn(5)
+    param.data = torch.randn(3)
+    with pytest.raises(ValueError, match=r"shape of its parameter, got \(5,\) and \(3,\): call"):
+        optimizer.step()

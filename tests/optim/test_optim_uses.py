@@ -152,3 +152,37 @@ def test_a_queue_length_that_changes_between_steps_is_refused():
         del optimizer.state[param]["queue"]
     optimizer.step()
     assert {len(optimizer.state[param]["queue"]) for param in params} == {3}
+
+
+@all_backends
+def test_a_gradient_whose_memory_is_negated_keeps_its_sign(backend):
+    """Autograd gives one to the imaginary part of a conjugate."""
+    real, imaginary = (torch.tensor(number, requires_grad=True) for number in (0.5, 0.3))
+    optimizer = GQSGD(
+        [real, imaginary], lr=1.0, queue_length=2, min_queue_length=1, backend=backend
+    )
+    for step in range(3):
+        optimizer.zero_grad()
+        (torch.complex(real, imaginary).conj() * complex(0, step)).real.backward()
+        assert imaginary.grad is not None
+        assert imaginary.grad.is_neg()
+        optimizer.step()
+    assert imaginary.item() == pytest.approx(0.3 - (0 + 1 + 2 * 3), abs=1e-6)
+
+
+@all_backends
+@pytest.mark.parametrize("name", ["queue", "momentum_buffer"])
+def test_an_entry_of_another_memory_order_may_be_put_into_a_state(backend, name):
+    ends = []
+    for replaces in (False, True):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(3, 2).T)
+        optimizer = GQSGD([param], lr=0.1, momentum=0.9, queue_length=2, backend=backend)
+        for _ in range(5):
+            if replaces and name in optimizer.state[param]:
+                state = optimizer.state[param]
+                state[name] = state[name].contiguous()
+            param.grad = torch.randn(2, 3)
+            optimizer.step()
+        ends.append(param)
+    assert torch.equal(*ends)
