@@ -57,24 +57,32 @@ class Case(NamedTuple):
         return x, torch.randint(self.classes, self.inputs[:1], device=device)
 
 
-USUAL, COUNTS = 8, (64, 16, 4)  # K; the other numbers are for one model
+USUAL = 8  # K; the other numbers are for one model
 EVERY = PASSES, VMAP, OPACUS
 WIDE = Case(MLP, (2048, 1024), 10, others=EVERY)
 _RECURRENT = [
     (kind.__name__, Case(partial(Recurrent, kind), (512, 16, 32), 10), USUAL)
     for kind in (nn.GRU, nn.LSTM, nn.GRUCell, nn.LSTMCell)
 ]
+
+
+def _ladder(clusters: int) -> tuple[str, Case, int]:
+    return "MLP, 1024 wide", WIDE._replace(others=(PASSES,)), clusters
+
+
 # What tells most comes first. In small batches the costs of each cluster show.
 CASES: list[tuple[str, Case, int]] = [
     ("MLP, 1024 wide", WIDE, USUAL),
     ("GPT of 3.3 M", Case(GPT, (64, 128), 256, True, EVERY), USUAL),
     ("ResNet-18", Case(ResNet18, (64, 3, 32, 32), 10), USUAL),
     *_RECURRENT,
-    *(("MLP, 1024 wide", WIDE._replace(others=(PASSES,)), count) for count in COUNTS),
     ("MLP, 1024 wide", WIDE._replace(others=()), 1),
+    _ladder(64),
     ("MLP, 1024 wide", Case(MLP, (128, 1024), 10, others=EVERY), USUAL),
     ("GPT of 3.3 M", Case(GPT, (16, 128), 256, True, ()), USUAL),
     ("ResNet-18", Case(ResNet18, (16, 3, 32, 32), 10, others=()), USUAL),
+    _ladder(16),
+    _ladder(4),
 ]
 TINY = Case(partial(GPT, 16, 8, 16, 2, 1), (16, 8), 16, True, EVERY)
 
