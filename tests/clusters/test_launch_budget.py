@@ -159,7 +159,7 @@ def test_a_product_of_narrow_factors_is_written_at_once():
 WAITS = {"cpu", "Event", "item", "nonzero", "pin_memory", "tolist", "unique"}
 ALLOWED = {
     # Labels of a user's clusterer on the CPU; sizes where somebody asks for them; saved states.
-    ("cluster_grad/clusters.py", "tolist"),
+    ("cluster_grad/labeller.py", "tolist"),
     ("cluster_grad/kmeans_state.py", "tolist"),
     ("grouping/groups.py", "tolist"),
     ("grouping/kmeans.py", "cpu"),
