@@ -99,3 +99,17 @@ def test_a_weight_does_not_depend_on_the_elements_beside_it(engine):
     whole, parts = weigh(192), weigh(64, 64, 64)
     assert bool(whole[0].isfinite().all())
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("ops", [eager, compiled], ids=["torch", "numba"])
+def test_a_gradient_that_is_negated_in_memory_has_its_sign(ops):
+    """So is the imaginary part of a conjugate; that of one number is contiguous."""
+    number, queue = torch.randn(1), torch.randn(3, 1)
+    negated = torch.complex(torch.zeros(1), -number).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(negated, number)
+    rings, grads = [queue.clone(), queue.clone()], [number.clone(), negated]
+    for ring, grad in zip(rings, grads, strict=True):
+        ops.weigh_([grad], [ring], [torch.tensor(3)], None, Law(3.0))
+    assert torch.equal(*rings)
+    assert torch.equal(*grads)

@@ -9,6 +9,7 @@ Shape legend: L = queue slots, P = elements of one tensor, N = tensors, M = piec
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class Table:
         self.code = np.uint8(0) if self.in_bytes else DTYPES.get(dtype, float)(0)
         self.fits = np.array(
             [
-                all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in vectors)
+                all(map(_is_plain, vectors, repeat(dtype)))
                 and (queue.dtype, len(queue)) == (ring, len(queues[0]))
                 and (queue.stride(1) == 1 or queue.shape[1] < 2)
                 for queue, *vectors in zip(queues, grads, *others, strict=True)
@@ -109,6 +110,11 @@ class Turns:
     def others(self) -> list[int]:
         """The places of the tensors for which the loops do not compute weights."""
         return np.flatnonzero(~self.act).tolist()
+
+
+def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the memory holds the numbers one after the other, with their signs."""
+    return tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def chosen(tensors: Sequence[Tensor], places: list[int]) -> Sequence[Tensor]:
