@@ -17,7 +17,7 @@ def living(kind: type[T]) -> list[T]:
     neither is what ``gc.freeze()`` has put out of the collector's sight: to thaw it, and all else
     with it, is not ours to do.
 
-    Example:
+    Examples:
         >>> class Rare: ...
         >>> one = Rare()
         >>> [found is one for found in living(Rare)]
