@@ -1,17 +1,24 @@
-"""Compile, when imported, what Numba would compile in each run of launch/train.py: 1.5 s.
+"""Compile, when imported, what Numba would compile again in ranks and runs of launch/train.py.
 
-The server that the runs are forked from imports this module; see ``train_runs``.
+It takes ten seconds. The server that all of them are forked from imports this module; see
+``rank_checks`` and ``train_runs``. Nothing here may start a thread, such as that of a backward
+pass: a forked process has none of the threads.
 """
 
 import torch
 
-from gq_triton import GradQueue
+from gq_triton.engines import compiled
+from gq_triton.law import Law
+from gq_triton.ring import new_queue
 
-for length in (4, 5):  # a run with a window of losses has both lengths
-    param = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([param], lr=0.0)
-    GradQueue(torch.nn.ParameterList([param]), queue_length=length).attach(optimizer)
-    for _ in range(length + 1):
-        # Not from a backward pass: its threads must not exist in a process that is forked.
-        param.grad = torch.ones(1)
-        optimizer.step()
+# The checks of ranks have 3 slots. A run with a window of losses has both lengths.
+RINGS = (
+    (3, torch.float32, None), (3, torch.float64, None), (3, torch.float32, "float8"),
+    (4, torch.float32, None), (5, torch.float32, None),
+)  # fmt: skip
+for length, dtype, queue_dtype in RINGS:
+    grad = torch.ones(1, dtype=dtype)
+    ring = new_queue(grad, length, queue_dtype)
+    compiled.weigh_([grad], [ring.view(len(ring), -1)], [torch.tensor(length)], None, Law(3.0))
+for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    compiled.all_finite([torch.ones(1, dtype=dtype)])

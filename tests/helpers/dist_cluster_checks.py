@@ -141,7 +141,7 @@ def check_ranks_are_one_process(rank: int) -> None:
     ]
     for case in cases:
         pair = Pair(**case)
-        pair.run()
+        pair.run(LENGTH + 2)
         mine, theirs = pair.state.metrics(), pair.judge.metrics()
         sizes = mine.pop("cluster_sizes")[rank]
         assert sizes == pair.state.cluster_sizes_

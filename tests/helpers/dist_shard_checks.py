@@ -91,13 +91,13 @@ def check_same_as_whole(rank: int) -> None:
             dict(bucket_cap_mb=TINY, find_unused_parameters=True),
         ]
     for variant in variants:
-        state, parts = both(wide_mlp, steps(8), **variant)
+        state, parts = both(wide_mlp, steps(6), **variant)
         assert state.metrics()["mean_weight"] != 1
         assert_divided(parts)
-    both(convolutions, steps(8, images))
-    both(wide_mlp, steps(8), {"match_norm": True}, exact=False)
+    both(convolutions, steps(6, images))
+    both(wide_mlp, steps(6), {"match_norm": True}, exact=False)
     if dist.get_world_size() == 2:
-        both(wide_mlp, steps(8), {"rho": 1.0})
+        both(wide_mlp, steps(6), {"rho": 1.0})
         for static_graph in (False, True):
             both(MixedTypes, steps(6, batch), {"verify_every": 1}, static_graph=static_graph)
         both(lambda: mlp(torch.bfloat16), steps(6, half_batch))

@@ -32,7 +32,7 @@ CHANGES = {
     "as long, of another shape": lambda t: t.as_strided((4, 6), (6, 1)),
     "as long, with equal strides": lambda t: t.as_strided((8, 3), (4, 1)),
     "other strides": lambda t: t.as_strided((6, 4), (1, 6)),
-    "negated": lambda t: torch._neg_view(t[:, :4]),
+    "negated": lambda t: torch._neg_view(t[:, :4]),  # pyright: ignore[reportPrivateImportUsage]
     "device": lambda t: t.to("meta"),
     "layout": lambda t: t.to_sparse(),
 }
