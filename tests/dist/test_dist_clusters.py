@@ -11,13 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from gq_triton import GradQueue
 from gq_triton.dist import GradQueueState
 
-# Seconds each, and in the gate three ranks make the first, one rank and whole queues the other.
+# Seconds each. In the gate three ranks make the first in slices; a single process compiles, and so
+# do shards.
 RARE_IN_SLICES = check_ranks_are_one_process, check_compiled_models
 
 
 # With the queue whole on every rank, and in slices: the same checks.
 @pytest.mark.slow
-@checks(TWO_RANKS)
+@checks([check for check in TWO_RANKS if check is not check_compiled_models])
 def test_two_ranks(ranks, check):
     ranks(2).run(run_with, False, check)
 
@@ -43,6 +44,11 @@ def test_rare_cases_in_slices(ranks, check):
 @checks(THREE_RANKS)
 def test_three_ranks(ranks, check, shard_queue):
     ranks(3).run(run_with, shard_queue, check)
+
+
+@pytest.mark.rare
+def test_a_compiled_model_on_two_ranks(ranks):
+    ranks(2).run(run_with, False, check_compiled_models)
 
 
 @pytest.mark.rare

@@ -74,7 +74,7 @@ def test_a_killed_run_is_resumed_bit_for_bit(
     assert_same_run(killed, whole_run(ranks))
 
 
-@pytest.mark.slow
+@pytest.mark.rare  # two nodes do, too, in test_multi_node.py
 def test_torchrun_restarts_a_killed_rank_bit_for_bit(tmp_path, wrapped, whole_run):
     out = tmp_path / "out"
     first = "os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
