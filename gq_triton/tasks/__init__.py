@@ -77,6 +77,15 @@ STUDY_TASKS: dict[str, StudyTask] = {
         higher=False,
         labels=False,
     ),
+    "python-lm-deep": StudyTask(
+        text.load_python_lm_deep,
+        "the same with all of the library's source and 6 layers",
+        score="bits_per_byte",
+        chance=8.0,
+        target=2.5,
+        higher=False,
+        labels=False,
+    ),
     "random-features": StudyTask(
         random_features.load_random_features,
         "a random teacher, 500 samples; the last layer over 1000 fixed features learns",

@@ -3,7 +3,7 @@
 import gzip
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,7 @@ __all__ = ["load_cifar10", "load_fashion_mnist", "load_mnist", "load_reuters"]
 
 Pair = tuple[Tensor, Tensor]
 Builder = Callable[[], nn.Module]
+Stamps = tuple[tuple[str, int, int], ...]  # of files: name, bytes, nanoseconds of the last change
 
 _CIFAR = "cifar-10-batches-bin"
 _MNIST = (
@@ -36,6 +37,11 @@ def load_cifar10(seed: int, data: Path | None = None) -> ScoredTask:
         MissingData: the folder is not there, or a file in it is not of that format.
     """
     folder = _folder(data, _CIFAR, "cifar10", "https://www.cs.toronto.edu/~kriz/cifar.html")
+    return _read_cifar10(folder, _stamps(folder.glob("*.bin")))
+
+
+@lru_cache(maxsize=1)
+def _read_cifar10(folder: Path, stamps: Stamps) -> ScoredTask:
     batches = [_cifar_file(folder / f"data_batch_{number}.bin") for number in range(1, 6)]
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     test = _cifar_file(folder / "test_batch.bin")
@@ -81,18 +87,13 @@ def load_fashion_mnist(seed: int, data: Path | None = None) -> ScoredTask:
 
 
 def _idx_task(folder: Path) -> ScoredTask:
-    """Return the task of images ``(N, 1, 28, 28)`` in [-1, 1]; its model is of no importance.
-
-    It is kept until the files change: reading them takes longer than many a trial.
-    """
-    known = [path for path in sorted(folder.iterdir()) if path.name.removesuffix(".gz") in _MNIST]
-    stamps = [(path.name, status.st_size, status.st_mtime_ns)
-              for path in known for status in [path.stat()]]  # fmt: skip
-    return _read_idx(folder, tuple(stamps))
+    """Return the task of images ``(N, 1, 28, 28)`` in [-1, 1]; its model is of no importance."""
+    known = (path for path in folder.iterdir() if path.name.removesuffix(".gz") in _MNIST)
+    return _read_idx(folder, _stamps(known))
 
 
 @lru_cache(maxsize=1)
-def _read_idx(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> ScoredTask:
+def _read_idx(folder: Path, stamps: Stamps) -> ScoredTask:
     images, labels, test_images, test_labels = (_idx_file(folder / name) for name in _MNIST)
     return _vision(_pixels(images, labels), _pixels(test_images, test_labels), _mlp)
 
@@ -132,6 +133,11 @@ def load_reuters(seed: int, data: Path | None = None) -> ScoredTask:
     folder = _folder(
         data, "reuters21578", "reuters", "https://archive.ics.uci.edu/dataset/137 (reut2-*.sgm)"
     )
+    return _read_reuters(folder, _stamps(folder.glob("*.sgm")))
+
+
+@lru_cache(maxsize=1)
+def _read_reuters(folder: Path, stamps: Stamps) -> ScoredTask:
     documents = [entry for path in sorted(folder.glob("*.sgm")) for entry in _documents(path)]
     train = [(topic, words) for split, topic, words in documents if split == "TRAIN"]
     test = [(topic, words) for split, topic, words in documents if split == "TEST"]
@@ -188,6 +194,15 @@ def _folder(data: Path | None, name: str, task: str, source: str) -> Path:
         if _holds_files(folder):
             return folder
     raise _missing(data, name, task, source)
+
+
+def _stamps(files: Iterable[Path]) -> Stamps:
+    """Return what tells that files have changed.
+
+    A task is kept until then: reading the files takes longer than many a trial.
+    """
+    status = ((path.name, path.stat()) for path in sorted(files))
+    return tuple((name, found.st_size, found.st_mtime_ns) for name, found in status)
 
 
 def _holds_files(folder: Path) -> bool:

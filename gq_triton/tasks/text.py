@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gq_triton.tasks.scored import ScoredTask
 
-__all__ = ["CausalTransformer", "load_python_lm"]
+__all__ = ["CausalTransformer", "load_python_lm", "load_python_lm_deep"]
 
 CONTEXT = 32
 _BYTES = 2_000_000  # of text to learn from
@@ -25,12 +25,21 @@ _ASIDE = {"test", "tests", "site-packages", "idle_test", "__pycache__", "lib2to3
 
 def load_python_lm(seed: int, data: Path | None = None) -> ScoredTask:
     """Return windows of 32 bytes and the next byte at each position, split by file."""
-    train, validation, test = _windows()
+    return _task(_windows(_BYTES), layers=2)
+
+
+def load_python_lm_deep(seed: int, data: Path | None = None) -> ScoredTask:
+    """Return the task of ``load_python_lm`` with all of the library's text and 6 layers."""
+    return _task(_windows(None), layers=6)
+
+
+def _task(windows: tuple[Tensor, Tensor, Tensor], layers: int) -> ScoredTask:
+    train, validation, test = windows
     return ScoredTask(
         train=_pair(train),
         validation=_pair(validation),
         test=_pair(test),
-        model=lambda: CausalTransformer(256, CONTEXT, width=64, heads=2, layers=2),
+        model=lambda: CausalTransformer(256, CONTEXT, width=64, heads=2, layers=layers),
         features="norm",
         classes=None,
     )
@@ -41,8 +50,12 @@ def _pair(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _windows() -> tuple[Tensor, Tensor, Tensor]:
-    """Return training, validation and test windows ``(N, CONTEXT + 1)`` int64."""
+def _windows(train_bytes: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return training, validation and test windows ``(N, CONTEXT + 1)`` int64.
+
+    Args:
+        train_bytes: how much text is for training; None: all there is.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
         path
@@ -53,7 +66,8 @@ def _windows() -> tuple[Tensor, Tensor, Tensor]:
     parts = [bytearray(), bytearray(), bytearray()]
     for number, path in enumerate(files):
         parts[{0: 1, 1: 2}.get(number % 10, 0)] += path.read_bytes()
-    limits = _BYTES, _HELD_OUT * (CONTEXT + 1), _HELD_OUT * (CONTEXT + 1)
+    held_out = _HELD_OUT * (CONTEXT + 1)
+    limits = train_bytes or len(parts[0]), held_out, held_out
     train, validation, test = (_cut(part, limit) for part, limit in zip(parts, limits, strict=True))
     return train, validation, test
 

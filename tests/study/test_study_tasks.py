@@ -241,6 +241,7 @@ def test_cifar10_is_read_from_its_binary_version(tmp_path):
     red = task.test[0][1, 0]
     torch.testing.assert_close(red.flatten(), records[1, 1:1025] / 127.5 - 1)
     assert task.model()(task.test[0]).shape == (4, 10)
+    assert STUDY_TASKS["cifar10"].load(1, tmp_path) is task  # read once, until the files change
     (folder / "test_batch.bin").write_bytes(b"12345")
     with pytest.raises(MissingData, match="3073 bytes"):
         STUDY_TASKS["cifar10"].load(0, tmp_path)
@@ -263,6 +264,7 @@ def test_reuters_is_read_from_its_sgml_files(tmp_path):
     rows.append(DOCUMENT.format("NOT-USED", "<D>earn</D>", "unused"))
     (tmp_path / "reut2-000.sgm").write_text("<!DOCTYPE lewis>\n" + "".join(rows))
     task = STUDY_TASKS["reuters"].load(0, tmp_path)
+    assert STUDY_TASKS["reuters"].load(1, tmp_path) is task  # read once, until the files change
     assert task.classes == 2
     assert task.test[0].shape == (12, 4)  # acq, earn, shares, the
     assert sorted(task.test[0][0].expm1().round().tolist()) == [0, 1, 1, 2]
