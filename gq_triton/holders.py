@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gq_triton.attachment import attached_to
 from gq_triton.cluster_grad import Clusters
+from gq_triton.divided import dtensor
 from gq_triton.grad_queue import GradQueue
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.ring import local
@@ -39,7 +39,7 @@ class Holders:
         self.optimizers = [holder for holder in holders if isinstance(holder, Optimizer)]
         if not self.optimizers:
             raise ValueError("cuda_graph needs the optimizers that the step steps, got none")
-        if any(isinstance(p, DTensor) for o in self.optimizers for p in _params(o)):
+        if any(isinstance(p, dtensor()) for o in self.optimizers for p in _params(o)):
             raise ValueError(
                 "cuda_graph takes no parameters that are divided among processes, as by "
                 "fully_shard, whose messages no replay was shown to repeat: call the step itself"

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from gq_triton.divided import dtensor
 
 __all__ = ["bare", "is_divided", "parameter_names"]
 
@@ -46,6 +47,6 @@ def is_divided(model: nn.Module, params: Mapping[str, Tensor]) -> bool:
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import; without it nothing is
     kind = () if fsdp is None else fsdp.FSDPModule
-    return any(isinstance(param, DTensor) for param in params.values()) or any(
+    return any(isinstance(param, dtensor()) for param in params.values()) or any(
         isinstance(module, kind) for module in model.modules()
     )

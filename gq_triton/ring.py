@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
+from gq_triton.divided import dtensor
 from gq_triton.float8 import convert, ring_rows, stored_type
 
 __all__ = [
@@ -50,7 +50,9 @@ def new_queue(like: Tensor, length: int, queue_dtype: torch.dtype | str | None =
         RuntimeError: a CUDA graph is being captured.
     """
     dtype = stored_type(queue_dtype, like.dtype)
-    if isinstance(like, DTensor):
+    if isinstance(like, dtensor()):
+        from torch.distributed.tensor import DTensor, Shard
+
         shard = new_queue(like.to_local(), length, dtype)
         length = len(shard)
         placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
@@ -93,7 +95,7 @@ def fill_ring(fresh: Tensor, ring: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of a DTensor that this rank holds; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, dtensor()) else tensor
 
 
 def place_gradients(params: Iterable[Tensor]) -> None:
@@ -106,7 +108,7 @@ def place_gradients(params: Iterable[Tensor]) -> None:
         return
     for param in params:
         grad = param.grad
-        if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
+        if not isinstance(param, dtensor()) or not isinstance(grad, dtensor()):
             continue
         if grad.placements != param.placements:
             param.grad = grad.redistribute(param.device_mesh, param.placements)
@@ -119,7 +121,7 @@ def mean_over_ranks(loss: Tensor | float, param: Tensor) -> Tensor | float:
         loss: this rank's loss, one number.
         param: the parameter; the loss is returned as it is unless this is a DTensor.
     """
-    if not isinstance(param, DTensor):
+    if not isinstance(param, dtensor()):
         return loss
     value = torch.as_tensor(loss).detach()
     total = value.to(param.to_local().device, torch.float64, copy=True)
@@ -140,8 +142,10 @@ def rows(queue: Tensor) -> Tensor:
 
 def shard_groups(tensor: Tensor) -> list[dist.ProcessGroup]:
     """Return the process groups over which a tensor is sharded; none for an ordinary one."""
-    if not isinstance(tensor, DTensor):
+    if not isinstance(tensor, dtensor()):
         return []
+    from torch.distributed.tensor import Shard
+
     sharded = [d for d, p in enumerate(tensor.placements) if isinstance(p, Shard)]
     return [tensor.device_mesh.get_group(dimension) for dimension in sharded]
 
@@ -152,7 +156,9 @@ def shard_number(tensor: Tensor) -> int:
     An ordinary tensor is part 0.
     """
     number = 0
-    if isinstance(tensor, DTensor):
+    if isinstance(tensor, dtensor()):
+        from torch.distributed.tensor import Shard
+
         mesh = tensor.device_mesh
         for dimension, placement in enumerate(tensor.placements):
             if isinstance(placement, Shard):

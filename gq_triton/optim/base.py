@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gq_triton.claims import OPTIMIZER, claim, release
 from gq_triton.describe import memory
+from gq_triton.divided import dtensor
 from gq_triton.engines import Engine, engine, note_plain_torch
 from gq_triton.keywords import read
 from gq_triton.law import Law, accepted, match_norm_
@@ -273,7 +273,7 @@ class GradQueueOptimizer(Watched, Optimizer):  # pyright: ignore[reportIncompati
         def key_of(param: Tensor) -> Any:
             assert param.grad is not None
             state = self.state[param]
-            mesh = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
+            mesh = (param.device_mesh, param.placements) if isinstance(param, dtensor()) else None
             types = param.dtype, param.grad.dtype, state[QUEUE].dtype
             return (param.device, mesh, *types, self._batch_key(group, state))
 
@@ -415,5 +415,5 @@ def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
     """Return a loss scaler's number on ``device``."""
     if value is None:
         return None
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    whole = value.full_tensor() if isinstance(value, dtensor()) else value
     return whole.to(device, non_blocking=True)

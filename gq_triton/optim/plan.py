@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from gq_triton.divided import dtensor
 from gq_triton.optim.batches import QUEUE, QUEUED, Batch, Column, Flats, State, States
 from gq_triton.optim.layout import Layout
 from gq_triton.optim.referrers import Watched, accesses, alone, unshared
@@ -84,7 +84,7 @@ class Plan:
             for member, state in zip(members, own, strict=True)
             for t in (member, member.grad, *state.values())
         }
-        self._sharded = any(issubclass(kind, DTensor) for kind in kinds)
+        self._sharded = any(issubclass(kind, dtensor()) for kind in kinds)
         self._names = QUEUE, QUEUED, *self.keys
         self._entries = itemgetter(*self._names)
         places = {id(param): place for place, param in enumerate(states)}

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from gq_triton.divided import dtensor
 from gq_triton.float8 import slots, stored_type
 from gq_triton.optim.batches import QUEUE, QUEUED, State
 from gq_triton.optim.saved import EXP_AVG, EXP_AVG_SQ, MOMENTUM_BUFFER, STEP
@@ -55,7 +55,7 @@ def reorder(param: Tensor, state: State) -> None:
 
     A checkpoint, or a tensor that a program puts into the state, may have another one.
     """
-    if isinstance(param, DTensor):
+    if isinstance(param, dtensor()):
         return
     order = torch.empty_like(param, device="meta").stride()
     for name, value in state.items():

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
+from gq_triton.divided import dtensor
 from gq_triton.float8 import BYTE, EXPONENT_HIGH, ring_rows
 from gq_triton.ring import local
 from gq_triton.saved.rules import COUNTER_LIMIT, Also, Rule
@@ -84,10 +84,12 @@ def _sharding(param: Tensor, length: int | None = None) -> Sharding | None:
 
     None stands for an ordinary tensor. A ring has its ``length`` before the parameter's dimensions.
     """
-    if not isinstance(param, DTensor):
+    if not isinstance(param, dtensor()):
         return None
     part = tuple(param.to_local().shape)
     if length is None:
         return Sharding(param.device_mesh, tuple(param.placements), part)
+    from torch.distributed.tensor import Shard
+
     placements = tuple(Shard(p.dim + 1) if isinstance(p, Shard) else p for p in param.placements)
     return Sharding(param.device_mesh, placements, (length, *part))

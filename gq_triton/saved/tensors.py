@@ -3,15 +3,17 @@
 import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 
+from gq_triton.divided import dtensor
 from gq_triton.saved.rules import must
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
 
 __all__ = ["REAL_TYPES", "GeneratorState", "Sharding", "TensorLike"]
 
@@ -28,8 +30,8 @@ class Sharding(NamedTuple):
         local_shape: shape of this process's part.
     """
 
-    mesh: DeviceMesh
-    placements: tuple[Placement, ...]
+    mesh: "DeviceMesh"
+    placements: "tuple[Placement, ...]"
     local_shape: tuple[int, ...]
 
 
@@ -88,9 +90,9 @@ class TensorLike:
     def _of_sharding(self, value: Tensor, path: str) -> str | None:
         wanted = self.sharding
         if wanted is None:
-            divided = isinstance(value, DTensor)
+            divided = isinstance(value, dtensor())
             return f"{path or 'it'} must be an ordinary tensor, got a DTensor" if divided else None
-        if not isinstance(value, DTensor):
+        if not isinstance(value, dtensor()):
             return f"{path or 'it'} must be a DTensor as its parameter is, got an ordinary tensor"
         found = Sharding(value.device_mesh, value.placements, tuple(value.to_local().shape))
         if found != wanted:
@@ -103,7 +105,7 @@ class TensorLike:
 
     def _of_values(self, value: Tensor, path: str) -> str | None:
         values = value.detach()
-        values = values.to_local() if isinstance(values, DTensor) else values
+        values = values.to_local() if isinstance(values, dtensor()) else values
         if not values.is_floating_point():
             values = values.to(torch.int64)  # a bound beyond a narrower type would wrap around
         else:

@@ -104,11 +104,23 @@ def torchrun(
     torchrun and its ranks are forked from a process that has imported torch, which torchrun would
     have every rank do anew after every restart. Agent, rendezvous and restarts are torchrun's own.
     """
-    command = ["--standalone", "--start-method=forkserver", "--run-path", "--tee=3"]
-    command += [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    command = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
     command += [str(script), *map(str, args)]
-    ((code, shown),) = _be_at_once(_be_torchrun, [command], [env or {}])
-    return code, re.sub(r"^\[default\d+\]:", "", shown, flags=re.MULTILINE)  # whose line it is
+    (done,) = torchruns([command], [env or {}])
+    return done
+
+
+def torchruns(
+    commands: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]]
+) -> list[tuple[int, str]]:
+    """Run what follows ``torchrun`` in its commands at once; return exit codes and outputs.
+
+    The scripts of the commands must be files.
+    """
+    own = ["--start-method=forkserver", "--run-path", "--tee=3", "--monitor-interval=0.1"]
+    done = _be_at_once(_be_torchrun, [[*own, *command] for command in commands], envs)
+    # Without the words that say whose line it is.
+    return [(code, re.sub(r"^\[\w+\]:", "", shown, flags=re.MULTILINE)) for code, shown in done]
 
 
 def _be_torchrun(command: list[str], env: dict[str, str], log: str, folder: str) -> None:

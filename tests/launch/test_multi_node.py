@@ -1,12 +1,13 @@
 """launch/multi_node.sh and launch/slurm.sh: two torchrun agents, as two nodes, on the loopback."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 
 import pytest
-from train_runs import DIES_IN_A_STEP, SCRIPT, SHORT, WRAPPED, assert_same_run, finish
+from train_runs import DIES_IN_A_STEP, SCRIPT, SHORT, WRAPPED, assert_same_run, finish, torchruns
 
 LAUNCH = SCRIPT.parent
 LOOPBACK = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
@@ -45,8 +46,13 @@ def job_with_a_free_port():
     raise AssertionError("no free port")
 
 
-@pytest.mark.slow
-def test_two_nodes_survive_a_killed_rank_bit_for_bit(tmp_path, whole_run):
+@pytest.fixture
+def two_nodes(tmp_path):
+    """Return a function that has two nodes run a script which is killed once, in a torchrun each.
+
+    It takes the interpreter that launch/slurm.sh starts, and returns the folder of the run, the
+    exit code and the output.
+    """
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -54,19 +60,60 @@ def test_two_nodes_survive_a_killed_rank_bit_for_bit(tmp_path, whole_run):
     once = ONCE.replace("MARK", repr(str(tmp_path / "died")))
     script, out = tmp_path / "wrapped.py", tmp_path / "out"
     script.write_text(WRAPPED.replace("FATAL", once + death))
-    env = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "PYTHON": sys.executable,
-        "NPROC_PER_NODE": "1",
-        "LOCAL_ADDR": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": LOOPBACK,
-        "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_ID": str(job_with_a_free_port()),
-    }
-    command = [str(LAUNCH / "slurm.sh"), str(script), *SHORT, "--checkpoint-every", "4"]
-    ((code, shown),) = finish([[*command, "--out", str(out)]], [env])
+
+    def run(python):
+        env = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "PYTHON": str(python),
+            "NPROC_PER_NODE": "1",
+            "LOCAL_ADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": LOOPBACK,
+            "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_ID": str(job_with_a_free_port()),
+        }
+        command = [str(LAUNCH / "slurm.sh"), str(script), *SHORT, "--checkpoint-every", "4"]
+        ((code, shown),) = finish([[*command, "--out", str(out)]], [env])
+        return out, code, shown
+
+    return run
+
+
+# Stands for the interpreter: writes down what it was started with.
+NOTES = """#!{python} -S
+import json, os, sys
+with open({folder!r} + "/" + str(os.getpid()) + ".json", "w") as file:
+    json.dump([sys.argv[1:], dict(os.environ)], file)
+"""
+
+
+@pytest.mark.slow
+def test_two_nodes_survive_a_killed_rank_bit_for_bit(tmp_path, two_nodes, whole_run):
+    """The scripts say how both nodes start torchrun; both are then forked from the tests' server.
+
+    There torch is imported once, and not by two agents, two ranks and two ranks after the restart.
+    """
+    started, python = tmp_path / "started", tmp_path / "python"
+    started.mkdir()
+    python.write_text(NOTES.format(python=sys.executable, folder=str(started)))
+    python.chmod(0o755)
+    out, code, shown = two_nodes(python)
+    assert code == 0, shown
+    nodes = [json.loads(path.read_text()) for path in started.iterdir()]
+    assert len(nodes) == 2
+    assert all(words[:2] == ["-m", "torch.distributed.run"] for words, _ in nodes)
+    assert all(env["OMP_NUM_THREADS"] == "1" for _, env in nodes)
+    done = torchruns([words[2:] for words, _ in nodes], [env for _, env in nodes])
+    shown = "\n".join(said for _, said in done)
+    assert [code for code, _ in done] == [0, 0], shown
+    assert shown.count("killed by the test") == 1, shown
+    assert_same_run(out, whole_run(2))
+
+
+@pytest.mark.rare
+def test_two_nodes_as_slurm_starts_them(two_nodes, whole_run):
+    out, code, shown = two_nodes(sys.executable)
     assert code == 0, shown
     assert shown.count("killed by the test") == 1, shown
     assert_same_run(out, whole_run(2))

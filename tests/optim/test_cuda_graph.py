@@ -304,6 +304,6 @@ def test_hooks_and_frozen_parameters_are_captured_anew():
 
 
 def test_parameters_that_are_divided_are_refused(monkeypatch):
-    monkeypatch.setattr("gq_triton.holders.DTensor", nn.Parameter)
+    monkeypatch.setattr("gq_triton.holders.dtensor", lambda: (nn.Parameter,))
     with pytest.raises(ValueError, match="no parameters that are divided among processes"):
         CapturedStep(print, [Plain().optimizer], 2, Mock())

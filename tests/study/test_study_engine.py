@@ -18,6 +18,7 @@ from gq_triton.study.design.protocol import cells
 from gq_triton.study.report.results import collect, results_csv
 from gq_triton.study.run import guard, runner
 from gq_triton.study.run.records import Store
+from gq_triton.testing import server
 
 STEPS = OPTIONS | {"steps": 40, "batch_sizes": [16], "arms": ["sgdm", "gq-sgdm"]}
 
@@ -53,10 +54,15 @@ def wait_until(condition, seconds=60):
 
 
 @pytest.fixture
-def cluster():
-    from distributed import LocalCluster
+def cluster(monkeypatch):
+    """Yield a cluster whose workers need not import torch anew; test_study_command.py's must."""
+    import dask.config
+    from distributed import LocalCluster, utils
 
+    monkeypatch.setattr(utils, "_forkserver_preload_set", True)  # dask would set its own modules
+    server()
     with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
         LocalCluster(
             n_workers=0, threads_per_worker=1, memory_limit=None, dashboard_address=":0",
             silence_logs=logging.CRITICAL, preload=["gq_triton.study.run.worker"],

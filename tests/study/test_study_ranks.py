@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from study_trials import OPTIONS, run_and_store, trial
+from train_runs import torchruns
 
 from gq_triton.commands.refusal import Refusal
 from gq_triton.study.design.config import StudyConfig
 from gq_triton.study.design.law import StudyLaw
 from gq_triton.study.design.protocol import cells
-from gq_triton.study.run.ranks import launch
+from gq_triton.study.run import ranks as study_ranks
 from gq_triton.study.run.records import Store
 from gq_triton.study.trials.clusterer import StudyClusterer
 from gq_triton.study.trials.training import run_trial
@@ -24,10 +25,26 @@ def of_ranks(ranks, asked, folder):
     return record.result
 
 
+def from_the_server(command, env):
+    """Be ``guarded`` for a torchrun that is forked, with its ranks, from the tests' server."""
+    assert command[1:3] == ["-m", "torch.distributed.run"]
+    module = command.index("-m", 3)
+    assert command[module + 1] == study_ranks.__name__
+    file = study_ranks.__file__  # of the module: a script that does not import torch anew
+    words = [*command[3:module], file, *command[module + 2 :]]
+    (done,) = torchruns([words], [env])
+    return done
+
+
 @pytest.mark.slow
-def test_two_ranks_come_to_what_one_process_does():
+@pytest.mark.parametrize(
+    "own_processes", [pytest.param(True, marks=pytest.mark.rare), False], ids=["torchrun", "forked"]
+)
+def test_two_ranks_come_to_what_one_process_does(own_processes, monkeypatch):
+    if not own_processes:
+        monkeypatch.setattr(study_ranks, "guarded", from_the_server)
     asked = trial(task="digits-longtail", law=StudyLaw("queue"), batch_size=31, processes=2)
-    shared = launch(asked, None)
+    shared = study_ranks.launch(asked, None)
     alone = run_trial(replace(asked, processes=1))
     assert shared.trial == asked
     assert shared.trial.key != alone.trial.key
