@@ -1,5 +1,6 @@
 """A whole training step in one CUDA graph, for loops that are written by hand."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -34,9 +35,12 @@ def cuda_graph(
 
     Before every replay the host compares where parameters and state lie, and the options. If they
     lie elsewhere, as after loading a checkpoint, the next calls warm up and capture the step anew.
-    A step that needs Python every time is refused with a sentence: the hook of ``gq_triton.dist``,
-    ``fully_shard``, a compiled model with clusters, modules that run again for their clusters,
-    ``NoiseScale``, optimizers that count in Python.
+    A step that needs Python every time is refused with a sentence: a compiled model with clusters,
+    modules that run again for their clusters, ``NoiseScale``, optimizers that count in Python.
+
+    On several ranks a call runs the step as it is, after a warning: with the hook of
+    ``gq_triton.dist`` or another one, under ``fully_shard``, and under ``DistributedDataParallel``
+    with a warm-up of less than 11 steps. With a longer one torch's own rules for capturing it hold.
 
     No step has been captured on a GPU yet: what a call copies, checks and replays was tested with a
     recording in place of the graph.
@@ -107,11 +111,12 @@ class CapturedStep:
         self._device = self._holders.optimizers[0].param_groups[0]["params"][0].device
         self._new_graph = new_graph
         self._calls = 0
+        self._begins = True
+        self._without: str | None = None  # why the step runs as it is
         self._graph = new_graph(self._device)
         self._captured: _Capture | None = None
         for optimizer in self._holders.optimizers:
-            if isinstance(optimizer, GradQueueOptimizer):
-                _rates_on_device(optimizer, self._device)
+            self._rates_on_device(optimizer)
             # The learning rate that was loaded is another tensor, wherever the state lies.
             optimizer.register_load_state_dict_post_hook(self._loaded)
 
@@ -132,6 +137,11 @@ class CapturedStep:
                 something that no replay would do.
         """
         leaves, structure = tree_flatten((args, kwargs))
+        if self._begins:
+            self._begin()
+        if self._without:
+            args, kwargs = tree_unflatten([_to(leaf, self._device) for leaf in leaves], structure)
+            return self._step(*args, **kwargs)
         self._holders.begin()
         if self._captured is not None and self._captured.places != self._holders.places():
             self.reset()
@@ -159,13 +169,30 @@ class CapturedStep:
         Call it after options or anything else that Python decides in the step was changed. Where
         parameters or state lie in other memory it is called by itself.
         """
-        self._captured, self._calls = None, 0
+        self._captured, self._calls, self._begins = None, 0, True
         self._graph = self._new_graph(self._device)
 
     def _loaded(self, optimizer: Optimizer) -> None:
-        if isinstance(optimizer, GradQueueOptimizer):
-            _rates_on_device(optimizer, self._device)
+        self._rates_on_device(optimizer)
         self.reset()
+
+    def _begin(self) -> None:
+        """Find out whether the step can be captured; warn, once, where it cannot."""
+        why = self._holders.kept_from_a_graph(self._warmup)
+        if why and why != self._without:
+            warnings.warn(
+                f"cuda_graph runs this step as it is, without a graph: {why}", stacklevel=3
+            )
+        self._begins, self._without = False, why
+
+    def _rates_on_device(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, GradQueueOptimizer) or self._holders.divided:
+            return
+        # In float64, as Python has them: then a replay equals the step that was not captured.
+        for group in optimizer.param_groups:
+            rate = group["lr"]
+            if not isinstance(rate, Tensor) or rate.device != self._device:
+                group["lr"] = torch.as_tensor(rate, dtype=torch.float64).to(self._device, copy=True)
 
     def _run(self, leaves: list[Any], structure: Any) -> Any:
         args, kwargs = tree_unflatten([_to(leaf, self._device) for leaf in leaves], structure)
@@ -247,14 +274,6 @@ class _CudaGraph:
 
     def replay(self) -> None:
         self._graph.replay()
-
-
-def _rates_on_device(optimizer: Optimizer, device: torch.device) -> None:
-    # In float64, as Python has them: then a replay equals the step that was not captured.
-    for group in optimizer.param_groups:
-        rate = group["lr"]
-        if not isinstance(rate, Tensor) or rate.device != device:
-            group["lr"] = torch.as_tensor(rate, dtype=torch.float64).to(device, copy=True)
 
 
 def _fits(leaf: Any, static: Any) -> bool:

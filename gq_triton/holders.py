@@ -4,19 +4,23 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gq_triton.attachment import attached_to
 from gq_triton.cluster_grad import Clusters
 from gq_triton.divided import dtensor
 from gq_triton.grad_queue import GradQueue
+from gq_triton.living import living
 from gq_triton.optim.base import GradQueueOptimizer
 from gq_triton.ring import local
 
 __all__ = ["Holders", "Options"]
 
 Options = list[list[dict[str, Any]]]
+DDP_WARMUP = 11  # the reducer measures its first ten steps with events, which no capture may hold
 
 
 class Holders:
@@ -30,20 +34,17 @@ class Holders:
 
     Attributes:
         optimizers: the optimizers.
+        divided: whether their parameters are divided among processes.
 
     Raises:
-        ValueError: no optimizer, or a parameter that is divided among processes.
+        ValueError: no optimizer.
     """
 
     def __init__(self, holders: Sequence[Optimizer | GradQueue]) -> None:
         self.optimizers = [holder for holder in holders if isinstance(holder, Optimizer)]
         if not self.optimizers:
             raise ValueError("cuda_graph needs the optimizers that the step steps, got none")
-        if any(isinstance(p, dtensor()) for o in self.optimizers for p in _params(o)):
-            raise ValueError(
-                "cuda_graph takes no parameters that are divided among processes, as by "
-                "fully_shard, whose messages no replay was shown to repeat: call the step itself"
-            )
+        self.divided = any(isinstance(p, dtensor()) for o in self.optimizers for p in _params(o))
         self._given = [holder for holder in holders if isinstance(holder, GradQueue)]
         self._steps = [0] * len(self.optimizers)
         self._usual: list[int] | None = None
@@ -59,6 +60,25 @@ class Holders:
         for optimizer in self.optimizers:
             found.update(dict.fromkeys(attached_to(optimizer)))
         return list(found)
+
+    def kept_from_a_graph(self, warmup: int) -> str | None:
+        """Return why the step cannot be captured on these ranks, as a clause; None where it can.
+
+        Args:
+            warmup: how many steps come before a capture.
+        """
+        if self.divided:
+            return _DIVIDED
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        mine = {id(param) for optimizer in self.optimizers for param in _params(optimizer)}
+        for ddp in living(DistributedDataParallel):
+            if not mine.isdisjoint(map(id, ddp.parameters())):
+                if ddp._comm_hooks:
+                    return _HOOKED
+                if warmup < DDP_WARMUP:
+                    return _WRAPPED
+        return None
 
     def places(self) -> list[Any]:
         """Return what a replay is bound to: addresses, hooks, and which parameters train."""
@@ -244,6 +264,16 @@ def _same(now: Any, before: Any) -> bool:
     return bool(now == before)
 
 
+_DIVIDED = (
+    "its parameters are divided among processes, as by fully_shard, whose messages no replay was "
+    "shown to repeat"
+)
+_HOOKED = "the communication hook of DistributedDataParallel needs Python in every step"
+_WRAPPED = (
+    f"torch captures a DistributedDataParallel module after {DDP_WARMUP} steps: give "
+    f"warmup={DDP_WARMUP} if it was built in a side stream, over NCCL, and all ranks get batches "
+    "of the same shapes"
+)
 _OUTSIDE = (
     "{what} was called between two calls of a step of cuda_graph, and a replay would not see it: "
     "call it within the step, with a tensor that the step is given"

@@ -3,19 +3,22 @@
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from kernel_cases import INTERPRETED, QUIET
 from optim_cases import PAIR, assert_same, both_optimizers, snapshot
 from replay import Recording, captured
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gq_triton import GradQueue, cuda_graph
-from gq_triton.captured import CapturedStep
+from gq_triton.dist import register
+from gq_triton.holders import DDP_WARMUP, Holders
 
 pytestmark = [
     *QUIET,
@@ -303,7 +306,46 @@ def test_hooks_and_frozen_parameters_are_captured_anew():
     assert log == 3 * once
 
 
-def test_parameters_that_are_divided_are_refused(monkeypatch):
+@contextlib.contextmanager
+def one_rank():
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def as_it_is(loop, twin, why):
+    """Assert that every call is the step itself, and that the first one warns."""
+    log = []
+    step = captured(loop, warmup=2, log=log)
+    for number in range(4):
+        with pytest.warns(UserWarning, match=why) if number == 0 else contextlib.nullcontext():
+            loss = step(batch(number))
+        assert torch.equal(loss, twin.step(batch(number)))
+    assert not log
+    assert not step.captured
+
+
+@pytest.mark.slow
+def test_a_step_on_ranks_runs_as_it_is(monkeypatch):
+    """A refusal would end the training that ran on one device."""
+    with one_rank():
+        for hooked in (True, False):
+            ours, twin = Plain(), Plain()
+            twin.model.load_state_dict(ours.model.state_dict())
+            ours.model, twin.model = (DistributedDataParallel(loop.model) for loop in (ours, twin))
+            states = [register(loop.model, backend="torch") for loop in (ours, twin) if hooked]
+            why = "hook of .* needs Python in every step" if hooked else "give warmup=11 if it was"
+            as_it_is(ours, twin, f"^cuda_graph runs this step as it is, without a graph: .*{why}")
+            assert len({state.digest() for state in states}) == hooked
+            # Who follows torch's rules gets a graph, without a hook.
+            refused = Holders([ours.optimizer]).kept_from_a_graph(DDP_WARMUP)
+            assert (refused is not None) == hooked
+            del ours.model, twin.model, states
+    ours, twin = Plain(), Plain()
+    twin.model.load_state_dict(ours.model.state_dict())
     monkeypatch.setattr("gq_triton.holders.dtensor", lambda: (nn.Parameter,))
-    with pytest.raises(ValueError, match="no parameters that are divided among processes"):
-        CapturedStep(print, [Plain().optimizer], 2, Mock())
+    as_it_is(ours, twin, "divided among processes, as by fully_shard")
