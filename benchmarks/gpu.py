@@ -3,27 +3,32 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --parts check clusters --csv result.csv
 
-The run takes at most ``--seconds`` (five minutes; what has not begun by then is left out, by name).
-A wrong result ends it before anything is timed. Two steps that are compared are timed in turns over
-the same shapes, so that drift affects both alike. A step of ours comes with its ratio to the
-step before it, turn by turn; below 1 ours is faster. "captured" means replayed by this package's
-``cuda_graph``. Peak memory is that of one step, the model and its optimizer included.
+The run takes under six minutes: what would end after ``--seconds``, or has not begun by then, is
+left out by name, and ``--parts check compiled`` then measures it alone. A wrong result ends the run
+before anything is timed. Two steps that are compared are timed in turns over the same shapes, so
+that drift affects both alike. A step of ours comes with its ratio to the step before it, turn by
+turn; below 1 ours is faster. "captured" means replayed by this package's ``cuda_graph``, "by block"
+that the blocks of the model are compiled, which share one graph. "host" is the time until a step
+returns. Peak memory is that of one step, the model and its optimizer included.
 
-The table and the CSV name the hardware, the driver and the versions. Without a GPU everything runs
-on the CPU in a reduced form: it shows that the script works, and its figures say nothing.
+The table and the CSV name the hardware, the driver and the versions; the CSV is written after each
+part. Without a GPU everything runs on the CPU in a reduced form: it shows that the script works,
+and its figures say nothing.
 """
 
 import argparse
 import copy
+import faulthandler
 import functools
 import gc
 import importlib.util
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,8 +37,9 @@ from torch import Tensor, nn
 
 from gq_triton import GradQueue, cuda_graph
 from gq_triton.bench.checks import CHECKS
+from gq_triton.bench.clusters import loss_of
 from gq_triton.bench.hardware import where
-from gq_triton.bench.harness import Step, copy_rate
+from gq_triton.bench.harness import Step, copy_rate, host_seconds, launches, rounds
 from gq_triton.bench.models import GPT, ResNet18, ResNet50
 from gq_triton.bench.optimizer import OWN_BYTES, PAIRS, new_gradients, parameters
 from gq_triton.bench.ranks import in_turns, make_step
@@ -50,12 +56,14 @@ OURS = "Grad Queue"
 
 def check(run: Run) -> None:
     """Compare results with the oracle; a wrong one ends the run."""
-    for function in CHECKS.values():
-        for what, error, bound in function(run.device):
-            line = Line("check", what, "error", median=error, more={"at most": bound})
-            run.lines.append(line)
-            if not error <= bound:
-                run.failures.append(f"{what}: error {error:.3g}, at most {bound:.3g} is allowed")
+    for name, function in CHECKS.items():
+        with run.case("check", name):
+            for what, error, bound in function(run.device):
+                line = Line("check", what, "error", median=error, more={"at most": bound})
+                run.lines.append(line)
+                if not error <= bound:
+                    found = f"{what}: error {error:.3g}, at most {bound:.3g} is allowed"
+                    run.failures.append(found)
     if run.failures:
         raise SystemExit("wrong results, nothing was timed:\n" + "\n".join(run.failures))
 
@@ -79,6 +87,10 @@ def optimizers(run: Run) -> None:
                 both = {"torch fused": rival.step, OURS: ours.step}
                 compare(f"{model}, {name}, alone", both)
                 flowing = compare(f"{model}, {name}, back to back", both, 20)[1]
+                waits = [functools.partial(host_seconds, one, run.device) for one in both.values()]
+                times = [[1000 * t for t in taken] for taken in rounds(waits, run.turns)]
+                named = dict(zip(both, times, strict=True))
+                run.note("optimizers", f"{model}, {name}, host", "ms", named)
                 if copied:
                     elements = sum(param.numel() for param in params)
                     moved = elements * (OWN_BYTES[name] + 6 * 4)  # five rows read, one written
@@ -125,46 +137,77 @@ def of_images(build: Step, batch: int, side: int) -> Callable[[torch.device], tu
     return make
 
 
-# Models, and the ways in which their steps run. GPT-2 and ResNet-50 run under autocast in bfloat16.
-CASES: dict[str, tuple[Callable[[torch.device], tuple], bool, tuple[str, ...]]] = {
-    "tiny GPT, 64 x 128": (of_text(256, 128, 256, 4, 4, batch=64), False,
-                           ("eager", "captured", "compiled")),
-    "ResNet-18, 64 x 32^2": (of_images(ResNet18, 64, 32), False,
-                             ("eager", "captured", "compiled")),
-    "GPT-2 small, 8 x 1024": (of_text(50304, 1024, 768, 12, 12, batch=8), True,
-                              ("eager", "captured")),
-    "GPT-2 small, 16 x 1024": (of_text(50304, 1024, 768, 12, 12, batch=16), True,
-                               ("eager", "captured")),
-    "ResNet-50, 64 x 224^2": (of_images(ResNet50, 64, 224), True, ("eager", "captured")),
-}  # fmt: skip
-SMALL: dict[str, tuple[Callable[[torch.device], tuple], bool, tuple[str, ...]]] = {
-    "GPT": (of_text(16, 8, 16, 2, 1, batch=16), False, ("eager",)),
-    "convolutions": (of_images(lambda: ResNet50((1,), 4, 10), 16, 16), False, ("eager",)),
+class Case(NamedTuple):
+    """A model and how its steps run.
+
+    Attributes:
+        make: returns the model, a batch and the loss.
+        ways: how a step runs, with an estimate in seconds: to compile two steps takes most of it.
+        autocast: whether forward passes run in bfloat16.
+        passes: whether K backward passes are timed too.
+    """
+
+    make: Callable[[torch.device], tuple]
+    ways: dict[str, float]
+    autocast: bool = False
+    passes: bool = False
+
+
+EAGER, CAPTURED, COMPILED, BY_BLOCK = "eager", "captured", "compiled", "compiled by block"
+QUICK = {EAGER: 0.0, CAPTURED: 0.0}
+CASES = {
+    "tiny GPT, 64 x 128": Case(
+        of_text(256, 128, 256, 4, 4, batch=64), QUICK | {COMPILED: 30.0}, passes=True
+    ),
+    "GPT-2 small, 8 x 1024": Case(
+        of_text(50304, 1024, 768, 12, 12, batch=8), QUICK | {BY_BLOCK: 30.0}, autocast=True
+    ),
+    "ResNet-18, 64 x 32^2": Case(
+        of_images(ResNet18, 64, 32), QUICK | {COMPILED: 50.0}, passes=True
+    ),
+    "GPT-2 small, 16 x 1024": Case(
+        of_text(50304, 1024, 768, 12, 12, batch=16), QUICK | {BY_BLOCK: 30.0}, autocast=True
+    ),
+    "ResNet-50, 64 x 224^2": Case(
+        of_images(ResNet50, 64, 224), QUICK | {COMPILED: 100.0}, autocast=True
+    ),
 }
+SMALL = {
+    "GPT": Case(of_text(16, 8, 16, 2, 1, batch=16), {EAGER: 0.0, BY_BLOCK: 0.0}, passes=True),
+    "convolutions": Case(of_images(lambda: ResNet50((1,), 4, 10), 16, 16), {EAGER: 0.0}),
+}
+CLUSTERED, PASSES = "one_backward", "microbatch"  # modes of GradQueue; None: the plain step
+Made = tuple[nn.Module, Tensor, Tensor, Callable]
 
 
-def training_step(
-    made: tuple[nn.Module, Tensor, Tensor, Callable], autocast: bool, way: str, clustered: bool
-) -> Step:
+def training_step(made: Made, autocast: bool, way: str, mode: str | None) -> Step:
     """Return a training step with SGD, which zeroes gradients, computes them and updates."""
     model, inputs, targets, loss = made
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     holders: list[Any] = [optimizer]
-    if clustered:
-        queue = GradQueue(model, n_clusters=CLUSTERS, features="features")
+    backward: Callable[[Tensor], None] = Tensor.backward
+    if mode is not None:
+        queue = GradQueue(model, n_clusters=CLUSTERS, features="features", mode=mode)
         queue.attach(optimizer)
         holders.append(queue)
-    run = torch.compile(model) if way == "compiled" else model
+        if mode == PASSES:
+            loss, backward = loss_of, queue.backward
     device = inputs.device.type
+    backend = "inductor" if device == "cuda" else "aot_eager"  # the other takes a minute on a CPU
+    run = torch.compile(model, backend=backend) if way == COMPILED else model
+    if way == BY_BLOCK:
+        blocks: Any = model.blocks
+        for block in blocks:
+            block.compile(backend=backend)
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             value = loss(run(inputs), targets)
-        value.backward()
+        backward(value)
         optimizer.step()
 
-    taken = cuda_graph(step, *holders) if way == "captured" else step
+    taken = cuda_graph(step, *holders) if way == CAPTURED else step
     for _ in range(FILL):
         taken()
     return taken
@@ -172,47 +215,69 @@ def training_step(
 
 def clusters(run: Run) -> None:
     """Time a step with clusters against the plain one, eager and captured, and its memory."""
-    for way in ("eager", "captured"):  # all eager steps come first
-        _clusters_of_all(run, way)
+    for way in (EAGER, CAPTURED):  # all eager steps come first
+        for name, case in cases(run):
+            if way in case.ways:
+                _clusters(run, name, case, way)
 
 
 def compiled(run: Run) -> None:
-    """Time compiled steps: the last part, for to compile them takes minutes."""
-    _clusters_of_all(run, "compiled")
+    """Time compiled steps: they come late, for to compile them takes minutes."""
+    for name, case in cases(run):
+        for way in (COMPILED, BY_BLOCK):
+            if way in case.ways:
+                torch.compiler.reset()  # or torch compiles for any batch, after one of another size
+                _clusters(run, name, case, way)
 
 
-def _clusters_of_all(run: Run, way: str) -> None:
-    for name, (make, autocast, ways) in (SMALL if run.small else CASES).items():
-        if way in ways:
-            _clusters(run, name, make, autocast, way)
+def cases(run: Run) -> list[tuple[str, Case]]:
+    """Return the models of a run by name."""
+    return list((SMALL if run.small else CASES).items())
 
 
-def _clusters(run: Run, name: str, make: Callable, autocast: bool, way: str) -> None:
-    case = f"{name}, K = {CLUSTERS}, {way}"
-    with run.case("clusters", case) as begins:
+def _clusters(run: Run, name: str, case: Case, way: str) -> None:
+    label = f"{name}, K = {CLUSTERS}, {way}"
+    modes = {"plain": None, OURS: CLUSTERED}
+    with run.case("clusters", label, case.ways[way]) as begins:
         if begins:
+            timed = modes | ({"K passes": PASSES} if way == EAGER and case.passes else {})
             torch.manual_seed(0)
-            plain = make(run.device)
-            twin = copy.deepcopy(plain[0]), *plain[1:]
-            ours = training_step(twin, autocast, way, True)
-            rival = training_step(plain, autocast, way, False)
-            run.compare("clusters", case, {"plain": rival, OURS: ours})
-            del plain, twin, ours, rival
-    if way == "eager" and not run.small:
-        with run.case("memory", case) as begins:
+            model, *rest = case.make(run.device)
+            twins = {step: copy.deepcopy(model) for step in timed}
+            steps = {
+                step: training_step((twins[step], *rest), case.autocast, way, mode)
+                for step, mode in timed.items()
+            }
+            run.compare("clusters", label, steps)
+            del steps, model, twins
+    if way == EAGER and not run.small:
+        with run.case("memory", label) as begins:
             if begins:
-                other, mine = (peak(make(run.device), autocast, own) for own in (False, True))
-                run.note("memory", case, "MiB", {"plain": [other], OURS: [mine]})
+                sizes = {step: [peak(case, run.device, mode)] for step, mode in modes.items()}
+                run.note("memory", label, "MiB", sizes)
 
 
-def peak(made: tuple, autocast: bool, clustered: bool) -> float:
+def peak(case: Case, device: torch.device, mode: str | None) -> float:
     """Return the peak memory of a step in MiB, with nothing else on the device."""
-    step = training_step(made, autocast, "eager", clustered)
+    step = training_step(case.make(device), case.autocast, EAGER, mode)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step()
     return torch.cuda.max_memory_allocated() / 2**20
+
+
+def launched(run: Run) -> None:
+    """Count what a step launches. This part is the last: a profiler may slow what follows."""
+    if run.small:
+        return  # on a CPU nothing is launched
+    for name, case in cases(run)[:3]:
+        with run.case("launches", name) as begins:
+            if begins:
+                for step, mode in {"plain": None, OURS: CLUSTERED}.items():
+                    taken = training_step(case.make(run.device), case.autocast, EAGER, mode)
+                    line = Line("launches", name, step, "launches", median=launches(taken))
+                    run.lines.append(line)
 
 
 def kmeans(run: Run) -> None:
@@ -294,30 +359,42 @@ def hook_times(rank: int, backend: str, device: str, file: str, turns: int) -> N
 
 PARTS = {
     "check": check, "optimizers": optimizers, "clusters": clusters, "k-means": kmeans,
-    "kernels": kernels, "hook": hook, "compiled": compiled,
+    "kernels": kernels, "hook": hook, "compiled": compiled, "launches": launched,
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=300.0, help="nothing begins after them")
+    parser.add_argument("--seconds", type=float, default=340.0, help="nothing begins after them")
     parser.add_argument("--turns", type=int, help="turns of each comparison: 9, without a GPU 2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", default="gpu.csv", help="the file of the results")
     args = parser.parse_args()
     device = torch.device(args.device)
     small = device.type == "cpu"
-    run = Run(device, args.seconds, args.turns or (2 if small else 9), small)
+    turns = args.turns or (2 if small else 9)
+    begin = time.monotonic()
+
+    def tell(text: str) -> None:
+        print(f"{time.monotonic() - begin:4.0f} s  {text}", file=sys.stderr, flush=True)
+
+    run = Run(device, args.seconds, turns, small, tell)
     if run.small:
         torch.set_num_threads(1)
+    # A kernel that never ends: the parts before it are in the file.
+    faulthandler.dump_traceback_later(args.seconds + 120, exit=True)
     try:
         for part in args.parts:
             PARTS[part](run)
+            Path(args.csv).write_text(as_csv(run.lines, where(device)))
     finally:
-        facts = where(run.device)
-        title = ", ".join(facts.values()) + (", reduced form" if run.small else "")
-        Console().print(as_table(title, run.lines))
+        facts = where(device)
+        title = ", ".join(facts.values()) + (", reduced form" if small else "")
+        console = Console()
+        if not console.is_terminal:
+            console.width = 200
+        console.print(as_table(title, run.lines))
         Path(args.csv).write_text(as_csv(run.lines, facts))
     if run.failures:
         sys.exit("\n".join(["these cases failed:", *run.failures]))

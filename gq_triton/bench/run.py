@@ -85,9 +85,15 @@ class Run:
         self._end, self._tell = time.monotonic() + allowed, tell
 
     @contextlib.contextmanager
-    def case(self, part: str, case: str) -> Iterator[bool]:
-        """Yield whether there is time for a case; note what fails, and go on with the next one."""
-        begins = time.monotonic() < self._end
+    def case(self, part: str, case: str, seconds: float = 0.0) -> Iterator[bool]:
+        """Yield whether there is time for a case; note what fails, and go on with the next one.
+
+        Args:
+            part: the part of the run.
+            case: what is measured.
+            seconds: an estimate of a long case, which does not begin where it would end too late.
+        """
+        begins = time.monotonic() + seconds < self._end
         if not begins:
             self.lines.append(_without_times(part, case, "left out: no time"))
         self._tell(f"{part}: {case}")

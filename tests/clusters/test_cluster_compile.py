@@ -9,6 +9,8 @@ import torch
 from cluster_cases import GPT, MLP, Block, Judge, ResNet, ViT
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor import cudagraph_utils, output_code, scheduler
 
 from gq_triton.cluster_grad import compiled_ops, passes
 
@@ -86,11 +88,73 @@ def test_a_trace_that_no_flag_announces():
     compiled_steps(judge, compiled, images)
 
 
-@pytest.mark.parametrize("case", ["mlp", "resnet"])
-def test_inductor(case):
-    kind, make_batch = CASES[case]
-    judge = judged(kind)
-    compiled_steps(judge, torch.compile(judge.model, fullgraph=True), make_batch)
+def test_inductor():
+    judge = judged(MLP)
+    compiled_steps(judge, torch.compile(judge.model, fullgraph=True), vectors)
+
+
+class Parts:
+    """A stand-in for the CUDA graphs of ``mode="reduce-overhead"``, on the CPU.
+
+    Inductor divides a graph around what it may not capture, and makes CUDA graphs of the parts.
+
+    Attributes:
+        counts: the number of parts of each graph with any.
+        inside: whether a part runs.
+    """
+
+    def __init__(self, monkeypatch):
+        self.counts, self.inside = [], False
+        gpu, cpu = scheduler.BaseSchedulerNode, cudagraph_utils
+        monkeypatch.setattr(gpu, "is_gpu", lambda node: True)
+        monkeypatch.setattr(cpu, "check_lowering_disable_cudagraph", lambda devices: None)
+        monkeypatch.setattr(output_code, "cudagraph_partition_post_compile", self.capture)
+        monkeypatch.setattr(compiled_ops.passes, "param_grads", self.outside(passes.param_grads))
+
+    def outside(self, function):
+        def run(*args, **kwargs):
+            assert not self.inside
+            return function(*args, **kwargs)
+
+        return run
+
+    def capture(self, inputs, graph, *rest):
+        info, static = graph.cudagraph_info, set(graph.fx_kwargs["static_input_idxs"])
+        assert not info.cudagraph_fail_reasons
+        whole = cudagraph_utils.CudagraphMetadata(
+            info.placeholders, static, graph.mutated_input_idxs, info.stack_traces, {}
+        )
+        for part in graph.partition_maps:
+            found = cudagraph_utils.get_partition_cudagraph_metadata(part, whole)
+            # Trees of CUDA graphs leave out what writes to other inputs than static ones.
+            assert found.mutated_input_idxs <= found.static_input_idxs
+        if graph.partition_maps:
+            self.counts.append(len(graph.partition_maps))
+            graph.recursively_apply_fns([self.part] * self.counts[-1])
+
+    def part(self, function):
+        def run(inputs):
+            self.inside = True
+            try:
+                return function(inputs)
+            finally:
+                self.inside = False
+
+        return run
+
+
+@pytest.mark.skipif(
+    not getattr(inductor_config, "graph_partition", False), reason="This torch divides no graph."
+)
+def test_reduce_overhead_captures_all_but_this_packages_operations(monkeypatch):
+    parts = Parts(monkeypatch)
+    judge = judged(lambda: ResNet(lambda c: nn.GroupNorm(2, c)))
+    compiled = torch.compile(judge.model, fullgraph=True, mode="reduce-overhead")
+    compiled_steps(judge, compiled, images)
+    forward, backward = parts.counts
+    assert forward == 1  # operations on the host's tokens are moved beside it
+    assert backward <= len(list(judge.model.parameters()))
+    assert not counters["inductor"]["cudagraph_skips"]
 
 
 def test_batch_norm_equals_eager_statistics_included():

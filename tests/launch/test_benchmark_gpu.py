@@ -10,7 +10,7 @@ import torch
 from gq_triton.bench.record import from_csv
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
-PARTS = "optimizers", "clusters", "k-means"
+PARTS = "optimizers", "clusters", "compiled", "k-means"
 
 
 @pytest.mark.slow
@@ -23,7 +23,8 @@ def test_parts_run_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     lines, facts = from_csv(file.read_text())
     assert facts["torch"] == torch.__version__
-    assert {line.part for line in lines} == set(PARTS)
+    assert {line.part for line in lines} == {"optimizers", "clusters", "k-means"}
+    assert any("compiled" in line.case for line in lines)
     for line in lines:
         assert float(line.median) >= 0
         assert float(line.ratio_low) <= float(line.ratio)
