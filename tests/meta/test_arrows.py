@@ -27,6 +27,7 @@ HOUSE = "gq_triton"
 BASE = {
     "names", "extras", "options", "law", "layer_sums", "loss_scale", "ring", "saved", "claims",
     "describe", "wrappers", "aside", "float8", "replayed", "rounding", "living", "keywords",
+    "divided",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
@@ -35,9 +36,10 @@ BELOW = {"cluster_grad", "cluster_grad.layers", "cluster_grad.standins"} | QUEUE
 MAY = {
     "aside": set(),
     "replayed": set(),
-    "names": set(),
+    "names": {"divided"},
     "claims": set(),
     "living": set(),
+    "divided": set(),
     "describe": {"options", "ring"},
     "keywords": {"options"},
     "extras": set(),
@@ -48,8 +50,8 @@ MAY = {
     "options": {"float8"},
     "law": {"float8", "options"},
     "layer_sums": set(),
-    "saved": {"float8", "options", "ring"},
-    "ring": {"float8", "options"},
+    "saved": {"divided", "float8", "options", "ring"},
+    "ring": {"divided", "float8", "options"},
     "reference": set(),
     "testing": set(),
     "kernels": set(),
