@@ -9,6 +9,7 @@ import torch
 from cluster_cases import GPT, MLP, Block, Judge, ResNet, ViT
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor import cudagraph_utils, output_code, scheduler
 
@@ -105,9 +106,12 @@ class Parts:
 
     def __init__(self, monkeypatch):
         self.counts, self.inside = [], False
-        gpu, cpu = scheduler.BaseSchedulerNode, cudagraph_utils
-        monkeypatch.setattr(gpu, "is_gpu", lambda node: True)
-        monkeypatch.setattr(cpu, "check_lowering_disable_cudagraph", lambda devices: None)
+        # Graphs that were kept on disk were divided before, and these are for no other run.
+        monkeypatch.setattr(inductor_config, "fx_graph_cache", False)
+        monkeypatch.setattr(functorch_config, "enable_autograd_cache", False)
+        monkeypatch.setattr(scheduler.BaseSchedulerNode, "is_gpu", lambda node: True)
+        allowed = "check_lowering_disable_cudagraph"
+        monkeypatch.setattr(cudagraph_utils, allowed, lambda devices: None)
         monkeypatch.setattr(output_code, "cudagraph_partition_post_compile", self.capture)
         monkeypatch.setattr(compiled_ops.passes, "param_grads", self.outside(passes.param_grads))
 
