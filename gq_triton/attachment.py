@@ -64,6 +64,8 @@ def before_step(
         weigh: weights the gradients that the optimizer is about to use.
         record_loss: called with the loss that a closure returns.
     """
+    # A compiled step calls them as they are, as the optimizers' own step.
+    weigh, record_loss = torch.compiler.disable(weigh), torch.compiler.disable(record_loss)
 
     def hook(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # args[0] is the optimizer itself.

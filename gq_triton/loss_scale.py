@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gq_triton.living import living
+from gq_triton.untraced import Untraced, untraced
 
 __all__ = ["GradScale", "ScalerWatch", "scaler_of"]
 
@@ -71,6 +72,7 @@ class ScalerWatch:
     """
 
     def __init__(self, params: Iterable[Tensor], message: str) -> None:
+        Untraced.prepare()
         self.done = False
         self._ids, self._message = {id(param) for param in params}, message
         watch = weakref.ref(self)  # torch's global hooks must not keep the parameters' owner alive
@@ -87,6 +89,7 @@ class ScalerWatch:
         """Take the hook from torch's optimizers; not from inside a step, which iterates over it."""
         self._end()
 
+    @untraced
     def _look(self, optimizer: Optimizer) -> None:
         groups = optimizer.param_groups
         if self.done or not any(id(p) in self._ids for group in groups for p in group["params"]):

@@ -11,15 +11,15 @@ compiled graph the functions are called directly.
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gq_triton.cluster_grad import passes
+from gq_triton.untraced import Untraced
 
 __all__ = [
-    "Untraced",
     "autocast_of",
     "begin",
     "capture",
@@ -79,28 +79,8 @@ def traced_whole(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-class Untraced:
-    """A function that compiled graphs call as it is; used as a decorator."""
-
-    _all: ClassVar[list["Untraced"]] = []
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.run = self._function = function
-        self._all.append(self)
-
-    @classmethod
-    def prepare(cls) -> None:
-        """Tell Dynamo not to look into the functions."""
-        for one in cls._all:
-            one.run = torch.compiler.disable(one._function)
-
-
 def prepare_for_compile() -> None:
-    """Tell Dynamo which functions are marked, and which it must not look into.
-
-    The call imports Dynamo, so it comes when clusters are installed, not when this package is
-    imported. Torch's optimizers import Dynamo anyway.
-    """
+    """Tell Dynamo which functions are marked, and which it must not look into."""
     for function in _whole:
         torch.compiler.allow_in_graph(function)
     Untraced.prepare()

@@ -14,7 +14,7 @@ from gq_triton.cluster_grad.arrival import (
     order_of,
     samples_first,
 )
-from gq_triton.cluster_grad.compiled_ops import Untraced, unordered, use
+from gq_triton.cluster_grad.compiled_ops import unordered, use
 from gq_triton.cluster_grad.converted import Converted
 from gq_triton.cluster_grad.copies import recorded
 from gq_triton.cluster_grad.layers.attention import attend
@@ -25,6 +25,7 @@ from gq_triton.cluster_grad.passes import OUTSIDE, in_backward
 from gq_triton.cluster_grad.site import SITE, Collector, parameters_of
 from gq_triton.cluster_grad.standins.origin import SAME, Origin, Root, saving_hooks
 from gq_triton.cluster_grad.standins.standin import StandIn, plain, stand_in
+from gq_triton.untraced import Untraced
 
 __all__ = ["Conversion"]
 

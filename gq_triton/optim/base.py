@@ -35,6 +35,7 @@ from gq_triton.ring import (
 )
 from gq_triton.saved.rules import Record, check
 from gq_triton.saved.state import filled
+from gq_triton.untraced import Untraced, untraced
 
 __all__ = ["GradQueueOptimizer"]
 
@@ -63,6 +64,7 @@ class GradQueueOptimizer(Watched, Optimizer):  # pyright: ignore[reportIncompati
             ValueError: names every invalid option.
         """
         (law,) = read(options, LawOptions, also=self._problems(own))
+        Untraced.prepare()
         try:
             super().__init__(params, own | vars(law))
         except BaseException:
@@ -142,6 +144,7 @@ class GradQueueOptimizer(Watched, Optimizer):  # pyright: ignore[reportIncompati
             # In place: a replay of a CUDA graph finds the losses where they are now.
             group[LOSSES].copy_(record_loss(group[LOSSES], loss))
 
+    @untraced
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Weight the gradients, queue the raw ones, and update the parameters.

@@ -89,7 +89,12 @@ class Gate:
 
     @property
     def answered(self) -> Reading | None:
-        """What the model's answer to the last uniform batch says; None where there is none yet."""
+        """What the model says of the uniform batch that was given last; None where none was.
+
+        Where no forward pass of training has answered, the batch is scored now, as `settle` would.
+        """
+        if self._answer is None and self._trained is not None:
+            self._answer = self.run(*self._trained)
         return None if self._answer is None else self.read(self._answer)
 
     def smooth(self, scores: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ HOUSE = "gq_triton"
 BASE = {
     "names", "extras", "options", "law", "layer_sums", "loss_scale", "ring", "saved", "claims",
     "describe", "wrappers", "aside", "float8", "replayed", "rounding", "living", "keywords",
-    "divided",
+    "divided", "untraced",
 }  # fmt: skip
 ENGINES = {"engines"}
 QUEUES = {"queues", "grouping"} | ENGINES
@@ -43,7 +43,8 @@ MAY = {
     "describe": {"options", "ring"},
     "keywords": {"options"},
     "extras": set(),
-    "loss_scale": {"living"},
+    "loss_scale": {"living", "untraced"},
+    "untraced": set(),
     "wrappers": set(),
     "float8": set(),
     "rounding": set(),

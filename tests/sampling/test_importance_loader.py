@@ -197,16 +197,20 @@ def test_constant_schedules(schedule):
 
 def fresh(seed_model=0, **options):
     torch.manual_seed(seed_model)
-    return loader_of(nn.Linear(4, 2), tau_th=1.05, seed=5, **options)
+    return loader_of(nn.Linear(4, 2), **{"tau_th": 1.05, "seed": 5, **options})
 
 
-@pytest.mark.parametrize("stop", [1, 7, 15, 22])
-def test_a_run_that_is_resumed_is_the_run(stop):
-    whole = fresh()
+@pytest.mark.parametrize(
+    ("stop", "options"),
+    # For "norm" no answer of the model tells the scores: the saved state lacked those of the batch.
+    [(1, {}), (7, {}), (15, {}), (22, {}), (4, {"score": "norm", "tau_th": 1.01})],
+)
+def test_a_run_that_is_resumed_is_the_run(stop, options):
+    whole = fresh(**options)
     expected = run(whole, epochs=3, lr=0.5)
-    first = fresh()
+    first = fresh(**options)
     seen, saved, model = run_until(first, stop)
-    second = fresh()
+    second = fresh(**options)
     second.load_state_dict(saved)
     second.model.load_state_dict(model)
     seen += run(second, epochs=3 - (stop - 1) // 15, lr=0.5)
