@@ -44,6 +44,7 @@ def test_a_kept_study_can_be_asked_for_again(path):
         ("bursts-rho10", ("gq-sgdm", "sgdm"), 32, "+.016 [+.009, +.023]"),
         ("fashion-1024", ("gq-sgdm", "sgdm"), 1024, "-.014 [-.018, -.011]"),
         ("fashion-1024", ("gq-adamw-clusters", "adamw"), 1024, "-.008 [-.011, -.004]"),
+        ("fashion-16384", ("gq-adamw", "adamw"), 16384, "-.008 [-.011, -.005]"),
         ("fashion-64", ("gq-sgdm", "sgdm"), 64, "-.003 [-.005, -.001]"),
         ("fashion-longtail-again", ("gq-sgdm-clusters", "sgdm"), 512, "+.045 [+.030, +.064]"),
         ("python-lm-all", ("adamw", "gq-adamw-clusters"), 128, "+.158 [+.105, +.232]"),
