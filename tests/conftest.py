@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import multiprocessing
 import os
 import shutil
 import sys
@@ -103,6 +104,23 @@ def ranks():
     yield of
     for one in started.values():
         one.close()
+
+
+def pytest_configure(config):
+    """Be a worker of pytest-xdist: take ranks from the server of the controller."""
+    if address := getattr(config, "workerinput", {}).get("server"):
+        import one_server  # after the path is put right
+
+        one_server.use(address)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist: its controller starts a worker
+def pytest_configure_node(node):
+    """Start the server of the ranks of all workers; it prepares while they collect."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        import one_server  # after the path is put right
+
+        node.workerinput["server"] = one_server.started()
 
 
 def pytest_collection_finish():

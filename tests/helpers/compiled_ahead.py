@@ -20,5 +20,11 @@ for length, dtype, queue_dtype in RINGS:
     grad = torch.ones(1, dtype=dtype)
     ring = new_queue(grad, length, queue_dtype)
     compiled.weigh_([grad], [ring.view(len(ring), -1)], [torch.tensor(length)], None, Law(3.0))
+# Three clusters, of which a run of launch/train.py and a study with clusters weigh the means.
+ones = torch.ones(3)
+compiled.combine(
+    torch.ones(3, 1), torch.zeros(5, 1), torch.tensor(5), Law(3.0),
+    inverse_shares=ones, mixture=ones, sigma_scales=ones,
+)  # fmt: skip
 for dtype in (torch.bfloat16, torch.float32, torch.float64):
     compiled.all_finite([torch.ones(1, dtype=dtype)])

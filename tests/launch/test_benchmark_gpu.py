@@ -1,11 +1,10 @@
 """benchmarks/gpu.py on the CPU, in its reduced form: it checks, it times, it names what fails."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from train_runs import start_and_listen
 
 from gq_triton.bench.record import from_csv
 
@@ -16,11 +15,10 @@ PARTS = "optimizers", "clusters", "compiled", "k-means"
 @pytest.mark.slow
 def test_parts_run_on_the_cpu(tmp_path):
     file = tmp_path / "result.csv"
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--turns", "1", "--csv", str(file)]
     # gq-triton bench, which is tested too, has the same checks and steps on ranks.
-    command += ["--parts", *PARTS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    options = ["--device", "cpu", "--turns", "1", "--csv", file, "--parts", *PARTS]
+    ((code, said),) = start_and_listen(1, SCRIPT, *options)
+    assert code == 0, said
     lines, facts = from_csv(file.read_text())
     assert facts["torch"] == torch.__version__
     assert {line.part for line in lines} == {"optimizers", "clusters", "k-means"}

@@ -5,7 +5,6 @@ import inspect
 import itertools
 import re
 import shlex
-import subprocess
 import sys
 import types
 from functools import cache
@@ -183,13 +182,9 @@ def commands(block):
 @cache
 def help_of(script):
     """Return the text in which a script of this repository explains its options."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
+    ((code, said),) = start_and_listen(1, ROOT / script, "--help")
+    assert code == 0, said
+    return said
 
 
 def check_options(words, shown):

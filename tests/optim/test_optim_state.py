@@ -2,9 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +22,7 @@ from optim_cases import (
     values,
 )
 from torch.distributed.checkpoint import state_dict as dcp_state
+from train_runs import start_and_listen
 
 from gq_triton import GQSGD, GQAdamW
 
@@ -49,9 +47,8 @@ def test_tgq18_a_state_dict_continues_bit_for_bit(variant, backend, copied):
     assert_same(snapshot(resumed), snapshot(optimizer))
 
 
-HELPERS = Path(__file__).parents[1] / "helpers"
 RESUME = """
-import sys, torch
+import sys
 from optim_cases import resume
 resume(sys.argv[1])
 """
@@ -66,9 +63,9 @@ def test_tgq18_also_in_another_process(tmp_path):
         save(params, optimizer, tmp_path / f"{name}.pt")
         train_on_losses(optimizer, params, range(6, 9))
         save(params, optimizer, tmp_path / f"{name}-here.pt")
-    command = [sys.executable, "-c", RESUME, str(tmp_path)]
-    done = subprocess.run(command, cwd=HELPERS, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "resume.py").write_text(RESUME)
+    ((code, said),) = start_and_listen(1, tmp_path / "resume.py", tmp_path)
+    assert code == 0, said
     for name in PAIR:
         here = torch.load(tmp_path / f"{name}-here.pt", weights_only=True)
         there = torch.load(tmp_path / f"{name}-there.pt", weights_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch.distributed as dist
 from framework_checks import alone, two_ranks
 from train_runs import free_port
 
@@ -26,31 +27,34 @@ WORLD = {
 }
 
 
-def rank_of_torchrun(rank, folder, port):
+def on_two_ranks_and_then_on_one(rank, folder, port):
     # Set here: the server that ranks are forked from keeps the environment that it began with.
     own = {"MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {**WORLD, **own}
-    two_ranks(rank, folder)
+    two_ranks(rank, f"{folder}/two")
+    # The same processes go on: to import the frameworks takes as long as to train with them.
+    for name in {*WORLD, *own} - {"ACCELERATE_USE_CPU", "HF_HUB_OFFLINE"}:
+        del os.environ[name]
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    dist.destroy_process_group()
+    if rank == 0:
+        alone(f"{folder}/one")
+        os.chdir(f"{folder}/one")
+        for name in ("lightning_trainer", "transformers_trainer"):
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    # The code that ends the process expects a group.
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 
 
 @pytest.mark.slow
-def test_frameworks_train_save_and_resume(tmp_path):
-    spawn(2, rank_of_torchrun, str(tmp_path), str(free_port()), timeout=300.0)
-
-
-def one_process(rank, folder):
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    alone(rank, folder)
-    os.chdir(folder)
-    for name in ("lightning_trainer", "transformers_trainer"):
-        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-
-
-@pytest.mark.slow
-def test_the_examples_run_on_one_device(tmp_path):
-    spawn(1, one_process, str(tmp_path), timeout=300.0)
+def test_frameworks_train_save_and_resume_and_their_examples_run(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    port = str(free_port())
+    spawn(2, on_two_ranks_and_then_on_one, str(tmp_path), port, timeout=300.0)
 
 
 @pytest.mark.parametrize("framework", ["accelerate", "lightning", "transformers"])

@@ -74,9 +74,9 @@ def group_is_gone(pid):
     return False
 
 
-def interrupt(out, sign, wanted):
+def interrupt(out, sign, wanted, jobs):
     """Return exit status and output of a study that gets a signal at ``wanted`` records."""
-    process = start(out, *STUDY)
+    process = start(out, *STUDY, "--jobs", jobs)
     wait_until(lambda: records(out) >= wanted or process.poll() is not None)
     finished = records(out)
     os.kill(process.pid, sign)
@@ -92,8 +92,8 @@ def test_a_killed_and_resumed_study_is_the_one_never_killed(tmp_path, monkeypatc
         here.setattr(watch, "run_study", run_here)
         assert cli.main(["study", "run", "--out", str(whole), *STUDY]) == 0
     total = records(whole)
-    for sign, share in ((signal.SIGKILL, 0.1), (signal.SIGINT, 0.3)):
-        code, output = interrupt(killed, sign, share * total)
+    for sign, share, jobs in ((signal.SIGKILL, 0.1, "1"), (signal.SIGINT, 0.3, "2")):
+        code, output = interrupt(killed, sign, share * total, jobs)
         assert code == {signal.SIGKILL: -9, signal.SIGINT: 130}[sign], output
         assert 0 < records(killed) < total
     assert "the same command continues" in output

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from study_trials import trial
 from test_study_command import repeated
+from train_runs import start_and_listen
 
 from gq_triton.commands import cli
 from gq_triton.commands.refusal import Refusal
@@ -20,8 +21,7 @@ from gq_triton.study.design.law import StudyLaw
 from gq_triton.study.design.protocol import cells
 from gq_triton.study.design.study_file import command_line, read_toml, write_toml
 from gq_triton.study.design.trial import TUNE
-from gq_triton.study.run import watch
-from gq_triton.study.run.worker import run_command
+from gq_triton.study.run import watch, worker
 from gq_triton.study.trials.told import record_of, scores_in, settings_of, words_of
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_script.py"
@@ -33,11 +33,19 @@ STUDY = {"command": COMMAND, "arms": ["sgdm", "gq-sgdm"], "batch_sizes": [8], "w
          "score": "accuracy", "trials": 1, "tuning_seeds": 1, "seeds": 2}  # fmt: skip
 
 
+def forked(words):
+    """Be ``guarded`` for a script that is forked from the tests' server."""
+    assert words[0] == sys.executable
+    ((code, said),) = start_and_listen(1, *words[1:])
+    return code, said
+
+
 @pytest.mark.slow
-def test_the_example_prints_its_scores():
+def test_the_example_prints_its_scores(monkeypatch):
+    monkeypatch.setattr(worker, "guarded", forked)
     of = cells(StudyConfig.of(STUDY))
     (first,) = of[1].tuning[0]
-    record = run_command(first)
+    record = worker.run_command(first)
     assert record.trial == first
     assert 0.3 < record.result["validation_score"] <= 1
     assert record.result["norm_ratio"] > 0
@@ -127,7 +135,7 @@ def test_settings_stand_in_place_of_their_names():
 def test_a_command_without_scores_is_refused_with_what_it_said(program, words):
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)}"
     with pytest.raises(Refusal, match=re.escape(words)):
-        run_command(trial(command=command, purpose=TUNE))
+        worker.run_command(trial(command=command, purpose=TUNE))
 
 
 def test_the_last_line_of_json_counts():
