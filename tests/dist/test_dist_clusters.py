@@ -1,7 +1,12 @@
 """Local clusters under DDP: W ranks with K clusters are one process with W * K clusters."""
 
 import pytest
-from dist_cluster_checks import THREE_RANKS, check_ranks_are_one_process, run_with
+from dist_cluster_checks import (
+    THREE_RANKS,
+    check_a_resumed_run_goes_on_bit_for_bit,
+    check_ranks_are_one_process,
+    run_with,
+)
 from dist_cluster_loops import TWO_RANKS, check_compiled_models
 from dist_cluster_slices_checks import CHECKS as SLICES
 from rank_checks import checks
@@ -11,9 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from gq_triton import GradQueue
 from gq_triton.dist import GradQueueState
 
-# Seconds each. In the gate three ranks make the first in slices; a single process compiles, and so
-# do shards.
-RARE_IN_SLICES = check_ranks_are_one_process, check_compiled_models
+# Seconds each. In the gate three ranks make the first two in slices; a single process compiles, and
+# so do shards.
+RARE_IN_SLICES = (
+    check_ranks_are_one_process,
+    check_a_resumed_run_goes_on_bit_for_bit,
+    check_compiled_models,
+)
 
 
 # With the queue whole on every rank, and in slices: the same checks.

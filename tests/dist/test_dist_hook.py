@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dist_checks import THREE_RANKS, TWO_RANKS
+from dist_checks import THREE_RANKS, TWO_RANKS, check_law_off_and_warm_up_are_plain_ddp
 from dist_hooked import LENGTH, TINY, hooked, queued, same_parameters, saved, train
 from dist_models import TwoHeads, batch, mlp
 from rank_checks import checks, folder_for
@@ -32,7 +32,7 @@ def test_two_ranks(ranks, check, tmp_path):
 
 
 @pytest.mark.slow
-@checks(THREE_RANKS)
+@checks(THREE_RANKS, rare=[check_law_off_and_warm_up_are_plain_ddp])  # where no order matters
 def test_three_ranks(ranks, check):
     ranks(3).run(check)
 

@@ -50,12 +50,16 @@ def check(rank, shape, case):
     assert twins.plain.metrics()["mean_weight"] != 1
 
 
-# The gate takes all cases on four ranks, and these on two and three.
-ON_FEW = "words", "match_norm", "uneven_power", "uneven_brought"
+# What the gate takes on each number of ranks. Cases with more options go where plain ones would.
+IN_GATE = {
+    "two": {"words", "uneven_power"},
+    "three": {"match_norm", "uneven_brought"},
+    "hsdp": CASES.keys() - {"plain", "uneven"},
+}
 GRID = [
     pytest.param(
         shape, case, id=f"{kind}-{name}",
-        marks=[] if kind == "hsdp" or name in ON_FEW else pytest.mark.rare,
+        marks=[] if name in IN_GATE[kind] else pytest.mark.rare,
     )
     for kind, shape in (("two", (2,)), ("three", (3,)), ("hsdp", (2, 2)))
     for name, case in CASES.items()

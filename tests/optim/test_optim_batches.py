@@ -32,6 +32,19 @@ from gq_triton.optim.plan import Plan
 pytestmark = QUIET
 interpreted = pytest.param("triton", marks=pytest.mark.slow)
 planned = pytest.mark.parametrize("backend", ["torch", "numba", interpreted])
+# The interpreter is slow, and optimizers share the plan: in the gate it runs one of them.
+both_planned = pytest.mark.parametrize(
+    ("variant", "backend"),
+    [
+        pytest.param(
+            variant, backend, id=f"{backend}-{name}",
+            marks=[pytest.mark.slow] * (backend == "triton")
+            + [pytest.mark.rare] * (backend == "triton" and name == "adamw"),
+        )
+        for backend in ("torch", "numba", "triton")
+        for name, variant in PAIR.items()
+    ],
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -155,8 +168,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
-# Optimizers and backends share the plan. The interpreter is slow: in the gate it meets the changes
-# that move memory, with one optimizer.
+# In the gate the interpreter meets the changes that move memory.
 MOVES = new_data, new_storage_of_state, half_of_the_state, loaded
 CASES = [
     pytest.param(
@@ -196,8 +208,7 @@ def test_a_change_between_two_steps_is_seen(change, variant, backend):
     assert_same(*ends)
 
 
-@both_optimizers
-@planned
+@both_planned
 def test_gradients_come_and_go(variant, backend):
     """In every step some are missing, some in another memory order, some at new addresses."""
     ends = []
@@ -214,8 +225,7 @@ def test_gradients_come_and_go(variant, backend):
     assert_same(*ends)
 
 
-@both_optimizers
-@planned
+@both_planned
 def test_a_gradient_is_read_where_it_is_now(variant, backend):
     """It is at an earlier address with other numbers, at a new one, or comes through ``.data``."""
     ends = []
@@ -241,8 +251,7 @@ def copy_of(params):
     return [torch.nn.Parameter(param.detach().clone()) for param in params]
 
 
-@both_optimizers
-@planned
+@both_planned
 def test_steps_share_a_plan_whatever_the_gradients_addresses(variant, backend, plans):
     params = leaves()
     optimizer = variant.build(params, backend=backend, queue_length=2)
@@ -287,8 +296,7 @@ def test_a_copy_steps_with_its_own_tensors(variant, copied):
     assert_same(snapshot(twin), snapshot(optimizer))
 
 
-@both_optimizers
-@planned
+@both_planned
 def test_a_plan_holds_no_memory(variant, backend):
     params = leaves()
     optimizer = variant.build(params, backend=backend)

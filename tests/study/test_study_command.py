@@ -59,7 +59,7 @@ def records(out):
     return len(list(out.glob("trials/*.json")))
 
 
-def wait_until(condition, seconds=120):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -80,8 +80,8 @@ def interrupt(out, sign, wanted, jobs):
     wait_until(lambda: records(out) >= wanted or process.poll() is not None)
     finished = records(out)
     os.kill(process.pid, sign)
-    output, _ = process.communicate(timeout=60)
-    wait_until(lambda: group_is_gone(process.pid), seconds=30)  # its workers end too
+    output, _ = process.communicate(timeout=120)
+    wait_until(lambda: group_is_gone(process.pid), seconds=60)  # its workers end too
     return process.returncode, f"{output}\nrecords at the signal: {finished}"
 
 
