@@ -214,8 +214,8 @@ class GradQueue:
                 batches.setdefault(key, []).append((name, grad, like))
         self._added.tell()
         if self._clusters is not None and self._clusters.mode == "one_backward":
-            named = [name for batch in batches.values() for name, _, _ in batch]
-            self._clusters.accumulator.coverage.note_later(named)
+            later = {name: grad for batch in batches.values() for name, grad, _ in batch}
+            self._clusters.accumulator.coverage.note_later(later)
         for batch in batches.values():
             values = [flat(grad, like) for _, grad, like in batch]
             self._queues.weigh_(

@@ -3,7 +3,7 @@
 import gc
 from typing import TypeVar
 
-__all__ = ["living"]
+__all__ = ["living", "with_subclasses"]
 
 T = TypeVar("T")
 
@@ -23,6 +23,13 @@ def living(kind: type[T]) -> list[T]:
         >>> [found is one for found in living(Rare)]
         [True]
     """
+    kinds = with_subclasses(kind)
+    known = set(map(id, kinds))
+    return [found for found in gc.get_referrers(*kinds) if id(type(found)) in known]
+
+
+def with_subclasses(kind: type[T]) -> list[type[T]]:
+    """Return a class and all classes that are derived from it, directly or not."""
     kinds = [kind]
     known = {id(kind)}  # by id, since a metaclass may compare its classes as it likes
     for one in kinds:
@@ -30,4 +37,4 @@ def living(kind: type[T]) -> list[T]:
             if id(sub) not in known:
                 known.add(id(sub))
                 kinds.append(sub)
-    return [found for found in gc.get_referrers(*kinds) if id(type(found)) in known]
+    return kinds

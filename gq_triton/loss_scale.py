@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from gq_triton.living import living
+from gq_triton.living import living, with_subclasses
 from gq_triton.untraced import Untraced, untraced
 
 __all__ = ["GradScale", "ScalerWatch", "scaler_of"]
@@ -41,11 +41,16 @@ def scaler_of(optimizer: Optimizer) -> GradScaler | None:
     ``unscale_``. So this function looks through the callers and all living objects, which takes
     milliseconds: call it once per run, from a hook of ``step``.
     """
+    # A subclass may step the optimizer in a way of its own, whose first argument is the scaler.
+    steps = [vars(kind).get("step") for kind in with_subclasses(GradScaler)]
+    codes = {code for code in (getattr(step, "__code__", None) for step in steps) if code}
     frame = sys._getframe()
     while frame is not None:
         # To read the variables of a user's frame would keep them alive.
-        if frame.f_code is GradScaler.step.__code__ and frame.f_locals["self"].is_enabled():
-            return frame.f_locals["self"]
+        if frame.f_code in codes:
+            scaler = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
+            if isinstance(scaler, GradScaler) and scaler.is_enabled():
+                return scaler
         frame = frame.f_back
     return next((one for one in living(GradScaler) if _steps(one, optimizer)), None)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from gq_triton.ring import capturing
+
 __all__ = ["Coverage"]
 
 
@@ -47,16 +49,21 @@ class Coverage:
             name, f"used past {kind}" if kind else "used where the samples cannot be told apart"
         )
 
-    def note_later(self, names: Iterable[str]) -> None:
+    def note_later(self, grads: Mapping[str, Tensor]) -> None:
         """Note that gradients are weighted as one cluster though no forward pass was seen.
 
         Args:
-            names: names of parameters; those that clusters do not cover do not count.
+            grads: gradients by parameter name. Those of parameters that clusters do not cover do
+                not count, nor do zeros: ``zero_grad(set_to_none=False)`` leaves them to a layer
+                that the step did not use.
 
         Raises:
             RuntimeError: with ``strict=True``.
         """
-        whole = [name for name in names if name in self._covered]
+        covered = {name: grad for name, grad in grads.items() if name in self._covered}
+        if any(capturing(grad.device) for grad in covered.values()):
+            return  # the host cannot read them, and the steps before were told
+        whole = [name for name, grad in covered.items() if bool(grad.any())]
         self.known.update(dict.fromkeys(whole, False))
         self.tell([name for name in whole if name not in self.told])
 

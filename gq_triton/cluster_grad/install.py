@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from gq_triton.cluster_grad.arrival import (
     as_before,
@@ -143,8 +144,7 @@ def _as_whole(module: nn.Module, own: Converted, token: Tensor, args: Any, kwarg
     assert own.site is not None
     # Nothing shows whether a stand-in with B rows, such as a table of positions, has those of
     # samples.
-    args = tuple(plain(value) for value in args)
-    kwargs = {name: plain(value) for name, value in kwargs.items()}
+    args, kwargs = tree_map_only(StandIn, plain, (args, kwargs))
     return own.site.family.forward(module, (token, own.site.key), *args, **kwargs)
 
 

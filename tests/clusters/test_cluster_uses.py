@@ -117,6 +117,20 @@ def test_layers_unfrozen_later_are_clustered():
     assert judge.queue.report()["features.0.weight"] == "clusters (Linear)"
 
 
+def test_zeros_of_a_layer_that_a_step_does_not_use_are_no_gradient_of_the_whole_batch():
+    """Heads that take turns have them after zero_grad(set_to_none=False); strict refused them."""
+    model = nn.ModuleDict({"body": nn.Linear(3, 4), "a": nn.Linear(4, 2), "b": nn.Linear(4, 2)})
+    model.forward = lambda x, head: model[head](model["body"](x))
+    queue = GradQueue(model, n_clusters=2, features="body", strict=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    queue.attach(optimizer)
+    for head in "abba":
+        optimizer.zero_grad(set_to_none=False)
+        model(torch.randn(6, 3), head).square().mean().backward()
+        optimizer.step()
+    assert set(queue.report().values()) == {"clusters (Linear)"}
+
+
 def test_a_queue_that_is_attached_again_weights_again():
     model = make()
     queue, optimizer, handle = plug(model)

@@ -181,6 +181,24 @@ def test_a_scaler_is_found_where_the_collector_sees_nothing(monkeypatch):
         scaler.step(optimizer)
 
 
+def test_a_scaler_that_steps_in_a_way_of_its_own(monkeypatch):
+    """Where the collector sees nothing its frame tells, whose code is not that of torch's step."""
+
+    class Patient(torch.amp.GradScaler):
+        def step(scaler, optimizer):
+            for param in optimizer.param_groups[0]["params"]:
+                param.grad /= scaler.get_scale()
+            optimizer.step()
+
+    net = model()
+    optimizer, scaler = sgd(net), Patient("cpu", init_scale=16.0)
+    monkeypatch.setattr("gq_triton.loss_scale.living", lambda kind: [])
+    GradQueue(net, **CLUSTERS).attach(optimizer)
+    backward(net, scaler=scaler)
+    with pytest.raises(RuntimeError, match=r"attach\(optimizer, grad_scaler=scaler\)"):
+        scaler.step(optimizer)
+
+
 def test_a_scaler_of_another_optimizer_or_one_that_is_off_is_none_of_ours():
     other, net = model(), model()
     its, ours = sgd(other), sgd(net)

@@ -66,11 +66,17 @@ class Backward:
 
     def _graph(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return inputs and outputs with a graph: the one that was kept, or that of a new run."""
-        if self.run.graph is not None:
-            return self.run.graph
+        run = self.run
+        if run.graph is not None:
+            return run.graph
         inputs = [tensor.detach().requires_grad_() for tensor in self.inputs]
-        again = self._noise_of(None)
-        return inputs, self.run.outputs(self.run.call(inputs, self.run.values, again)[0])
+        outputs = run.outputs(run.call(inputs, run.values, self._noise_of(None))[0])
+        if not self._same(outputs, None):
+            raise RuntimeError(
+                f"{run.site.name} is used on results of its own, and gives others when it runs "
+                'again: use mode="microbatch"'
+            )
+        return inputs, outputs
 
     def _noise_of(self, samples: Tensor | None) -> Repeated | None:
         """Return what gives some samples their random numbers again; None stands for all."""
@@ -176,12 +182,12 @@ class Backward:
         except (RuntimeError, ValueError, IndexError, AssertionError):
             return None
 
-    def _same(self, outputs: list[Tensor], samples: Tensor) -> bool:
-        """Return whether a run for some samples gives what the run for all of them gave."""
+    def _same(self, outputs: list[Tensor], samples: Tensor | None) -> bool:
+        """Return whether a run for some samples, or all, gives what the first run gave them."""
         if self.run.expected is None:
             return True
         for new, old, dim in zip(outputs, self.run.expected, self.run.out_dims, strict=True):
-            old = self._rows(old, dim, samples)
+            old = old if samples is None else self._rows(old, dim, samples)
             if new.shape != old.shape:
                 return False
             limit = torch.finfo(old.dtype).eps ** 0.5 * (old.abs().amax() + 1e-30)

@@ -13,7 +13,7 @@ from gq_triton.cluster_grad.layers.noise import Noise, random_state, set_random_
 from gq_triton.cluster_grad.layers.order import SECOND, in_order, other_order
 from gq_triton.cluster_grad.site import Collector, Site
 
-__all__ = ["OPAQUE", "Known", "Run", "dim_of", "known_of", "leads", "out_dim"]
+__all__ = ["OPAQUE", "Known", "Run", "alike", "dim_of", "known_of", "leads", "out_dim"]
 
 # Modules of torch that use their submodules' weights, or functions that show nothing of theirs.
 OPAQUE = nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase
@@ -198,6 +198,23 @@ def _where_believed(value: Tensor, dim: int, collector: Collector) -> int | None
         return dim
     shown = other_order(value, batch, trusted) == SECOND if dim else in_order(value, batch, trusted)
     return dim if shown else None
+
+
+def alike(module: nn.Module, values: list[Any], dims: list[int | None]) -> list[int | None]:
+    """Return the dimensions of the samples of a layer's arguments, which may tell each other's.
+
+    Input and state of a recurrent layer have the same samples. The graph does not show those of a
+    state that is a parameter, expanded to as many rows.
+    """
+    if isinstance(module, nn.RNNCellBase) and 0 in dims:
+        return [
+            0 if isinstance(v, Tensor) and v.dim() == 2 else d
+            for v, d in zip(values, dims, strict=True)
+        ]
+    if isinstance(module, nn.RNNBase) and dims[0] is not None:
+        states = [isinstance(v, Tensor) and v.dim() == 3 for v in values[1:]]
+        return [dims[0], *(1 if state else d for state, d in zip(states, dims[1:], strict=True))]
+    return dims
 
 
 def leads(module: nn.Module) -> str:

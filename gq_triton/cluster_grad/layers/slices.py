@@ -22,7 +22,7 @@ from gq_triton.cluster_grad import passes
 from gq_triton.cluster_grad.compiled_ops import autocast_of, exact
 from gq_triton.cluster_grad.layers.again import Backward
 from gq_triton.cluster_grad.layers.noise import Noise, random_state
-from gq_triton.cluster_grad.layers.run import OPAQUE, Run, dim_of, known_of, leads, out_dim
+from gq_triton.cluster_grad.layers.run import OPAQUE, Run, alike, dim_of, known_of, leads, out_dim
 from gq_triton.cluster_grad.site import SITE, Call, Family, Site, UnknownRows, site_of
 from gq_triton.cluster_grad.step import Step
 from gq_triton.replayed import refuse_replay
@@ -72,11 +72,12 @@ def _forward(module: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
     if not run.out_places:
         return tree_unflatten(leaves, out_spec)
     outputs = run.outputs(leaves)
-    if not (run.repeats and shown.repeats):  # no run for a cluster was compared with it
-        run.graph = inputs, outputs
+    params = [site.param(position) for position in run.wanted]
+    reason = _kept_graph(run, originals, inputs, outputs, params)
+    if reason:
+        return _not_known(run, leaves, out_spec, reason)
     for place in run.places:
         run.values[place] = None
-    params = [site.param(position) for position in run.wanted]
     if drew or not (shown.repeats and isinstance(module, OPAQUE)):
         # One batch does not show it: an expert drops samples only where too many are sent to it.
         # The model may change the outputs in place.
@@ -150,6 +151,7 @@ def _begun(
         if name == lead:
             ordered = found[0] is not None and not isinstance(value, PackedSequence)
         dims += found
+    dims = alike(module, values, dims)
     tensors = [isinstance(value, Tensor) and value.dim() > 0 for value in values]
     # A tensor that needs no gradient, such as a mask, may have the n B rows of one that does.
     rows = {v.shape[0] for v, d in zip(values, dims, strict=True) if d == 0 and v.requires_grad}
@@ -198,6 +200,43 @@ def _checkpointed(leaves: list[Any], inputs: list[Tensor]) -> bool:
         if type(node).__name__.startswith("CheckpointFunction"):
             return True
         seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
+def _kept_graph(
+    run: Run,
+    originals: list[Tensor],
+    inputs: list[Tensor],
+    outputs: list[Tensor],
+    params: list[Tensor],
+) -> str:
+    """Keep the graph of a run where the backward pass may need it; return why it cannot be kept.
+
+    Behind the inputs of a module that is used on its own results are its earlier uses. Products
+    with the outputs would go back through those too, so there a new run takes their place.
+    """
+    if run.repeats and known_of(run.site).repeats:
+        return ""  # runs for a cluster were compared with those of the whole batch
+    if not _leads_to(originals, params):
+        run.graph = inputs, outputs
+    elif not run.repeats:
+        return "it is used on results of its own, and cannot run again"
+    return ""
+
+
+def _leads_to(tensors: list[Tensor], params: list[Tensor]) -> bool:
+    """Return whether the graph behind tensors leads to one of some parameters."""
+    stack: list[Any] = [tensor.grad_fn for tensor in tensors]
+    seen: set[Any] = {None}
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and any(variable is param for param in params):
+            return True
         stack.extend(parent for parent, _ in node.next_functions)
     return False
 
