@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"gq-triton: no command {arguments[0]!r}; there are {listed}\n")
         return 2
     module, _ = COMMANDS[arguments[0]]
-    return import_module(module).main(arguments[1:])
+    try:
+        return import_module(module).main(arguments[1:])
+    except KeyboardInterrupt:
+        sys.stderr.write(f"gq-triton {arguments[0]}: interrupted\n")
+        return 130
 
 
 def _usage() -> str:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 from gq_triton.commands.refusal import Refusal
@@ -19,8 +20,14 @@ def check_folder(out: Path) -> None:
         above = next(path for path in (out, *out.absolute().parents) if path.exists())
     except OSError as error:  # as for a name that is too long
         raise Refusal(f"--out {out} cannot be made: {error.strerror}") from error
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise Refusal(f"--out {out} cannot be made: {above} is no folder one may write to")
+    try:
+        # Not every folder that seems to be open to writing is, such as /proc.
+        with TemporaryDirectory(dir=above):
+            pass
+    except OSError as error:
+        raise Refusal(
+            f"--out {out} cannot be made: {above} is no folder one may write to"
+        ) from error
 
 
 @contextmanager

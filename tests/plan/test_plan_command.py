@@ -58,6 +58,7 @@ def models(tmp_path, monkeypatch):
         (["my_models:net", "--out", "my_models.py"], "--out must be a folder"),
         (["my_models:net", "--out", "my_models.py/plan"], "my_models.py is no folder"),
         (["my_models:net", "--out", "x" * 300], "cannot be made: File name too long"),
+        (["my_models:net", "--out", "/proc/plan"], "is no folder one may write to"),
         (["my_models:absent"], "must have a function absent"),
         (["my_models:number"], "must have a function number"),
         (["no_models:net"], "no_models:net cannot be imported"),
@@ -74,6 +75,15 @@ def test_bad_input_is_refused_in_a_line_and_nothing_is_written(models, capsys, w
     assert shown.err.count("\n") == 1
     assert shown.out == ""
     assert not (models / "plan").exists()
+
+
+def test_an_interrupt_ends_a_command_in_a_line(monkeypatch, capsys):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gq_triton.plan.command.main", interrupted)
+    assert main(["plan", "gpt2"]) == 130
+    assert capsys.readouterr().err == "gq-triton plan: interrupted\n"
 
 
 @pytest.mark.slow
