@@ -2,15 +2,19 @@
 
     python benchmarks/host.py
     git worktree add --detach /tmp/before HEAD~20 && python benchmarks/host.py --against /tmp/before
+    python benchmarks/host.py --instructions --against /tmp/before
 
 Kernels are launched without effect. A clustered step runs on the meta device, where torch computes
 nothing; an optimizer's step runs on tiny tensors in the memory of the CPU, whose addresses it
-compares. Two figures of each case are printed:
+compares. The figures of each case are:
 
 - *calls*: of the package's own functions, and of functions in C that these call. They do not depend
   on the machine or its load.
 - *us*: the processor time of a step, the least of several; with clusters what it takes more than a
-  plain step. What torch does on the meta device alone is left out.
+  plain step. What torch does on the meta device alone is left out. ``--rounds`` says how many
+  processes measure it, of which the least counts.
+- *instructions*, with ``--instructions``: those that the processor runs in the place of that time,
+  in thousands. Valgrind counts them, which takes minutes for a case. No load changes them.
 
 With ``--against`` the same is done with the package in another checkout, in turns, and the ratios
 are printed.
@@ -26,8 +30,9 @@ import os
 import pstats
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -114,7 +119,8 @@ def training_step(case: str, clusters: int) -> Callable[[], None]:
 def meta_device(size: int) -> Any:
     """Return a context for operations of the meta device, whose time it adds up in ``spent``.
 
-    What torch does there in Python it does not do on a GPU.
+    What torch does there in Python it does not do on a GPU. While its ``counts`` is set, Valgrind
+    counts instructions, and not those of these operations.
 
     Args:
         size: what is read for each number; older code reads the clusters' sizes.
@@ -124,14 +130,18 @@ def meta_device(size: int) -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Meta(TorchDispatchMode):
-        spent = 0.0
+        spent, counts = 0.0, False
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
             start = time.process_time()
+            if self.counts:
+                torch._C._valgrind_toggle()
             try:
                 answer = self.answer(func.__name__.partition(".")[0], args, kwargs or {})
                 return func(*args, **(kwargs or {})) if answer is None else answer
             finally:
+                if self.counts:
+                    torch._C._valgrind_toggle()
                 self.spent += time.process_time() - start
 
         def answer(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -207,59 +217,125 @@ def least(step: Callable[[], Any], meta: Any, repeats: int) -> float:
 
 def measure(case: str) -> tuple[int, float]:
     """Return the calls and the least processor seconds of a case."""
-    import gq_triton
-
-    without_launches()
-    package = os.path.dirname(gq_triton.__file__) + os.sep
+    package = prepare()
     if "tensors" in case:
-        step = optimizer_step(case.partition(",")[0])
-        for _ in range(7):  # the queue is full, and the plan is made
-            step()
+        step = settled(optimizer_step(case.partition(",")[0]))
         return own_calls(step, package), least(step, None, 200)
     meta = meta_device(SAMPLES[case] // CLUSTERS)
     with without_autocast(), meta:
         seconds = []
         for clusters in (0, CLUSTERS):
-            step = training_step(case, clusters)
-            step()
-            step()
+            step = settled(training_step(case, clusters), 2)
             seconds.append(least(step, meta, REPEATS))
         return own_calls(step, package), seconds[1] - seconds[0]
 
 
-def measured(case: str, checkout: Path) -> tuple[int, float]:
-    """Return ``measure(case)`` of the package in a checkout, in a process of its own."""
+def count(case: str, clusters: int) -> None:
+    """Have Valgrind count the instructions of a step, which began to watch this process."""
+    import torch
+
+    prepare()
+    if "tensors" in case:
+        step, meta = settled(optimizer_step(case.partition(",")[0])), contextlib.nullcontext()
+    else:
+        meta = meta_device(SAMPLES[case] // CLUSTERS)
+    with without_autocast(), meta:
+        if "tensors" not in case:
+            step = settled(training_step(case, clusters), 2)
+            meta.counts = True
+        gc.collect()
+        gc.disable()
+        # Until here Valgrind only runs the program, several times as fast as it counts.
+        subprocess.run(["callgrind_control", "-i", "on", str(os.getpid())], check=True)
+        torch._C._valgrind_toggle()
+        step()
+        torch._C._valgrind_toggle()
+
+
+def prepare() -> str:
+    """Have no kernel run; return where the measured package lies."""
+    import gq_triton
+
+    without_launches()
+    return os.path.dirname(gq_triton.__file__) + os.sep
+
+
+def settled(step: Callable[[], Any], steps: int = 7) -> Callable[[], Any]:
+    """Return a step whose plans are made; that of an optimizer has a full queue besides."""
+    for _ in range(steps):
+        step()
+    return step
+
+
+def run(checkout: Path, *options: str, before: Sequence[str] = ()) -> str:
+    """Return what this file prints with the package of a checkout, in a process of its own."""
     known = {
         **os.environ,
         "PYTHONPATH": str(checkout),
+        "PYTHONHASHSEED": "0",
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(HERE), "--case", case]
-    done = subprocess.run(command, env=known, check=True, capture_output=True, text=True)
-    calls, seconds = json.loads(done.stdout.splitlines()[-1])
-    return calls, seconds
+    command = [*before, sys.executable, str(HERE), *options]
+    return subprocess.run(command, env=known, check=True, capture_output=True, text=True).stdout
+
+
+def measured(case: str, checkouts: Sequence[Path], rounds: int) -> list[tuple[int, float]]:
+    """Return ``measure(case)`` of the package in each checkout, in turns; the least of rounds."""
+    found: list[list[tuple[int, float]]] = [[] for _ in checkouts]
+    for _ in range(rounds):
+        for results, checkout in zip(found, checkouts, strict=True):
+            calls, seconds = json.loads(run(checkout, "--case", case).splitlines()[-1])
+            results.append((calls, seconds))
+    return [min(results, key=lambda one: one[1]) for results in found]
+
+
+def counted(case: str, checkouts: Sequence[Path]) -> list[int]:
+    """Return the instructions of a step with the package in each checkout."""
+    plain = 0 if "tensors" in case else _counted(case, checkouts[0], 0)
+    return [_counted(case, checkout, CLUSTERS) - plain for checkout in checkouts]
+
+
+def _counted(case: str, checkout: Path, clusters: int) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "counts")
+        tool = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"]
+        tool += ["--instr-atstart=no", "--collect-atstart=no"]
+        run(checkout, "--count", case, str(clusters), before=tool)
+        (line,) = [line for line in out.read_text().splitlines() if line.startswith("totals:")]
+        return int(line.split()[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--against", type=Path, help="another checkout, for instance an older one")
+    parser.add_argument("--rounds", type=int, default=1, help="processes for each time")
+    parser.add_argument("--instructions", action="store_true", help="count them with Valgrind")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--count", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         sys.stdout.write(json.dumps(measure(args.case)) + "\n")
         return
-    before = ["calls before", "us before", "ratio of calls", "of us"] if args.against else []
-    table = Table(*["step", "calls", "us", *before])
+    if args.count:
+        count(args.count[0], int(args.count[1]))
+        return
+    checkouts = [HERE.parents[1], *([args.against.resolve()] if args.against else [])]
+    figures = ["calls", "us", *(["1000 instructions"] if args.instructions else [])]
+    before = [f"{one} {what}" for one in figures for what in ("before", "ratio")]
+    table = Table("step", *figures, *(before if args.against else []))
     for case in args.cases:
-        calls, seconds = measured(case, HERE.parents[1])
-        row = [case, str(calls), f"{1e6 * seconds:.0f}"]
-        if args.against:
-            others, took = measured(case, args.against.resolve())
-            row += [str(others), f"{1e6 * took:.0f}"]
-            row += [f"{calls / others:.2f}", f"{seconds / took:.2f}"]
-        table.add_row(*row)
+        lines = [[c, 1e6 * s] for c, s in measured(case, checkouts, args.rounds)]
+        if args.instructions:
+            for line, number in zip(lines, counted(case, checkouts), strict=True):
+                line.append(number / 1000)
+        now, *others = lines
+        row = [f"{value:.0f}" for value in now]
+        for other in others:
+            for mine, its in zip(now, other, strict=True):
+                row += [f"{its:.0f}", f"{mine / its:.2f}"]
+        table.add_row(case, *row)
     Console().print(table)
 
 
