@@ -31,6 +31,7 @@ from gq_triton.kernels.launch import (
     Row,
     addresses,
     block_size,
+    check_dense,
     check_flat,
     check_queues,
     check_scalars,
@@ -111,10 +112,14 @@ def combine_all(
     Raises:
         ValueError: the tensors disagree in length, shape, dtype, layout or device.
     """
-    device, clusters = sums[0].device, len(sums[0])
+    device, clusters = sums[0].device, len(inverse_shares)
     dtypes = sums[0].dtype, queues[0].dtype, weighted[0].dtype
-    numels = tuple([part.shape[1] for part in sums])
-    strides = tuple([part.stride(0) for part in sums]) if clusters > 1 else numels
+    numels = tuple([mean.numel() for mean in raw])
+    strides = numels
+    if clusters > 1:
+        strides = tuple(
+            [n if part.dim() == 1 else part.stride(0) for part, n in zip(sums, numels, strict=True)]
+        )
     ring_strides = tuple([queue.stride(0) for queue in queues])
     columns = (
         addresses(sums), addresses(queued), addresses(queues), ring_strides, strides,
@@ -122,7 +127,7 @@ def combine_all(
     )  # fmt: skip
 
     def rows() -> list[Row]:
-        _check(sums, queues, queued, weighted, raw)
+        _check(sums, queues, queued, weighted, raw, clusters)
         check_clusters(
             clusters, device, inverse_shares=inverse_shares, mixture=mixture,
             sigma_scales=sigma_scales,
@@ -172,19 +177,24 @@ def _by_parameter(partials: Tensor, numels: tuple[int, ...], order: list[int]) -
 
 def _check(
     sums: Sequence[Tensor], queues: Sequence[Tensor], queued: Sequence[Tensor],
-    weighted: Sequence[Tensor], raw: Sequence[Tensor],
+    weighted: Sequence[Tensor], raw: Sequence[Tensor], clusters: int,
 ) -> None:  # fmt: skip
     """Raise ValueError unless the tensors belong together."""
-    firsts = [part[0] for part in sums]
-    check_flat("sums", firsts, firsts)
     for index, part in enumerate(sums):
-        if part.dim() != 2 or len(part) != len(sums[0]):
+        if (
+            part.dim() == 0
+            or (part.numel() if part.dim() == 1 else len(part) - clusters) % clusters
+        ):
             raise ValueError(
-                f"sums[{index}] must have shape ({len(sums[0])}, P), got {tuple(part.shape)}"
+                f"sums[{index}] must have shape ({clusters}, *), or be flat, got "
+                f"{tuple(part.shape)}"
             )
+    sums = [part.view(clusters, -1) if part.dim() == 1 else part for part in sums]
+    firsts = [part[0] for part in sums]
+    check_dense("sums", firsts, firsts)
     check_queues(queues, firsts)
     check_scalars("queued", queued, firsts, torch.int64)
-    check_flat("weighted", weighted, firsts)
+    check_dense("weighted", weighted, firsts)
     check_flat("raw", raw, firsts)
     if raw[0].dtype != sums[0].dtype:
         raise ValueError(f"raw must be {sums[0].dtype} as the sums, got {raw[0].dtype}")

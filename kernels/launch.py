@@ -316,6 +316,29 @@ def check_flat(name: str, tensors: Sequence[Tensor], grads: Sequence[Tensor]) ->
         _check_dtype(name, index, tensor, tensors[0])
 
 
+def check_dense(name: str, tensors: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Raise ValueError unless ``tensors`` are as long as ``grads``, and have no holes."""
+    for index, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
+        fits = _is_dense(tensor) and tensor.numel() == grad.numel()
+        if not fits or tensor.device != grads[0].device:
+            raise ValueError(
+                f"{name}[{index}] must have {grad.numel()} elements without holes on "
+                f"{grads[0].device}, got {tuple(tensor.shape)} with strides {tensor.stride()} on "
+                f"{tensor.device}"
+            )
+        _check_dtype(name, index, tensor, tensors[0])
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor's memory has no holes, whatever the order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True
+
+
 def check_queues(queues: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Raise ValueError unless ``queues`` are rings ``(L, P)`` of one L and dtype."""
     height = queues[0].shape[0]

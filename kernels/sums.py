@@ -273,7 +273,7 @@ def _check_channels(dy: Tensor, x: Tensor | None, mean: Tensor | None, rstd: Ten
 
 def check_sums(layer: LayerSums, order: Tensor, offsets: Tensor) -> None:
     """Raise ValueError unless a layer of `sums_all` is what ``engines.protocol`` says."""
-    dy, x, mean, rstd, *sums, images = layer
+    dy, x, mean, rstd, *sums, images = layer.as_declared(len(offsets) - 1)
     _check(dy, x, order, offsets)
     (_check_channels if images else _check_positions)(dy, x, mean, rstd)
     if not all(tensor.is_contiguous() for tensor in (dy, x) if tensor is not None):

@@ -8,6 +8,7 @@ Shape legend: B = samples, K = clusters, T or S = positions of a sample, N or C 
 groups of a GroupNorm, M = parts of a layer.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -202,20 +203,24 @@ def _launch(kind: tuple, layers: list[LayerSums], order: Tensor, offsets: Tensor
     columns = CHANNELS if images else MOST_COLUMNS
     part = ROWS * MOST_COLUMNS // columns
     rows, used, of_tickets = [], 0, 0
-    for number, layer in enumerate(layers):
-        batch, *size = layer.dy.shape
-        n, positions = size if images else size[::-1]
+    for number, (dy, *others, _) in enumerate(layers):
+        batch, n, *rest = dy.shape
+        positions = math.prod(rest)
+        if not images:
+            n, positions = positions, n
         # Every cluster may end in a part that is not full.
-        count, blocks = triton.cdiv(batch * positions, part) + clusters, triton.cdiv(n, columns)
-        groups = layer.rstd.shape[-1] if images and layer.rstd is not None else 1
-        each = groups if layer.rstd is not None and len(layer.rstd) > 1 else 0
-        given = layer.dy, layer.x, layer.mean, layer.rstd, layer.shifts, layer.scales
-        *read, shifts, scales = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+        count, blocks = -(-batch * positions // part) + clusters, -(-n // columns)
+        shared_by = others[2].shape if images and others[2] is not None else (1,)
+        groups = shared_by[-1]
+        each = groups if len(shared_by) > 1 and shared_by[0] > 1 else 0
+        *read, shifts, scales = [
+            0 if tensor is None else tensor.data_ptr() for tensor in (dy, *others)
+        ]
         rows.append((
             count * blocks, number, *read, positions, n, max(n // groups, 1), each, used,
             of_tickets, shifts, scales,
         ))  # fmt: skip
-        used += count * n * (1 if layer.x is None else 2)
+        used += count * n * (1 if others[0] is None else 2)
         of_tickets += clusters * blocks
 
     def checked() -> list[Row]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from gq_triton.cluster_grad.batch import Arguments
 from gq_triton.cluster_grad.coverage import Coverage
 from gq_triton.cluster_grad.hooks import LOST, hooks_around
-from gq_triton.cluster_grad.intake import Intake
+from gq_triton.cluster_grad.intake import Intake, Waiting
 from gq_triton.cluster_grad.lookout import Lookout
 from gq_triton.cluster_grad.passes import in_backward
 from gq_triton.cluster_grad.raw import RawGradients
-from gq_triton.cluster_grad.sink import Sink, Taken
+from gq_triton.cluster_grad.sink import Sink, Taken, known
 from gq_triton.cluster_grad.site import new_number
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.groups import Groups
@@ -183,6 +183,11 @@ class Accumulator(Intake):
         # A paused accumulator sees a backward pass within a module that runs as a whole.
         if total is None or self.paused:
             return None
+        waiting = self._waiting.get(name)
+        if waiting is not None and total is waiting.marker and name not in self._whole:
+            gradient = self._alone(name, waiting)
+            if gradient is not None:
+                return gradient
         if total.layout != torch.strided or total.is_complex():
             return None  # refused, in words, by what queues gradients
         waiting = self._waiting.pop(name, None)
@@ -196,6 +201,19 @@ class Accumulator(Intake):
             gradients = [self.raw.counted(step, taken.gradient) for step, taken in parts]
             return sum(gradients[1:], gradients[0])
         return self._take_whole(name, parts, total)
+
+    def _alone(self, name: str, waiting: Waiting) -> Tensor | None:
+        """Return a parameter's gradient if one layer gave all of it in one forward pass."""
+        if waiting.steps or len(waiting.taken) != 1:
+            return None
+        del self._waiting[name]
+        ((step, taken),) = waiting.taken
+        later = self._sink.later
+        if later is not None and name in later and not later.may_wait(self.leaves[name]):
+            later.settle()  # a hook was added, or p.grad set, since the sums were taken
+        self.raw.add(step, name, taken.raw)
+        self.coverage.known[name] = True
+        return self.raw.counted(step, taken.gradient)
 
     def _finds_groups(self) -> bool:
         """Return whether a gradient that no layer has given can be taken as one cluster's.
@@ -219,10 +237,10 @@ class Accumulator(Intake):
         for earlier, taken in parts:
             self.raw.add(earlier, name, taken.raw)
         self.raw.add(step, name, total, whole=True)
-        raw = sum((taken.raw for _, taken in parts), total)
+        raw = sum((known(taken.raw) for _, taken in parts), total)
         before = self._whole.get(name)
         if before is not None:
-            raw = raw + before.raw
+            raw = raw + known(before.raw)
         taken = self._whole[name] = self._sink.take_whole(name, step.groups, raw)
         self.coverage.known[name] = False
         gradient = taken.gradient if before is None else taken.gradient - before.gradient

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gq_triton.cluster_grad import passes
+from gq_triton.cluster_grad.standins.origin import saving_hooks
 from gq_triton.untraced import Untraced
 
 __all__ = [
@@ -59,7 +60,9 @@ def unhooked(param: Tensor | None) -> Tensor | None:
     Torch 2.8 then gives a saved parameter back as a second tensor with the same accumulator of
     gradients. When that tensor is freed, the parameter loses its hooks.
     """
-    return None if param is None else param.detach()
+    if param is None or not (torch.compiler.is_compiling() or saving_hooks() is not None):
+        return param
+    return param.detach()
 
 
 def autocast_of(device: str) -> Callable[[], Any]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.later import Later
-from gq_triton.cluster_grad.sink import Sink, Taken
-from gq_triton.cluster_grad.site import Block
+from gq_triton.cluster_grad.sink import Sink, Taken, known
+from gq_triton.cluster_grad.site import Block, whole_block
 from gq_triton.cluster_grad.step import Partial, Step
 
 __all__ = ["Intake", "Waiting"]
@@ -104,6 +104,21 @@ class Intake:
         self._add_partial(step, name, blocks, dtype)
         return self._wait(step, name, None)
 
+    def give_whole(self, step: Step, param: Tensor, sums: Tensor) -> Tensor | None:
+        """Take the sums of one use of a whole parameter; return what ``give`` returns.
+
+        Args:
+            step: the forward pass that the sums belong to.
+            param: the parameter.
+            sums: ``(K, *param.shape)``, each cluster's in the memory order of the parameter.
+        """
+        name = self.names[param]
+        once = step.uses.get(name, 1) == 1 and self.leaves[name].shape == param.shape
+        later = self._later(step, name) if once else None
+        if later is None:
+            return self.give(step, param, whole_block(sums), sums.dtype)
+        return self._wait(step, name, later.take(name, step.groups, sums))
+
     def give_sums(self, step: Step, param: Tensor, sums: Sums, scale: bool) -> Tensor | None:
         """Take the sums of one use of a shift or scale; return what ``give`` returns.
 
@@ -118,9 +133,7 @@ class Intake:
         later = self._later(step, name) if once else None
         if later is None:
             return self.give(step, param, sums.blocks(scale), sums.dtype)
-        mine = later.form(sums)[1 if scale else 0]
-        assert mine is not None
-        return self._wait(step, name, later.take(name, step.groups, mine))
+        return self._wait(step, name, later.take(name, step.groups, sums, scale))
 
     def give_rows(self, step: Step, param: Tensor, rows: Tensor, sums: Tensor) -> Tensor | None:
         """Take the sums of some rows of a table that is used once; return what ``give`` returns.
@@ -252,4 +265,4 @@ class Intake:
         before, partial.taken = partial.taken, taken
         if before is None:
             return taken
-        return Taken(taken.gradient - before.gradient, taken.raw - before.raw)
+        return Taken(taken.gradient - before.gradient, known(taken.raw) - known(before.raw))

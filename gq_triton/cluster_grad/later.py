@@ -7,16 +7,15 @@ gradients that autograd puts into ``p.grad`` meanwhile are memory without values
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gq_triton.cluster_grad.forming import Sums, form_all
-from gq_triton.cluster_grad.sink import Taken
+from gq_triton.cluster_grad.forming import Sums, form_all, memory_for
+from gq_triton.cluster_grad.sink import Coming, Taken
 from gq_triton.grouping.groups import Groups
 from gq_triton.queues import Queues
-from gq_triton.ring import write_back_
 
 __all__ = ["Later"]
 
@@ -25,24 +24,61 @@ __all__ = ["Later"]
 ROOM = 512 << 20
 
 
-class _Due(NamedTuple):
-    """A parameter whose sums wait.
+class _Due(Coming):
+    """A parameter whose sums wait; its raw gradient is to come.
 
     Attributes:
         name: its name.
+        param: the parameter.
         groups: the clusters.
-        sums: ``(K, P)``.
-        weighted: where the weighted gradient goes, ``(P,)``.
-        raw: where the raw gradient goes, in the parameter's shape.
-        stream: the stream on which the sums are formed; None on the CPU.
+        sums: ``(K, *)``, each cluster's dense, in the memory order of the parameter; or what they
+            are formed from.
+        scale: whether the parameter is a layer's scale, which is in ``sums`` beside the shift.
+        kind: what all parameters of a launch share: types, device, and the stream on which the
+            sums are formed, None on the CPU.
+        memory: where the weighted gradient goes. Autograd takes a gradient into ``p.grad`` without
+            a copy only if nobody else holds the tensor, so this is none.
+        address: the first element of it.
+        grad: the tensor in ``p.grad`` when it has arrived there, with that memory.
     """
 
-    name: str
-    groups: Groups
-    sums: Tensor
-    weighted: Tensor
-    raw: Tensor
-    stream: Any
+    __slots__ = ("address", "grad", "groups", "kind", "memory", "name", "param", "scale", "sums")
+
+    def __init__(
+        self, settle: Callable[[], None], name: str, param: Tensor, groups: Any, sums: Any,
+        scale: bool, kind: Any, weighted: Tensor,
+    ) -> None:  # fmt: skip
+        super().__init__(param, settle)
+        self.name, self.param, self.scale, self.kind = name, param, scale, kind
+        self.groups: Any = groups
+        self.sums: Any = sums
+        self.memory: Any = weighted.untyped_storage()
+        self.address = weighted.data_ptr()
+        self.grad: Tensor | None = None
+
+    def arrive(self, grad: Tensor) -> None:
+        """Note that ``p.grad`` has the memory."""
+        self.memory, self.grad = None, grad if self.value is None else None
+
+    def place(self) -> Tensor:
+        """Return the memory of the weighted gradient, in the shape of the parameter."""
+        if self.grad is not None:
+            return self.grad
+        size, stride = _dense(self.param)
+        return self.param.detach().new_empty(0).set_(self.memory, 0, size, stride)
+
+    def formed(self) -> Tensor:
+        """Return the sums."""
+        return self.sums.formed(self.scale) if isinstance(self.sums, Sums) else self.sums
+
+    def end(self, raw: Tensor) -> None:
+        """Note that the parameter is weighted; forget what was needed for it."""
+        self.value, self.sums, self.groups, self.grad = raw, None, None, None
+
+
+def _dense(param: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return shape and strides of a gradient, which are those of ``torch.empty_like``."""
+    return param.shape, torch.empty_like(param, device="meta").stride()
 
 
 class Later:
@@ -66,8 +102,8 @@ class Later:
         # Sums that are yet to be formed, with their streams, and the bytes that they keep.
         self._unformed: list[tuple[Any, Sums]] = []
         self._kept = 0
-        # By parameter name, the memory of a gradient that waits.
-        self._places: dict[str, Tensor] = {}
+        # By parameter name, what waits and did not reach ``p.grad`` yet.
+        self._places: dict[str, _Due] = {}
 
     def serves(self, device: torch.device) -> bool:
         """Return whether waiting saves anything: launches do not cost the CPU."""
@@ -92,36 +128,39 @@ class Later:
             and not torch.is_anomaly_enabled()
         )
 
-    def form(self, sums: Sums) -> tuple[Tensor, Tensor | None]:
-        """Take what a layer's sums are formed from; return memory that gets their values later."""
-        noted = sums.waits
-        memory = sums.later()
-        if sums.waits and not noted:
-            self._unformed.append((_stream(memory[0]), sums))
-            self._kept += sums.nbytes
-        return memory
-
-    def take(self, name: str, groups: Groups, sums: Tensor) -> Taken:
-        """Take the sums of a parameter, ``(K, P)``; return gradients that get their values later.
+    def take(self, name: str, groups: Groups, sums: Tensor | Sums, scale: bool = False) -> Taken:
+        """Take the sums of a parameter; return gradients that get their values later.
 
         Args:
             name: the parameter's name.
             groups: the clusters.
-            sums: gradients summed by cluster, in the memory order of the parameter. They must not
-                change any more, but may be memory that ``form`` returned.
+            sums: gradients summed by cluster, ``(K, *)``, each cluster's in the memory order of the
+                parameter, without holes. They must not change any more. Or the sums of a layer's
+                shift and scale, which are formed later.
+            scale: which of them is meant.
         """
         param = self._queues.params[name]
-        weighted = torch.empty_like(param, memory_format=torch.preserve_format)
-        raw = torch.empty_like(weighted, dtype=sums.dtype)
-        place = _memory(weighted)
-        self._due.append(_Due(name, groups, sums, place, raw, _stream(sums)))
-        self._places[name] = place
-        self._bytes += sums.nbytes
+        weighted = torch.empty_like(param)
+        device = weighted.device
+        stream = _stream(device)
+        kind = sums.dtype, weighted.dtype, device, stream
+        due = _Due(self.settle, name, param, groups, sums, scale, kind, weighted)
+        self._due.append(due)
+        self._places[name] = due
+        if isinstance(sums, Sums):
+            noted = sums.waits
+            sums.wait()
+            if sums.waits and not noted:
+                self._unformed.append((stream, sums))
+                self._kept += sums.nbytes
+            self._bytes += groups.n_clusters * weighted.numel() * sums.dtype.itemsize
+        else:
+            self._bytes += sums.nbytes
         if self._bytes > ROOM:
             self._weigh()
         elif self._kept > ROOM:
             self._form()
-        return Taken(weighted, raw)
+        return Taken(weighted, due)
 
     def arrived(self, name: str, grad: Tensor) -> None:
         """Note that ``p.grad`` has the gradient of a parameter.
@@ -129,11 +168,15 @@ class Later:
         Autograd copies a gradient whose layout is not that of the parameter. The copy was made of
         memory without values.
         """
-        place = self._places.pop(name, None)
-        if place is not None and grad.data_ptr() != place.data_ptr():
+        due = self._places.pop(name, None)
+        if due is None:
+            return
+        if grad.data_ptr() != due.address:
+            place = due.place()
             self._weigh()
             with torch.no_grad():
-                write_back_(grad, place, self._queues.params[name])
+                grad.copy_(place)
+        due.arrive(grad)
 
     def settle(self) -> None:
         """Give all gradients their values."""
@@ -157,37 +200,28 @@ class Later:
         batches: dict[Any, list[_Due]] = {}
         for one in due:
             # Of one launch: the clusters, the types and the stream.
-            kind = one.sums.dtype, one.weighted.dtype, one.sums.device, one.stream
-            batches.setdefault((id(one.groups.inverse_shares), *kind), []).append(one)
+            batches.setdefault((id(one.groups.inverse_shares), one.kind), []).append(one)
         for batch in batches.values():
-            with _on(batch[0].stream):
+            with _on(batch[0].kind[3]):
                 self._weigh_batch(batch)
 
     def _weigh_batch(self, batch: list[_Due]) -> None:
-        names, _, sums, weighted, raw, _ = zip(*batch, strict=True)
-        groups = batch[0].groups
+        names, groups = [one.name for one in batch], batch[0].groups
+        dtype, _, device, _ = batch[0].kind
+        raw = memory_for([one.param.numel() for one in batch], dtype, device)
         tables = self._queues.combine_all(
-            names, sums, weighted, raw, inverse_shares=groups.inverse_shares,
-            mixture=groups.mixture, sigma_scales=groups.sigma_scales,
-            grad_scale=self._grad_scale(),
+            names, [one.formed() for one in batch], [one.place() for one in batch], raw,
+            inverse_shares=groups.inverse_shares, mixture=groups.mixture,
+            sigma_scales=groups.sigma_scales, grad_scale=self._grad_scale(),
         )  # fmt: skip
+        for one, mean in zip(batch, raw, strict=True):
+            one.end(mean)
         self._statistics.update(zip(names, tables, strict=True))
 
 
-def _stream(tensor: Tensor) -> Any:
-    """Return the stream on which a tensor is used now; None on the CPU."""
-    return torch.cuda.current_stream(tensor.device) if tensor.device.type == "cuda" else None
-
-
-def _memory(tensor: Tensor) -> Tensor:
-    """Return the memory of a dense tensor, flat.
-
-    Autograd takes a gradient into ``p.grad`` without a copy only if nobody else holds the tensor. A
-    view holds its base, so this is none, or one of ``data``, which is none.
-    """
-    if tensor.is_contiguous():
-        return tensor.data if tensor.dim() == 1 else tensor.data.view(-1)
-    return tensor.new_empty(0).set_(tensor.untyped_storage(), 0, (tensor.numel(),), (1,))
+def _stream(device: torch.device) -> Any:
+    """Return the stream on which a device is used now; None on the CPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 @contextmanager

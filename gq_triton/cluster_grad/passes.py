@@ -20,6 +20,7 @@ from gq_triton.cluster_grad.site import (
     number_of,
     numbered,
     site_of,
+    whole_block,
 )
 from gq_triton.cluster_grad.step import Step
 from gq_triton.grouping.features import pooled
@@ -207,6 +208,10 @@ class _Whole(Site):
         for start, stop, sums in blocks:
             out[start:stop] = sums[0]
         return whole.to(param.dtype)
+
+    def give_whole(self, step: Step, position: int, sums: Tensor) -> Tensor:
+        """Return the gradient of a parameter."""
+        return self.give(step, position, whole_block(sums), sums.dtype)
 
     def give_sums(self, step: Step, position: int, sums: Sums, scale: bool) -> Tensor:
         """Return the gradient of a shift or scale."""

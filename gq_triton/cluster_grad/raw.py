@@ -1,12 +1,13 @@
 """The raw mean gradients of a model, kept while ``p.grad`` holds the weighted ones."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gq_triton.cluster_grad.passes import in_backward
+from gq_triton.cluster_grad.sink import Coming, known
 from gq_triton.cluster_grad.step import Step
 from gq_triton.replayed import refuse_replay
 
@@ -23,7 +24,7 @@ class _Fresh(NamedTuple):
         whole: whether the samples were one cluster.
     """
 
-    raw: Tensor
+    raw: Tensor | Coming
     steps: list[Step]
     goes_on: bool | Tensor
     whole: bool
@@ -38,14 +39,15 @@ class RawGradients:
             outside a backward pass the latest forward pass, or None.
 
     Attributes:
-        kept: raw gradients by name, summed over all backward passes since they were last taken.
+        kept: raw gradients by name, summed over all backward passes since they were last taken;
+            also such that are to come.
         passes: numbers of the backward passes that the taken gradients come from. The caller of
             ``take`` empties the set.
     """
 
     def __init__(self, params: Mapping[str, Tensor], first_step: Callable[[], Step | None]) -> None:
         self._params, self._first_step = params, first_step
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Any] = {}
         self.passes: set[int] = set()
         # Object and version of p.grad after the last backward pass had added to it.
         self._left: dict[str, tuple[int, int]] = {}
@@ -66,16 +68,16 @@ class RawGradients:
         """Forget gradients that the backward pass has not added to ``p.grad``."""
         self._fresh = {}
 
-    def add(self, step: Step, name: str, raw: Tensor, whole: bool = False) -> None:
+    def add(self, step: Step, name: str, raw: Tensor | Coming, whole: bool = False) -> None:
         """Keep a raw gradient until ``note`` is told that ``p.grad`` has the weighted one."""
-        raw = raw if step.groups.unit == 1 else raw / step.groups.unit
+        raw = raw if step.groups.unit == 1 else known(raw) / step.groups.unit
         fresh = self._fresh.get(name)
         if fresh is None:
             self._fresh[name] = _Fresh(raw, [step], self._goes_on(name), whole)
             return
         steps = fresh.steps if step in fresh.steps else [*fresh.steps, step]
         self._fresh[name] = fresh._replace(
-            raw=fresh.raw + raw, steps=steps, whole=fresh.whole or whole
+            raw=known(fresh.raw) + known(raw), steps=steps, whole=fresh.whole or whole
         )
 
     def counted(self, step: Step, gradient: Tensor, whole: bool = False) -> Tensor:
@@ -104,9 +106,9 @@ class RawGradients:
         fresh = self._fresh.pop(name, None)
         if fresh is not None:
             raw, groups = fresh.raw, [step.groups for step in fresh.steps]
-            groups = [known.whole for known in groups] if fresh.whole else groups
-            masses = [(self._number, known.mass) for known in groups]
-            forwards = [(self._number, step.groups.one_cluster) for step in fresh.steps]
+            forwards = [(self._number, each.one_cluster) for each in groups]
+            groups = [each.whole for each in groups] if fresh.whole else groups
+            masses = [(self._number, each.mass) for each in groups]
             earlier = self.kept.get(name)
             if earlier is not None and isinstance(fresh.goes_on, Tensor):
                 refuse_replay(
@@ -114,17 +116,24 @@ class RawGradients:
                     "zero it with set_to_none=True",
                 )
             if earlier is not None and bool(fresh.goes_on):
-                raw, masses = earlier + raw, self._masses[name] + masses
+                raw, masses = known(earlier) + known(raw), self._masses[name] + masses
                 forwards = self._forwards[name] + forwards
             self._forwards[name] = forwards
             self.kept[name], self._masses[name] = raw, masses
         self._left[name] = id(grad), grad._version
 
     def take_all(self) -> dict[str, Tensor]:
-        """Return by name the raw gradients of parameters with a ``p.grad``, and forget all."""
+        """Return by name the raw gradients of parameters with a ``p.grad``, and forget all.
+
+        They have the shape of their parameters, or are flat, in the memory order of these.
+        """
         kept, self.kept, self._left, self._masses = self.kept, {}, {}, {}
         self._forwards = {}
-        return {name: raw for name, raw in kept.items() if self._params[name].grad is not None}
+        return {
+            name: raw.flat() if isinstance(raw, Coming) else raw
+            for name, raw in kept.items()
+            if self._params[name].grad is not None
+        }
 
     def count_passes(self) -> int:
         """Return how many backward passes the raw gradients come from.
@@ -149,7 +158,7 @@ class RawGradients:
         if self._params[name].grad is None:
             return None  # the user has dropped the gradient
         self.passes.update(number for number, _ in masses)
-        return raw
+        return None if raw is None else known(raw)
 
     def masses(self, names: Sequence[str], device: torch.device) -> Tensor:
         """Return the mass of this process's samples in the gradient of each parameter, ``(N, 2)``.

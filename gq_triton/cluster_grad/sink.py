@@ -1,6 +1,6 @@
 """The protocol of a sink, which makes a gradient of a parameter's sums by cluster."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -8,11 +8,46 @@ from torch import Tensor
 
 from gq_triton.cluster_grad.site import Block
 from gq_triton.grouping.groups import Groups
+from gq_triton.ring import shaped
 
 if TYPE_CHECKING:
     from gq_triton.cluster_grad.later import Later
 
-__all__ = ["Sink", "Taken"]
+__all__ = ["Coming", "Sink", "Taken", "known"]
+
+
+class Coming:
+    """A raw gradient that has no memory until its parameter is weighted (``later.py``).
+
+    Args:
+        param: the parameter.
+        settle: weights all parameters that wait.
+
+    Attributes:
+        value: the gradient, flat, in the memory order of the parameter; None until then.
+    """
+
+    __slots__ = ("_param", "_settle", "value")
+
+    def __init__(self, param: Tensor, settle: Callable[[], None]) -> None:
+        self._param, self._settle = param, settle
+        self.value: Tensor | None = None
+
+    def flat(self) -> Tensor:
+        """Return the gradient, flat; its parameter is weighted now if it was not."""
+        if self.value is None:
+            self._settle()
+        assert self.value is not None
+        return self.value
+
+    def shaped(self) -> Tensor:
+        """Return the gradient in the parameter's shape."""
+        return shaped(self.flat()[None], like=self._param)[0]
+
+
+def known(raw: "Tensor | Coming") -> Tensor:
+    """Return a raw gradient in the parameter's shape."""
+    return raw.shaped() if isinstance(raw, Coming) else raw
 
 
 class Taken(NamedTuple):
@@ -20,11 +55,12 @@ class Taken(NamedTuple):
 
     Attributes:
         gradient: the gradient for ``p.grad``, in the parameter's shape and type.
-        raw: the gradient of the loss, in the parameter's shape and the type of its sums.
+        raw: the gradient of the loss, in the parameter's shape and the type of its sums, or one
+            that is to come.
     """
 
     gradient: Tensor
-    raw: Tensor
+    raw: Tensor | Coming
 
 
 class Sink(Protocol):

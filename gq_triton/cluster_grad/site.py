@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.step import Step
+from gq_triton.ring import rows
 
 if TYPE_CHECKING:
     from gq_triton.cluster_grad.lookout import Lookout
@@ -29,6 +30,7 @@ __all__ = [
     "numbered",
     "parameters_of",
     "site_of",
+    "whole_block",
 ]
 
 # The attribute of a module that holds what its clustered forward needs, while that is installed.
@@ -109,6 +111,18 @@ class Collector(Protocol):
         """
         ...
 
+    def give_whole(self, step: Step, param: Tensor, sums: Tensor) -> Tensor | None:
+        """Take the sums of one use of a whole parameter; return what ``give`` returns.
+
+        The collector may keep them, and add to them.
+
+        Args:
+            step: the forward pass that the sums belong to.
+            param: the parameter.
+            sums: ``(K, *param.shape)``, each cluster's in the memory order of the parameter.
+        """
+        ...
+
     def give_sums(self, step: Step, param: Tensor, sums: Sums, scale: bool) -> Tensor | None:
         """Take the sums of one use of a shift or scale; return what ``give`` returns."""
         ...
@@ -165,6 +179,8 @@ class Site:
         self.collector, self.name, self.module, self.family = collector, name, module, family
         self.attributes = tuple(name for name in attributes if _holds(module, name))
         self._places = [name.rpartition(".")[::2] for name in self.attributes]
+        # By position, the parameter that was there last, and its name in the model.
+        self._names: list[tuple[Tensor, str] | None] = [None for _ in self.attributes]
         # What the family knows of the module or of a call besides its tensors.
         self.options: Any = None
         # The name of the input in the module's own forward().
@@ -192,8 +208,16 @@ class Site:
 
     def trainable(self) -> list[str]:
         """Return the names, in the model, of the site's parameters that need a gradient."""
-        params = [self.param(position) for position in range(len(self.attributes))]
-        return self.collector.trainable(params)
+        names = []
+        for position, known in enumerate(self._names):
+            param = self.param(position)
+            if not param.requires_grad:
+                continue
+            if known is None or known[0] is not param:
+                (name,) = self.collector.trainable([param])
+                known = self._names[position] = param, name
+            names.append(known[1])
+        return names
 
     def take_unknown(self, position: int, reason: str) -> None:
         """Note why a parameter's gradient is not known by cluster in this backward pass."""
@@ -213,6 +237,10 @@ class Site:
         """Give the sums of one use of a parameter; return what is returned as its gradient."""
         return self.collector.give(step, self.param(position), blocks, dtype)
 
+    def give_whole(self, step: Step, position: int, sums: Tensor) -> Tensor | None:
+        """Give the sums ``(K, *shape)`` of a whole parameter; return what ``give`` returns."""
+        return self.collector.give_whole(step, self.param(position), sums)
+
     def give_sums(self, step: Step, position: int, sums: Sums, scale: bool) -> Tensor | None:
         """Give the sums of one use of a shift or scale; return what ``give`` returns."""
         return self.collector.give_sums(step, self.param(position), sums, scale)
@@ -226,6 +254,12 @@ class Site:
     ) -> Tensor | None:
         """Give the lookups of a table that is used once; return what ``give`` returns."""
         return self.collector.give_lookups(step, self.param(position), where, grads)
+
+
+def whole_block(sums: Tensor) -> Iterator[Block]:
+    """Return the sums ``(K, *shape)`` of a whole parameter as ``give`` takes them."""
+    flat = rows(sums)
+    return iter([(0, flat.shape[1], flat)])
 
 
 def _holds(module: nn.Module, attribute: str) -> bool:

@@ -201,10 +201,12 @@ class Queues(Rings):
 
         Args:
             names: the parameters' names, whose rings are of one type.
-            sums: for each, the gradients summed by cluster, ``(K, P)``, of one type.
-            weighted: where to write the weighted gradients, flat, of one type.
-            raw: where to write the raw gradients, in the shape of their parameters. ``push`` of
-                these very tensors does not look at them again to see whether they are finite.
+            sums: for each, the gradients summed by cluster, of one type, as the engine's
+                ``combine_all`` takes them.
+            weighted: where to write the weighted gradients, in the shape and memory order of
+                their parameters, of one type.
+            raw: where to write the raw gradients, flat. ``push`` of these very tensors does not
+                look at them again to see whether they are finite.
             inverse_shares: as in ``combine``.
             mixture: as in ``combine``.
             sigma_scales: as in ``combine``.
@@ -220,7 +222,7 @@ class Queues(Rings):
             queues,
             queued,
             weighted,
-            [flat_gradient(mean, self.params[name]) for name, mean in zip(names, raw, strict=True)],
+            raw,
             self._law(device, grad_scale),
             inverse_shares=inverse_shares,
             mixture=mixture,
@@ -269,7 +271,7 @@ class Queues(Rings):
         """Queue raw gradients that were weighted elsewhere, one call per device and type.
 
         Args:
-            raw: gradients by name, in the shape of their parameters.
+            raw: gradients by name, in the shape of their parameters, or flat in their memory order.
             statistics: by name, the statistics that ``combine`` returned.
             grad_scale: the loss scale the gradients carry, or None.
             found_inf: non-zero where none of them is to be queued, one number, or None.

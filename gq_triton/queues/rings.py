@@ -38,6 +38,8 @@ class Rings:
         self._queue: dict[str, Tensor] = {}
         self._queued: dict[str, Tensor] = {}
         self._layouts: dict[str, tuple[torch.device, tuple[int, ...]]] = {}
+        # By parameter name, its ring and the view (L, P) of it that engines take.
+        self._views: dict[str, tuple[Tensor, Tensor]] = {}
         self._losses: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -65,9 +67,15 @@ class Rings:
 
     def _flat_rings(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
         """Return rings ``(L, P)`` and their counters, as engines take them; allocate new ones."""
+        flat = []
         for name in names:
             self._allocate(name)
-        flat = [rows(local(self._queue[name])) for name in names]
+            queue, known = self._queue[name], self._views.get(name)
+            # Another ring, or one whose memory a program has moved, has another view.
+            if known is None or known[0] is not queue or not _same_memory(*known):
+                shard = local(queue)
+                known = self._views[name] = shard, rows(shard)
+            flat.append(known[1])
         return flat, [self._queued[name] for name in names]
 
     def record_loss(self, loss: Tensor | float) -> None:
@@ -187,6 +195,7 @@ class Rings:
         losses = state["losses"]
         self._losses = None if losses is None else losses.detach().clone()
         self._layouts.clear()
+        self._views.clear()
 
     def check_saved(self, state: Any, highest: int = COUNTER_LIMIT - 1) -> None:
         """Raise a ValueError that names what keeps a saved state from being loaded.
@@ -196,3 +205,8 @@ class Rings:
             highest: the largest number of gradients that a ring may have taken.
         """
         check(state, saved_rule(self.params, self.options, highest), "the saved queue")
+
+
+def _same_memory(ring: Tensor, view: Tensor) -> bool:
+    """Return whether a view of a ring still shows its memory and all its elements."""
+    return view.data_ptr() == ring.data_ptr() and view.numel() == ring.numel()

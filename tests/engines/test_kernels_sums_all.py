@@ -141,3 +141,24 @@ def test_wrong_layers_are_named(device):
     ):
         with pytest.raises(ValueError, match=match):
             sums_all([good._replace(**changed)], layer.order, layer.offsets)
+
+
+@pytest.mark.parametrize("ops", [sums_all, eager.sums_all], ids=["kernels", "eager"])
+@pytest.mark.parametrize("layout", ["positions", "channels"])
+def test_shapes_as_layers_have_them(device, layout, ops):
+    """Images of two dimensions, statistics with a dimension of one, flat memory for the sums."""
+    layer = Layer.of(Guarded(device), layout, [2, 1], (4, 6))
+    declared, images = asked(layer), layout == "channels"
+    dy, x, mean, rstd, shifts, scales, _ = declared
+    if images:  # statistics of a batch
+        mean, rstd = mean[:1].expand(1, -1).contiguous(), rstd[:1].contiguous()
+        declared = declared._replace(mean=mean, rstd=rstd)
+        dy, x = (t.view(*t.shape[:2], 1, -1) for t in (dy, x))
+        mean, rstd = mean[0], rstd[0]
+    else:
+        mean, rstd = mean[..., None], rstd[..., None]
+    sums = [torch.full_like(t, math.nan).flatten() for t in (shifts, scales)]
+    for given in (declared, LayerSums(dy, x, mean, rstd, *sums, images)):
+        ops([given], layer.order, layer.offsets)
+    assert torch.equal(sums[0], shifts.flatten())
+    assert torch.equal(sums[1], scales.flatten())

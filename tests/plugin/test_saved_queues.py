@@ -8,6 +8,8 @@ from torch import nn
 
 from gq_triton import GradQueue
 from gq_triton.grouping.kmeans import KMeans
+from gq_triton.options import LawOptions
+from gq_triton.queues import Queues
 
 LENGTH, WINDOW = 2, 2
 
@@ -197,3 +199,21 @@ def test_every_state_that_a_generator_takes_on_is_accepted():
     for _ in range(700):
         torch.rand((), generator=kmeans._generator)
         kmeans.load_state_dict(kmeans.state_dict())
+
+
+def test_views_of_rings_follow_their_memory():
+    """Views are kept from step to step: another ring, and other memory of a ring, have new ones."""
+    queues = Queues({"w": nn.Parameter(torch.ones(2, 3))}, LawOptions(queue_length=LENGTH))
+    queues.init_state()
+    ring = queues.state_dict()["queue"]["w"]
+
+    def shown():
+        return queues._flat_rings(["w"])[0][0]
+
+    assert shown() is shown()
+    ring.data = torch.ones_like(ring)
+    assert torch.equal(shown(), torch.ones(LENGTH, 6))
+    saved = queues.state_dict()
+    saved["queue"]["w"] = torch.full_like(ring, 2.0)
+    queues.load_state_dict(saved)
+    assert torch.equal(shown(), torch.full((LENGTH, 6), 2.0))

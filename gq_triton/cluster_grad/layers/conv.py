@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
-from gq_triton.cluster_grad.forming import Sums
+from gq_triton.cluster_grad.forming import Sums, engine_of
 from gq_triton.cluster_grad.layers.rows import (
     accumulation_type,
     check_rows,
     launches_cost,
+    memory_of_sums,
     rounds_to_tf32,
 )
 from gq_triton.cluster_grad.site import Block, Call, Family, Site
 from gq_triton.cluster_grad.step import Step
-from gq_triton.engines import engine
 from gq_triton.grouping.groups import Groups
-from gq_triton.ring import flat, shaped
+from gq_triton.ring import flat
 
 __all__ = ["CONV", "TRANSPOSED", "Geometry", "convolved"]
 
@@ -105,14 +105,17 @@ def _gradients(
         param = site.param(position)
         if position == 0:
             geometry = site.options or geometry_of(site.module)
-            sums_of = _sums_at_once if launches_cost(grad) else _sums_in_turn
-            total = sums_of(site, groups, grad, x, geometry)
+            if launches_cost(grad):
+                whole = _sums_at_once(site, groups, grad, x, geometry, param)
+                result.append(site.give_whole(step, position, whole))
+                continue
+            total = _sums_in_turn(site, groups, grad, x, geometry)
             blocks: Iterator[Block] = iter([(0, param.numel(), total)])
             result.append(site.give(step, position, blocks, dtype))
         else:
-            images = grad.flatten(2)
+            images = grad if grad.is_contiguous() else grad.flatten(2)
             # In the memory format channels_last, positions come before channels.
-            last = not images.is_contiguous() and images.mT.is_contiguous()
+            last = images is not grad and images.mT.is_contiguous()
             sums = Sums(
                 site.collector.backend, images.mT if last else images, groups.order,
                 groups.offsets, images=not last,
@@ -141,16 +144,15 @@ def _sums_in_turn(
 
 
 def _sums_at_once(
-    site: Site, groups: Groups, grad: Tensor, x: Tensor, geometry: Geometry
+    site: Site, groups: Groups, grad: Tensor, x: Tensor, geometry: Geometry, param: Tensor
 ) -> Tensor:
-    """Return what ``_sums_in_turn`` returns, formed where each launch costs time."""
-    param, dtype = site.param(0), accumulation_type(grad.dtype)
-    total = site.scratch(groups.n_clusters, param.numel(), grad, dtype)
+    """Return the sums ``(K, *param.shape)``, formed where each launch costs time."""
+    total = memory_of_sums(groups.n_clusters, param, accumulation_type(grad.dtype), grad.device)
     # A transposed convolution leads from the output of an ordinary one to its input.
     pair = (grad, x) if geometry.output_padding is None else (x, grad)
-    ops = engine(grad.device, site.collector.backend)
+    ops = engine_of(grad.device, site.collector.backend)
     ops.convolution_sums(
-        *pair, groups.order, groups.offsets, shaped(total, like=param), stride=geometry.stride,
+        *pair, groups.order, groups.offsets, total, stride=geometry.stride,
         padding=geometry.padding, dilation=geometry.dilation, groups=geometry.groups,
         tf32=rounds_to_tf32("conv"),
     )  # fmt: skip

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from gq_triton.cluster_grad.compiled_ops import exact, param_grads, traced_whole, unhooked
-from gq_triton.cluster_grad.forming import Sums
+from gq_triton.cluster_grad.forming import Sums, engine_of
 from gq_triton.cluster_grad.layers.rows import (
     accumulation_type,
     launches_cost,
+    memory_of_sums,
     rounds_to_tf32,
     samples,
 )
 from gq_triton.cluster_grad.site import Block, Call, Family, Site
 from gq_triton.cluster_grad.step import Step
-from gq_triton.engines import engine
 from gq_triton.engines.eager.weight_grad import product_into
 from gq_triton.grouping.groups import Groups
-from gq_triton.ring import flat, shaped
+from gq_triton.ring import flat
 
 __all__ = ["CONV1D", "LINEAR", "linear"]
 
@@ -70,16 +70,12 @@ def weight_blocks(
         yield row * width, end * width, sums
 
 
-def _weight_sums(site: Site, groups: Groups, left: Tensor, right: Tensor) -> Iterator[Block]:
+def _weight_sums(site: Site, groups: Groups, left: Tensor, right: Tensor, param: Tensor) -> Tensor:
     """Return the sums of ``left.T @ right`` by cluster, formed where each launch costs time."""
-    param = site.param(0)
-    dtype = accumulation_type(left.dtype)
-    sums = site.scratch(groups.n_clusters, param.numel(), param, dtype)
-    ops = engine(left.device, site.collector.backend)
-    out = shaped(sums, like=param)
-    tf32 = rounds_to_tf32("matmul")
+    out = memory_of_sums(groups.n_clusters, param, accumulation_type(left.dtype), left.device)
+    ops, tf32 = engine_of(left.device, site.collector.backend), rounds_to_tf32("matmul")
     ops.product_sums(left, right, groups.order, groups.offsets, out, tf32=tf32)
-    return iter([(0, param.numel(), sums)])
+    return out
 
 
 class _Linear(torch.autograd.Function):
@@ -95,7 +91,7 @@ class _Linear(torch.autograd.Function):
             # returns cannot be changed in place.
             out = torch.ops.aten._unsafe_view(out, out.shape)
         # Under autocast the product is formed in a narrower type: keep the input in that type.
-        ctx.save_for_backward(x.to(out.dtype), unhooked(weight))
+        ctx.save_for_backward(x if x.dtype == out.dtype else x.to(out.dtype), unhooked(weight))
         return out
 
     @staticmethod
@@ -103,7 +99,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
-        kernel = weight.to(grad.dtype)
+        kernel = weight if weight.dtype == grad.dtype else weight.to(grad.dtype)
         kernel = kernel.t() if ctx.transposed else kernel
         grad_x = grad @ kernel if ctx.needs_input_grad[0] else None
         return grad_x, *param_grads(ctx, grad, x), None, None
@@ -122,10 +118,11 @@ def _gradients(
             inputs = samples(x, groups, site.name)
             left, right = (inputs, rows) if transposed else (rows, inputs)
             if launches_cost(left):
-                blocks = _weight_sums(site, groups, left, right)
+                whole = _weight_sums(site, groups, left, right, param)
+                result.append(site.give_whole(step, position, whole))
             else:
                 blocks = weight_blocks(groups, left, right, param, site.scratch)
-            result.append(site.give(step, position, blocks, dtype))
+                result.append(site.give(step, position, blocks, dtype))
         else:
             sums = Sums(site.collector.backend, rows, groups.order, groups.offsets)
             result.append(site.give_sums(step, position, sums, False))

@@ -51,7 +51,7 @@ def _by_position(
     batch, columns = groups.labels.numel(), site.param(0).numel()
     if grad.dim() != 3 or grad.shape[::2] != (batch, columns):
         grad, x = (t.reshape(batch, -1, columns) for t in (grad, x))
-    known = {name: _wide(value).reshape(batch, -1) for name, value in statistics.items()}
+    known = {name: _wide(value) for name, value in statistics.items()}
     sums = Sums(
         site.collector.backend, grad, groups.order, groups.offsets, x=x, mean=known.get("mean"),
         rstd=known["rstd"],
@@ -62,19 +62,30 @@ def _by_position(
 def _by_channel(
     site: Site, step: Step, wanted: list[int], grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor
 ) -> list[Tensor | None]:
-    """Give the sums of scale (0) and shift (1); ``mean`` and ``rstd`` are ``(B or 1, G)``."""
+    """Give the sums of scale (0) and shift (1).
+
+    Args:
+        site: the layer.
+        step: the forward pass.
+        wanted: which of the two.
+        grad: ``(B, N, *)``.
+        x: the layer's input, in the same shape.
+        mean: ``(B, G)``, or ``(G,)`` for all samples.
+        rstd: likewise.
+    """
     groups = step.groups
     check_rows(grad, groups, site.name)
     # In two dimensions a sample may have several rows, each with its own statistics.
     order = groups.rows(len(grad) // groups.labels.numel())
-    dy, x = (t.reshape(*t.shape[:2], -1) for t in (grad, x))
     known = {"x": x, "mean": _wide(mean), "rstd": _wide(rstd)}
-    sums = Sums(site.collector.backend, dy, *order, images=True, **known)
+    sums = Sums(site.collector.backend, grad, *order, images=True, **known)
     return _given(site, step, wanted, sums)
 
 
 def _wide(statistic: Tensor) -> Tensor:
-    return statistic.to(accumulation_type(statistic.dtype))
+    wide = accumulation_type(statistic.dtype)
+    # Those of an input whose dimensions lie in another order have that order.
+    return (statistic if statistic.dtype == wide else statistic.to(wide)).contiguous()
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:
@@ -244,7 +255,7 @@ def _batch_norm_gradients(
 ) -> list[Tensor | None]:
     """Give the sums of scale and shift."""
     grad, x, mean, rstd = tensors
-    return _by_channel(site, step, wanted, grad, x, mean[None], rstd[None])
+    return _by_channel(site, step, wanted, grad, x, mean, rstd)
 
 
 @traced_whole

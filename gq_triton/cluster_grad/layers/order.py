@@ -66,6 +66,12 @@ def in_order(tensor: Tensor, batch: int, trusted: set[Output]) -> bool:
         return False
     if (node, tensor.output_nr) in trusted:
         return True
+    # One walk in place of three, where it leads to samples that are known for certain: the others
+    # would show the same.
+    walks = node is not None and not _has_samples_first(shape, batch)
+    if walks and _leads_to_samples(tensor, batch, trusted, certain=True):
+        trusted.add((node, tensor.output_nr))
+        return True
     if not _from_samples(tensor, trusted):
         return False
     # As many rows as samples by chance, or those of samples: the graph must show it.
@@ -114,6 +120,7 @@ def _leads_to_samples(
     axis: int = 0,
     groups: int = 1,
     believing: bool = False,
+    certain: bool = False,
 ) -> bool | None:
     """Return whether a place of samples leads back to dimension 0; None if nothing shows it.
 
@@ -125,6 +132,7 @@ def _leads_to_samples(
         groups: the number of groups of samples in it.
         believing: whether operations of which nothing is known keep rows. With as many rows as
             samples only a permutation can mislead, and selections were looked for.
+        certain: whether only trusted outputs are samples, whatever the shapes of others are.
     """
     start = Place(tensor.grad_fn, tensor.output_nr, axis, groups)
     stack: list[Place] = [start]
@@ -135,7 +143,7 @@ def _leads_to_samples(
             continue
         seen.add(place)
         axis = place.axis
-        known = _known(place, batch, trusted, first=place == start)
+        known = _known(place, batch, trusted, first=certain or place == start)
         if known is False:
             return False  # its samples are at another place
         if known:

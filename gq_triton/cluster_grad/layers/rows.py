@@ -10,12 +10,14 @@ from torch import Tensor
 
 from gq_triton.cluster_grad.site import UnknownRows
 from gq_triton.grouping.groups import Groups
+from gq_triton.ring import shaped
 
 __all__ = [
     "accumulation_type",
     "add_rows_",
     "check_rows",
     "launches_cost",
+    "memory_of_sums",
     "rounds_to_tf32",
     "samples",
 ]
@@ -49,6 +51,15 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
 def launches_cost(tensor: Tensor) -> bool:
     """Return whether operations on a tensor are launches, each of which costs the host time."""
     return tensor.device.type != "cpu"
+
+
+def memory_of_sums(
+    clusters: int, param: Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return memory for sums ``(K, *param.shape)``, each cluster's in the parameter's order."""
+    if param.is_contiguous():
+        return torch.empty((clusters, *param.shape), dtype=dtype, device=device)
+    return shaped(torch.empty(clusters, param.numel(), dtype=dtype, device=device), like=param)
 
 
 def add_rows_(sums: Tensor, where: Tensor, rows: Tensor) -> None:

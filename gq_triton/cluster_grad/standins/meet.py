@@ -15,7 +15,15 @@ from gq_triton.cluster_grad.compiled_ops import autocast_of, exact, param_grads,
 from gq_triton.cluster_grad.forming import Sums
 from gq_triton.cluster_grad.layers.embedding import EMBEDDING
 from gq_triton.cluster_grad.layers.rows import accumulation_type, add_rows_, launches_cost
-from gq_triton.cluster_grad.site import Block, Call, Family, Site, UnknownRows, site_of
+from gq_triton.cluster_grad.site import (
+    Block,
+    Call,
+    Family,
+    Site,
+    UnknownRows,
+    site_of,
+    whole_block,
+)
 from gq_triton.cluster_grad.standins.origin import OTHER, Origin, Root
 from gq_triton.cluster_grad.step import Step
 from gq_triton.engines import engine
@@ -182,6 +190,10 @@ class _Route(Site):
         if self.marker is None:
             self.marker = self.values.new_zeros(()).expand_as(self.values)
         return self.marker
+
+    def give_whole(self, step: Step, position: int, sums: Tensor) -> Tensor | None:
+        """Keep the sums as ``give`` does."""
+        return self.give(step, position, whole_block(sums), sums.dtype)
 
     def give_sums(self, step: Step, position: int, sums: Sums, scale: bool) -> Tensor | None:
         """Keep the sums as ``give`` does."""

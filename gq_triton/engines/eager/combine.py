@@ -12,6 +12,7 @@ from torch import Tensor
 from gq_triton.engines.eager.law import Turn, blocks
 from gq_triton.engines.eager.statistics import statistics_missing
 from gq_triton.law import Law, Spread, compute_type, to_queue
+from gq_triton.ring import flat, rows
 
 __all__ = ["combine", "combine_all"]
 
@@ -75,11 +76,12 @@ def combine_all(
     """Weight the cluster means of parameters one after the other; see ``protocol``."""
     tables = []
     for part, queue, count, out, mean in zip(sums, queues, queued, weighted, raw, strict=True):
+        part = part.view(len(inverse_shares), -1) if part.dim() == 1 else rows(part)
         values = combine(
             part, queue, count, law, inverse_shares=inverse_shares, mixture=mixture,
             sigma_scales=sigma_scales, into=(torch.empty_like(mean), mean),
         )  # fmt: skip
-        out.copy_(values[0])
+        flat(out).copy_(values[0])
         tables.append(values[2])
     return tables, torch.stack([torch.isfinite(mean).all() for mean in raw])
 

@@ -76,7 +76,8 @@ def channel_sums(
 
 def sums_all(layers: Sequence[LayerSums], order: Tensor, offsets: Tensor) -> None:
     """Write the sums by cluster of many layers; see ``protocol``."""
-    for dy, x, mean, rstd, shifts, scales, images in layers:
+    for layer in layers:
+        dy, x, mean, rstd, shifts, scales, images = layer.as_declared(len(offsets) - 1)
         sums_of = channel_sums if images else position_sums
         shift, scale = sums_of(dy, order, offsets, x=x, mean=mean, rstd=rstd)
         shifts.copy_(shift)

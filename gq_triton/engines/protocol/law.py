@@ -227,10 +227,11 @@ class LawOperations(Protocol):
         """Do ``combine`` for many parameters of one batch, on one device, with few launches.
 
         Args:
-            sums: N tensors ``(K, P)`` of one type, as in ``combine``.
+            sums: N tensors ``(K, *)`` of one type, as in ``combine``; each cluster's may have the
+                shape of the parameter, in its memory order and without holes. Or ``(K * P,)``.
             queues: N rings ``(L, P)`` of one type; read only.
             queued: N counters, 0-d int64.
-            weighted: where to write the weighted gradients, N tensors ``(P,)`` of one type.
+            weighted: where to write the weighted gradients, N tensors of one type, likewise.
             raw: where to write the raw gradients, N tensors ``(P,)`` of the type of the sums.
             law: as in ``combine``.
             inverse_shares: ``(K,)`` float64, as in ``combine``.
