@@ -18,7 +18,7 @@ from gq_triton.commands import cli
 from gq_triton.study import command
 from gq_triton.study.design.config import StudyConfig
 from gq_triton.study.design.study_file import command_line, read_toml
-from gq_triton.study.report import figures
+from gq_triton.study.report import canvas, figures
 from gq_triton.study.run import watch
 
 STUDY = [
@@ -293,3 +293,11 @@ def test_a_changed_study_says_what_changed(tmp_path, capsys, monkeypatch):
     assert cli.main(["study", "run", *short, "--arms", "adamw", "sgdm"]) == 0
     assert "arms was sgdm in" in (said := capsys.readouterr().err)
     assert "and is now adamw sgdm; finished" in said
+
+
+def test_a_name_longer_than_a_picture_is_not_cut_off():
+    drawn = canvas.figure(2.0, 1.0)
+    drawn.subplots()
+    assert int.from_bytes(canvas.png(drawn)[16:20]) < 300  # pixels, of the PNG's header
+    drawn.suptitle("a task with a name that is longer than two inches", x=0, ha="left")
+    assert int.from_bytes(canvas.png(drawn)[16:20]) > 300

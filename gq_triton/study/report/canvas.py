@@ -26,7 +26,10 @@ def finish(panel: Any) -> None:
 
 
 def png(drawn: Any) -> bytes:
-    """Return a figure as PNG, the same bytes for the same picture."""
+    """Return a figure as PNG, the same bytes for the same picture.
+
+    The picture is as large as what was drawn, so that the name of a task or arm is never cut off.
+    """
     content = BytesIO()
-    drawn.savefig(content, format="png", metadata={"Software": None})
+    drawn.savefig(content, format="png", metadata={"Software": None}, bbox_inches="tight")
     return content.getvalue()

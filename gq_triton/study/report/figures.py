@@ -265,7 +265,7 @@ def weights(groups: Sequence[Group], task: str) -> bytes | None:
     baselines = {some[0].cell.arm.baseline for some in arms.values()}
     plain = {name: some for name, some in _arms(groups).items() if name in baselines}
     sizes = sorted({group.cell.batch_size for some in arms.values() for group in some})
-    figure = new_figure(2.4 + 2.9 * len(sizes), 10.8)
+    figure = new_figure(max(7.4, 2.4 + 2.9 * len(sizes)), 10.8)  # the title needs that width
     panels = figure.subplots(len(_PANELS), len(sizes), sharex=True, sharey="row", squeeze=False)
     for row, (title, names) in zip(panels, _PANELS, strict=True):
         for panel, size in zip(row, sizes, strict=True):
