@@ -235,12 +235,12 @@ def count(case: str, clusters: int) -> None:
     import torch
 
     prepare()
-    if "tensors" in case:
-        step, meta = settled(optimizer_step(case.partition(",")[0])), contextlib.nullcontext()
-    else:
-        meta = meta_device(SAMPLES[case] // CLUSTERS)
-    with without_autocast(), meta:
-        if "tensors" not in case:
+    with contextlib.ExitStack() as stack:
+        if "tensors" in case:
+            step = settled(optimizer_step(case.partition(",")[0]))
+        else:
+            stack.enter_context(without_autocast())
+            meta = stack.enter_context(meta_device(SAMPLES[case] // CLUSTERS))
             step = settled(training_step(case, clusters), 2)
             meta.counts = True
         gc.collect()

@@ -65,7 +65,8 @@ def before_step(
         record_loss: called with the loss that a closure returns.
     """
     # A compiled step calls them as they are, as the optimizers' own step.
-    weigh, record_loss = torch.compiler.disable(weigh), torch.compiler.disable(record_loss)
+    untraced: Any = torch.compiler.disable
+    weigh, record_loss = untraced(weigh), untraced(record_loss)
 
     def hook(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # args[0] is the optimizer itself.

@@ -158,7 +158,7 @@ def test_shapes_as_layers_have_them(device, layout, ops):
     else:
         mean, rstd = mean[..., None], rstd[..., None]
     sums = [torch.full_like(t, math.nan).flatten() for t in (shifts, scales)]
-    for given in (declared, LayerSums(dy, x, mean, rstd, *sums, images)):
+    for given in (declared, LayerSums(dy, x, mean, rstd, sums[0], sums[1], images)):
         ops([given], layer.order, layer.offsets)
     assert torch.equal(sums[0], shifts.flatten())
     assert torch.equal(sums[1], scales.flatten())

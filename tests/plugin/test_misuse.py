@@ -185,9 +185,9 @@ def test_a_scaler_that_steps_in_a_way_of_its_own(monkeypatch):
     """Where the collector sees nothing its frame tells, whose code is not that of torch's step."""
 
     class Patient(torch.amp.GradScaler):
-        def step(scaler, optimizer):
+        def step(self, optimizer):
             for param in optimizer.param_groups[0]["params"]:
-                param.grad /= scaler.get_scale()
+                param.grad /= self.get_scale()
             optimizer.step()
 
     net = model()

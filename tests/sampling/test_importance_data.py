@@ -147,7 +147,7 @@ def test_a_copy_and_a_file_of_the_model_hold_no_loader():
         loaded = torch.load(file, weights_only=False)
         twin(batch.inputs)
         loaded(batch.inputs)
-        assert loader._gate.answered is None
+        assert loader._gate._answer is None
         loader.model(batch.inputs)
         break
 

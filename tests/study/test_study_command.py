@@ -298,6 +298,6 @@ def test_a_changed_study_says_what_changed(tmp_path, capsys, monkeypatch):
 def test_a_name_longer_than_a_picture_is_not_cut_off():
     drawn = canvas.figure(2.0, 1.0)
     drawn.subplots()
-    assert int.from_bytes(canvas.png(drawn)[16:20]) < 300  # pixels, of the PNG's header
+    assert int.from_bytes(canvas.png(drawn)[16:20], "big") < 300  # pixels, of the PNG's header
     drawn.suptitle("a task with a name that is longer than two inches", x=0, ha="left")
-    assert int.from_bytes(canvas.png(drawn)[16:20]) > 300
+    assert int.from_bytes(canvas.png(drawn)[16:20], "big") > 300

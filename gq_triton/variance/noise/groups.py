@@ -13,6 +13,7 @@ from gq_triton.cluster_grad.accumulate import Accumulator
 from gq_triton.cluster_grad.coverage import Coverage
 from gq_triton.cluster_grad.labeller import Labels
 from gq_triton.cluster_grad.raw import RawGradients
+from gq_triton.cluster_grad.sink import Coming
 from gq_triton.grouping import Groups, KMeans
 from gq_triton.options import ClusterOptions
 
@@ -84,7 +85,7 @@ class _Unkept(RawGradients):
     def __init__(self) -> None:
         super().__init__({}, lambda: None)
 
-    def add(self, step: Step, name: str, raw: Tensor, whole: bool = False) -> None:
+    def add(self, step: Step, name: str, raw: Tensor | Coming, whole: bool = False) -> None:
         """Keep nothing."""
 
     def note(self, name: str) -> None:
