@@ -46,6 +46,7 @@ def test_a_kept_study_can_be_asked_for_again(path):
         ("fashion-1024", ("gq-adamw-clusters", "adamw"), 1024, "-.008 [-.011, -.004]"),
         ("fashion-16384", ("gq-adamw", "adamw"), 16384, "-.008 [-.011, -.005]"),
         ("python-lm-deep", ("adamw", "gq-adamw-clusters"), 32, "-.098 [-.109, -.090]"),
+        ("reuters", ("gq-adamw-clusters", "adamw"), 1024, "+.020 [+.011, +.030]"),
         ("fashion-64", ("gq-sgdm", "sgdm"), 64, "-.003 [-.005, -.001]"),
         ("fashion-longtail-again", ("gq-sgdm-clusters", "sgdm"), 512, "+.045 [+.030, +.064]"),
         ("python-lm-all", ("adamw", "gq-adamw-clusters"), 128, "+.158 [+.105, +.232]"),
