@@ -63,7 +63,9 @@ class _Due(Coming):
     def place(self) -> Tensor:
         """Return the memory of the weighted gradient, in the shape of the parameter."""
         if self.grad is not None:
-            return self.grad
+            # A version of its own: ``note`` has read that of ``p.grad``, which tells later passes
+            # whether a user has changed it.
+            return self.grad.data
         size, stride = _dense(self.param)
         return self.param.detach().new_empty(0).set_(self.memory, 0, size, stride)
 

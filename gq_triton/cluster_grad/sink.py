@@ -37,7 +37,11 @@ class Coming:
         """Return the gradient, flat; its parameter is weighted now if it was not."""
         if self.value is None:
             self._settle()
-        assert self.value is not None
+        if self.value is None:
+            raise RuntimeError(
+                "the gradients of a backward pass were not weighted, since an error ended it: call "
+                "optimizer.zero_grad() and run the backward pass again"
+            )
         return self.value
 
     def shaped(self) -> Tensor:

@@ -7,6 +7,7 @@ parameter weighted at once; `test_cluster_grad.py` compares that one with the or
 """
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gq_triton import GradQueue
-from gq_triton.cluster_grad import later
+from gq_triton.cluster_grad import forming, later
 from gq_triton.engines import eager
 
 pytestmark = QUIET
@@ -218,6 +219,23 @@ def test_sums_of_all_layers_are_formed_together(formed):
     assert formed == [5] * 3
 
 
+def test_the_bias_of_a_conv1d_is_summed_without_a_copy(monkeypatch):
+    """Its gradient has positions before channels where a LayerNorm of channels follows."""
+    seen, begin = [], forming.Sums.__init__
+
+    def noted(self, backend, dy, *rest, images=False, **more):
+        seen.append((images, dy.is_contiguous()))
+        begin(self, backend, dy, *rest, images=images, **more)
+
+    monkeypatch.setattr(forming.Sums, "__init__", noted)
+    model = nn.Sequential(OrderedDict(features=nn.Conv1d(2, 4, 3))).double()
+    GradQueue(model, **OPTIONS).attach(torch.optim.SGD(model.parameters(), lr=0.05))
+    batch = images()[0].flatten(2)
+    rows = nn.functional.layer_norm(model(batch).mT, (4,))
+    rows.square().flatten(1).mean(dim=1).mean().backward()
+    assert seen == [(False, True)]
+
+
 def test_a_full_room_of_what_sums_are_formed_from(monkeypatch, formed):
     monkeypatch.setattr(later, "ROOM", 9000)
     compare(Norms, images())
@@ -268,6 +286,16 @@ def test_a_gradient_that_is_added_to_does_not_wait(weighed):
         return run
 
     assert waited(weighed, run=twice, accumulation_steps=2) == 6  # in the first of both passes
+
+
+def test_values_that_come_after_the_hooks_are_no_change_of_a_gradient():
+    """A second pass would have the host read whether ``p.grad`` was zeroed."""
+    model = MLP().double()
+    queue = GradQueue(model, **OPTIONS, accumulation_steps=2)
+    queue.attach(torch.optim.SGD(model.parameters(), lr=0.05))
+    (square(model, CASES["mlp"][1][0]).mean() / 2).backward()
+    raw = queue._clusters.accumulator.raw
+    assert all(raw._goes_on(name) is True for name, _ in model.named_parameters())
 
 
 def test_two_forward_passes_of_one_backward_pass():

@@ -9,6 +9,7 @@ from cluster_cases import GPT, MLP, ResNet, ViT, cluster_means
 from torch import nn
 
 from gq_triton.cluster_grad import Clusters, Taken
+from gq_triton.cluster_grad.sink import Coming
 from gq_triton.options import ClusterOptions
 
 F64 = torch.float64
@@ -100,3 +101,8 @@ def test_a_sink_gets_the_mean_gradient_of_each_cluster(case):
         torch.testing.assert_close(named[name].grad, plain, rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(clusters.accumulator.raw.kept[name], plain, rtol=1e-10,
                                    atol=1e-13)  # fmt: skip
+
+
+def test_a_gradient_whose_weighting_failed_asks_for_a_new_pass():
+    with pytest.raises(RuntimeError, match=r"not weighted.*zero_grad\(\)"):
+        Coming(torch.zeros(2), settle=lambda: None).flat()

@@ -115,7 +115,7 @@ def _gradients(
         else:
             images = grad if grad.is_contiguous() else grad.flatten(2)
             # In the memory format channels_last, positions come before channels.
-            last = images is not grad and images.mT.is_contiguous()
+            last = not images.is_contiguous() and images.mT.is_contiguous()
             sums = Sums(
                 site.collector.backend, images.mT if last else images, groups.order,
                 groups.offsets, images=not last,
