@@ -7,8 +7,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from dist_checks import THREE_RANKS, TWO_RANKS, check_law_off_and_warm_up_are_plain_ddp
 from dist_hooked import LENGTH, TINY, hooked, queued, same_parameters, saved, train
 from dist_models import TwoHeads, batch, mlp
+from one_rank import one_rank
 from rank_checks import checks, folder_for
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -35,17 +35,6 @@ def test_two_ranks(ranks, check, tmp_path):
 @checks(THREE_RANKS, rare=[check_law_off_and_warm_up_are_plain_ddp])  # where no order matters
 def test_three_ranks(ranks, check):
     ranks(3).run(check)
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        gc.collect()
-        dist.destroy_process_group()
 
 
 class Trainer:

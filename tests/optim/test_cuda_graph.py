@@ -3,14 +3,13 @@
 
 import contextlib
 import copy
-import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from kernel_cases import INTERPRETED, QUIET
+from one_rank import one_rank
 from optim_cases import PAIR, assert_same, both_optimizers, snapshot
 from replay import Recording, captured
 from torch import nn
@@ -304,17 +303,6 @@ def test_hooks_and_frozen_parameters_are_captured_anew():
         step(batch(number))
     once = ["step", "step", "capture", "replay"]
     assert log == 3 * once
-
-
-@contextlib.contextmanager
-def one_rank():
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        gc.collect()
-        dist.destroy_process_group()
 
 
 def as_it_is(loop, twin, why):

@@ -2,28 +2,16 @@
 
 import copy
 import gc
-from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
+from one_rank import one_rank
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gq_triton import GQSGD, GQAdamW, GradQueue
 from gq_triton.claims import HOOK, claim
 from gq_triton.dist import GradQueueState, grad_queue_hook, register
-
-
-@contextmanager
-def one_rank():
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        gc.collect()
-        dist.destroy_process_group()
 
 
 def model():
